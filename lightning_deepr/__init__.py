@@ -1,0 +1,44 @@
+"""lightning-deepr: neural networks that are sparse from the first step to the last (DEEP R as a PyTorch Lightning plugin).
+
+trainer = lightning.Trainer(callbacks=[DeepR(connectivity=0.01)])
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_deepr.conversion import (
+    connections,
+    connectivity_report,
+    densify,
+    load_state_dict,
+    save_sparse,
+    sparsify,
+)
+from lightning_deepr.schedules import LinearDecay, LrPower
+
+if TYPE_CHECKING:
+    from lightning_deepr.callback import DeepR, SparseTraining
+
+__version__ = "0.1.0"
+__all__ = [
+    "DeepR",
+    "LinearDecay",
+    "LrPower",
+    "SparseTraining",
+    "connections",
+    "connectivity_report",
+    "densify",
+    "load_state_dict",
+    "save_sparse",
+    "sparsify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # the callbacks import Lightning; converting, densifying and inspecting a network do not need it
+    if name in ("DeepR", "SparseTraining"):
+        from lightning_deepr import callback
+
+        return getattr(callback, name)
+    raise AttributeError(f"module 'lightning_deepr' has no attribute {name!r}")

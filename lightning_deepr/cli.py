@@ -1,0 +1,108 @@
+"""The command line: ``lightning-deepr fit|validate|test --config NAME|PATH`` and ``lightning-deepr report CHECKPOINT``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+TRAINING = ("fit", "validate", "test", "predict")
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """The recipes that travel with the package, by name."""
+    folder = Path(str(resources.files("lightning_deepr.recipes.data")))
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> str:
+    """A path as it is; a bare name finds the packaged recipe.
+
+    Raises:
+        SystemExit: neither a file nor a recipe; lists the recipes.
+    """
+    if Path(name).is_file():
+        return name
+    recipes = packaged_recipes()
+    stem = Path(name).name.removesuffix(".yaml")
+    # "recipes/mnist.yaml" is the packaged recipe too where there is no such folder
+    if stem in recipes and Path(name).parent.as_posix() in (".", "recipes"):
+        return str(recipes[stem])
+    raise SystemExit(f"lightning-deepr: no file {name!r}, and no recipe of that name. Recipes: {', '.join(recipes)}.")
+
+
+def with_packaged_recipes(arguments: Sequence[str]) -> list[str]:
+    """The arguments with each ``--config NAME`` made a path."""
+    result = list(arguments)
+    for i, argument in enumerate(result):
+        if argument in ("--config", "-c") and i + 1 < len(result):
+            result[i + 1] = find_recipe(result[i + 1])
+        elif argument.startswith("--config="):
+            result[i] = "--config=" + find_recipe(argument.removeprefix("--config="))
+    return result
+
+
+def train(arguments: Sequence[str]) -> None:
+    """``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's: any value of a recipe can be overridden."""
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningCLI
+
+    class RecipeCLI(LightningCLI):
+        def after_fit(self) -> None:
+            self.trainer.test(self.model, datamodule=self.datamodule)
+
+    # batches in memory need no workers, a recipe without validation is meant, and the third is Lightning's own affair
+    for harmless in (
+        ".*does not have many workers.*",
+        "Total length of `list` across ranks is zero.*",
+        ".*treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", harmless)
+    sys.argv[1:] = with_packaged_recipes(arguments)  # LightningCLI warns when it is given arguments of its own
+    RecipeCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+    )
+
+
+def report(arguments: Sequence[str]) -> None:
+    """``lightning-deepr report CHECKPOINT``: the connectivity of a sparse checkpoint, without its model."""
+    parser = argparse.ArgumentParser(prog="lightning-deepr report", description="The connectivity of a sparse checkpoint.")
+    parser.add_argument("checkpoint", help="a .ckpt, .pt, .pth or .safetensors file")
+    from lightning_deepr.conversion import report_of_checkpoint
+
+    try:
+        print(report_of_checkpoint(parser.parse_args(arguments).checkpoint))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"lightning-deepr report: {error}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the command ``lightning-deepr``."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in TRAINING:
+        train(arguments)
+    elif arguments and arguments[0] == "report":
+        report(arguments[1:])
+    elif arguments and arguments[0] == "recipes":
+        for name, path in packaged_recipes().items():
+            print(f"{name:24s} {path.read_text().splitlines()[0].removeprefix('#').strip()}")
+    else:
+        print(
+            "usage: lightning-deepr fit|validate|test --config NAME|PATH [--model.init_args.lr 0.1 ...]\n"
+            "       lightning-deepr report CHECKPOINT\n"
+            "       lightning-deepr recipes\n\n"
+            f"recipes: {', '.join(packaged_recipes())}"
+        )
+        if arguments and arguments[0] not in ("-h", "--help"):
+            raise SystemExit(f"lightning-deepr: expected fit, validate, test, report or recipes, found {arguments[0]!r}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What a callback refuses, and the checks behind ``check_invariants``. Every message: expected, found, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_deepr import randomness
+from lightning_deepr.connections import Converted, converted_tensors
+from lightning_deepr.optimizer_state import StartingState
+
+if TYPE_CHECKING:
+    from lightning_deepr.callback import Stepped, Tensor_
+
+OPTIMIZER_TOO_EARLY = (
+    "The optimizer holds none of the converted weights: it was made before the network was converted (optimizer made before "
+    "sparsify). Expected an optimizer over the converted parameters: call sparsify(net, ...) first, then make the optimizer."
+)
+_SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+
+
+def refuse_sharding(strategy: Any) -> None:
+    """A sharded theta has its slots on several ranks; rewiring needs them together."""
+    names = [kind.__name__ for kind in type(strategy).__mro__]
+    for name in _SHARDING:
+        if name in names:
+            raise ValueError(
+                f'DeepR expects whole parameters on every rank, found {names[0]}, which shards them. Use strategy="ddp": a '
+                "converted weight takes K values only."
+            )
+
+
+def refuse_earlier_averaging(trainer: Any, callback: Any) -> None:
+    """An averaging callback that is set up first copies the unconverted network."""
+    for other in trainer.callbacks:
+        if other is callback:
+            return
+        if hasattr(other, "_average_model"):
+            name = type(other).__name__
+            raise ValueError(
+                f"{name} is listed before {type(callback).__name__}: it would copy the network before it is converted. Expected "
+                f"callbacks=[{type(callback).__name__}(...), {name}(...)]."
+            )
+
+
+def refuse_spawn(trainer: Any, converted_now: int) -> None:
+    """Processes that are spawned send their weights back to one in which nothing is converted: the result would be lost."""
+    launcher = getattr(trainer.strategy, "launcher", None)
+    if converted_now and type(launcher).__name__.startswith("_MultiProcessing"):
+        raise ValueError(
+            "A strategy that starts its processes with spawn or fork returns the weights to a process in which the network is not "
+            'converted. Expected strategy="ddp", which runs the script once per process.'
+        )
+
+
+def refuse_lost_conversions(module: nn.Module, expected: Sequence[Converted]) -> None:
+    """Layers that were made anew or re-initialized between the conversion and the start of the fit."""
+    present = {converted.slots for converted in converted_tensors(module)}
+    for converted in expected:
+        if converted.slots not in present:
+            raise RuntimeError(
+                f"`{converted.name}` was converted in the callback's setup, but is not any more: the layer was made anew afterwards "
+                "(in the module's `setup`, `configure_model` or `on_fit_start`?). Build the layers in `__init__`, or in a "
+                "`configure_model` that returns at once when they are there."
+            )
+        negative = converted.slots.is_watched and bool((converted.theta < 0).any())  # e.g. LSTM.reset_parameters writes theta
+        if negative or converted.slots.was_written(converted.theta):
+            raise RuntimeError(
+                f"`{converted.name}` was written to after it was converted (re-initialized?): the values are no dense weight's and "
+                "are lost. Initialize layers before the fit starts, in `__init__` or `configure_model`."
+            )
+
+
+def refuse_unequal_ranks(trainer: Any, tensors: Sequence[Tensor_]) -> None:
+    """All ranks of a distributed run must start with the same connections; then they stay equal without a word."""
+    if trainer.world_size <= 1:
+        return
+    own = [(t.name, checksum(t.slots.places), checksum(t.slots.exceptions), t.slots.sign_seed) for t in tensors]
+    first = trainer.strategy.broadcast(own, src=0)
+    for mine, theirs in zip(own, first, strict=True):
+        if tuple(mine) != tuple(theirs):
+            raise RuntimeError(
+                f"`{mine[0]}` has other connections on rank {trainer.global_rank} than on rank 0: expected the same seed and (with "
+                'init="largest") the same weights on every rank. Load the weights before the fit, or call seed_everything.'
+            )
+
+
+def checksum(places: torch.Tensor) -> int:
+    """One integer for a list of places; their order counts."""
+    if places.numel() == 0:
+        return 0
+    position = torch.arange(places.numel(), device=places.device)
+    return int(randomness.bits(randomness.key(0), places * 31 + position).sum())
+
+
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether GradScaler has found infinities and the (fused) optimizer skipped its step."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+def refuse_non_finite(tensors: Sequence[Tensor_], gradients: bool) -> None:
+    """Stop before a step that would spread a value that is not finite; names the tensor and the step."""
+    looked = [("theta", t, t.theta.detach()) for t in tensors]
+    if gradients:
+        looked += [("the gradient of theta", t, t.theta.grad) for t in tensors if t.theta.grad is not None]
+    # one number first: the largest magnitude of all is not finite if any value is not
+    norms = torch._foreach_norm([values for _, _, values in looked], float("inf"))
+    if bool(torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())):
+        return
+    for what, tensor, values in looked:
+        finite = torch.isfinite(values)
+        if not bool(finite.all()):
+            raise RuntimeError(
+                f"`{tensor.name}`, step {tensor.step}: {what} is not finite at {int((~finite).sum())} of {values.numel()} connections. "
+                "The step was not taken. Lower the learning rate, or clip gradients."
+            )
+
+
+def check_invariants(
+    tensor: Tensor_, item: Stepped, reborn: torch.Tensor, optimizer: Optimizer, starting: StartingState
+) -> None:
+    """Everything that must hold after every step.
+
+    Raises:
+        RuntimeError: names the tensor, the step and what is broken.
+    """
+    slots, theta = tensor.slots, item.theta
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise RuntimeError(f"check_invariants: `{tensor.name}`, step {tensor.step}: {what}.")
+
+    places = slots.places
+    require(
+        theta.shape == places.shape == (tensor.turnover.count,), f"expected {tensor.turnover.count} slots, found {theta.shape}"
+    )
+    require(bool(torch.isfinite(theta).all()), "theta is not finite")
+    require(bool((theta >= 0).all()), f"expected theta >= 0, found {float(theta.min())}")
+    require(int(places.min()) >= 0 and int(places.max()) < slots.total, f"a place lies outside 0 ... {slots.total - 1}")
+    require(places.unique().numel() == places.numel(), "two slots are at one place")
+    require(torch.equal(slots.signs, slots.signs_at(places)), "a sign is not that of its place")
+    if reborn.numel() == 0:
+        return
+    require(bool((theta[reborn] == 0).all()), "a reborn slot does not start at theta = 0")
+    for name, value in optimizer.state.get(tensor.theta, {}).items():
+        if isinstance(value, torch.Tensor) and value.shape == theta.shape:
+            start = starting.of(optimizer, item.group_index, tensor.theta).get(name, 0.0)
+            expected = torch.full_like(value[reborn], start)
+            require(
+                torch.equal(value[reborn], expected), f"the optimizer's {name} of a reborn slot is not at its start, {start}"
+            )
+
+
+__all__ = [name for name in dir() if name.startswith(("refuse_", "check", "was_"))] + ["OPTIMIZER_TOO_EARLY"]

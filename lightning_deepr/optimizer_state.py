@@ -1,0 +1,150 @@
+"""A reborn slot's optimizer state is the one that the optimizer starts with: for any optimizer, without a list of known ones.
+
+Every state tensor of theta's shape has an entry per slot. What an optimizer starts with is seen by letting a second one of
+its kind take one step on a parameter that is 0 with a gradient of 0, and by noting what it first puts into each entry of its
+state, before the step changes it: zero for moments, the initial value of an accumulator, a step size of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+import weakref
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class StartingState:
+    """Resets the state of reborn slots; remembers what each optimizer's parameter groups start with."""
+
+    def __init__(self) -> None:
+        # by id and group; the reference tells whether it still is that optimizer
+        self._known: dict[tuple[int, int], tuple[weakref.ref[Optimizer], Any, dict[str, float]]] = {}
+
+    def reset(self, optimizer: Optimizer, group_index: int, theta: Tensor, reborn: Tensor) -> None:
+        """Put the starting value at the reborn slots of every state tensor that has theta's shape.
+
+        Args:
+            optimizer: holds theta.
+            group_index: of theta's parameter group.
+            theta: [K].
+            reborn: int64 [R] slots.
+        """
+        state = optimizer.state.get(theta)
+        if not state:
+            return
+        start: dict[str, float] | None = None
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == theta.shape:
+                if start is None:
+                    start = self.of(optimizer, group_index, theta)
+                value.index_fill_(0, reborn, start.get(name, 0.0))
+
+    def of(self, optimizer: Optimizer, group_index: int, theta: Tensor) -> dict[str, float]:
+        """The starting value of each state tensor, by name."""
+        group = optimizer.param_groups[group_index]
+        # The initial learning rate, where a scheduler has recorded it: a step size that starts at the learning rate (Rprop's)
+        # is then the same throughout the training, and after a resume.
+        lr = group.get("initial_lr", group.get("lr"))
+        known = self._known.get((id(optimizer), group_index))
+        if known is None or known[0]() is not optimizer or (known[1] is not lr and not _equal(known[1], lr)):
+            known = weakref.ref(optimizer), lr, starting_values(optimizer, {**group, "lr": lr}, theta)
+            self._known[id(optimizer), group_index] = known
+        return known[2]
+
+
+def _equal(first: Any, second: Any) -> bool:
+    return not isinstance(first, Tensor) and not isinstance(second, Tensor) and bool(first == second)
+
+
+def starting_values(optimizer: Optimizer, group: dict[str, Any], theta: Tensor) -> dict[str, float]:
+    """What an optimizer's state tensors hold before the first gradient (see the module's docstring).
+
+    Args:
+        optimizer: is left as it is.
+        group: the options of theta's parameter group.
+        theta: its dtype and device count.
+    """
+    options = {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+    for make in (_by_copy, _by_constructor):
+        probe = nn.Parameter(torch.zeros(1, dtype=theta.dtype, device=theta.device))
+        probe.grad = torch.zeros_like(probe)
+        try:
+            with torch.no_grad():
+                second = make(optimizer, options, probe)
+                begun, second.state = second.state, _States()
+                second.state.update(begun)
+                inspect.unwrap(type(optimizer).step)(second)  # unwrapped: no hook fires
+            first = second.state[probe].first
+        except Exception:
+            continue
+        return {name: float(value.reshape(-1)[0]) for name, value in first.items() if value.shape == probe.shape}
+    warnings.warn(
+        f"The starting state of {type(optimizer).__name__} could not be found out (a second one could not take a step on a "
+        "parameter of its own); the state of reborn connections is set to 0.",
+        stacklevel=2,
+    )
+    return {}
+
+
+class _State(dict[str, Any]):
+    """A parameter's state that keeps what was first put into each entry."""
+
+    def __init__(self, entries: Any = ()) -> None:
+        super().__init__()
+        self.first: dict[str, Tensor] = {}
+        self.update(entries)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if isinstance(value, Tensor) and name not in self.first:
+            self.first[name] = value.detach().clone()
+        super().__setitem__(name, value)
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def update(self, *entries: Any, **named: Any) -> None:
+        for name, value in dict(*entries, **named).items():
+            self[name] = value
+
+
+class _States(defaultdict[Tensor, _State]):
+    """An optimizer's state of such ones."""
+
+    def __init__(self) -> None:
+        super().__init__(_State)
+
+    def __setitem__(self, parameter: Tensor, state: Any) -> None:
+        super().__setitem__(parameter, state if isinstance(state, _State) else _State(state))
+
+    def update(self, states: Any) -> None:  # type: ignore[override]
+        for parameter, state in states.items():
+            self[parameter] = state
+
+
+def _by_copy(optimizer: Optimizer, options: dict[str, Any], probe: nn.Parameter) -> Optimizer:
+    """A copy with one parameter: whatever its constructor takes and hides, the copy has it."""
+    second = object.__new__(type(optimizer))
+    for name, value in vars(optimizer).items():
+        if isinstance(value, Optimizer):
+            raise TypeError("The step of a wrapped optimizer would be a real one.")
+        # not `step`: a scheduler has put the wrapped one of the original there
+        if name not in ("state", "param_groups", "step"):
+            own = isinstance(value, (list, dict, set, Tensor)) and not name.startswith("_optimizer_")  # torch's dicts of hooks
+            second.__dict__[name] = copy.deepcopy(value) if own else value
+    second.state = defaultdict(dict)
+    second.param_groups = [{**options, "params": [probe]}]
+    return second
+
+
+def _by_constructor(optimizer: Optimizer, options: dict[str, Any], probe: nn.Parameter) -> Optimizer:
+    """A new one, for an optimizer that puts its state in place when it is made (Adagrad)."""
+    accepted = inspect.signature(type(optimizer).__init__).parameters
+    return type(optimizer)([probe], **{name: value for name, value in options.items() if name in accepted})  # type: ignore[arg-type]

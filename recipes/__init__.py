@@ -1,0 +1,1 @@
+"""Recipes: data only. In an installation this folder is ``lightning_deepr.recipes.data``."""

@@ -1,0 +1,1 @@
+"""Checkpoints: data only. In an installation this folder is ``lightning_deepr.zoo.data``."""
