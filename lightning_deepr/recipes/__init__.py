@@ -1,0 +1,1 @@
+"""Data modules, LightningModules and callbacks of the recipes in ``recipes/``."""

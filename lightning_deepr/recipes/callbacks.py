@@ -1,0 +1,115 @@
+"""What a recipe shows and leaves behind: tables, a picture, a sparse checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor, nn
+
+from lightning_deepr.connections import converted_tensors
+from lightning_deepr.conversion import connections, connectivity_report, save_sparse
+
+
+class ConnectivityTable(Callback):
+    """Prints the connectivity table before and after training."""
+
+    @rank_zero_only
+    def _print(self, when: str, module: nn.Module) -> None:
+        newborn = {c.name: int((c.theta.detach() == 0).sum()) for c in converted_tensors(module)}
+        print(f"\nConnectivity {when} training\n{connectivity_report(module)}")
+        print(f"connections at exactly 0: {', '.join(f'{name} {count}' for name, count in newborn.items())}\n")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._print("before", pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._print("after", pl_module)
+
+
+class ConnectivityPicture(Callback):
+    """A PNG with the number of connections of every input, laid out as the image that it sees, before and after training.
+
+    Args:
+        filename: of the picture.
+        tensor: a linear layer's weight [out, in].
+        grid: the layout of the inputs, rows and columns.
+    """
+
+    def __init__(
+        self, filename: str = "connectivity.png", tensor: str = "net.fc1.weight", grid: tuple[int, int] = (28, 28)
+    ) -> None:
+        self.filename, self.tensor, self.grid = filename, tensor, tuple(grid)
+        self._before: Tensor | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before = inputs_per_pixel(pl_module, self.tensor, self.grid)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._before is not None
+        after = inputs_per_pixel(pl_module, self.tensor, self.grid)
+        path = Path(self.filename)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(self._before, after, self.tensor, path)
+        print(f"picture: {path}")
+
+
+def inputs_per_pixel(module: nn.Module, tensor: str, grid: tuple[int, ...]) -> Tensor:
+    """How many connections each input has, int64 of shape ``grid``."""
+    found = connections(module)
+    if tensor not in found:
+        raise ValueError(f"ConnectivityPicture: expected one of {', '.join(found) or 'no tensor at all'}, found {tensor!r}.")
+    (_, inputs), places, _ = found[tensor]
+    if grid[0] * grid[1] != inputs:
+        raise ValueError(
+            f"ConnectivityPicture: {tensor} has {inputs} inputs, which do not fit a grid of {grid[0]} x {grid[1]}."
+        )
+    return torch.bincount(places % inputs, minlength=inputs).view(grid[0], grid[1]).cpu()
+
+
+def draw(before: Tensor, after: Tensor, tensor: str, path: Path) -> None:
+    """Two maps side by side on one scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2)
+    highest = max(int(before.max()), int(after.max()), 1)
+    for axis, counts, title in zip(axes, (before, after), ("before training", "after training"), strict=True):
+        picture = axis.imshow(counts.numpy(), cmap="magma", vmin=0, vmax=highest)
+        axis.set_title(f"{title}: {int(counts.sum()):,} connections, {int((counts == 0).sum())} inputs with none")
+        axis.title.set_fontsize(10)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.colorbar(picture, ax=axes, label=f"connections per input pixel ({tensor})", shrink=0.9)
+    figure.savefig(path, dpi=130)
+
+
+class SparseCheckpoint(Callback):
+    """Writes the trained network as K-sized safetensors; :func:`lightning_deepr.load_state_dict` loads it.
+
+    Args:
+        filename: of the checkpoint.
+        submodule: the part of the LightningModule to write ("net"), or "" for all of it.
+    """
+
+    def __init__(self, filename: str = "sparse.safetensors", submodule: str = "net") -> None:
+        self.filename, self.submodule = filename, submodule
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        part = pl_module.get_submodule(self.submodule) if self.submodule else pl_module
+        path = Path(self.filename)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_sparse(part, path, hyperparameters=_plain(dict(pl_module.hparams)), steps=trainer.global_step)
+        print(f"sparse checkpoint: {path} ({path.stat().st_size:,} bytes)")
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if isinstance(value, (int, float, str, bool, type(None)))}

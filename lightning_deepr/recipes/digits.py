@@ -1,0 +1,148 @@
+"""MNIST: the digits that travel with the package, and the full set through torchvision."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from lightning_deepr.recipes.batches import Batches
+
+EMBEDDED = "mnist_digits.xz"
+EMBEDDED_TRAIN, EMBEDDED_TEST = 17_000, 3_000
+EMBEDDED_SHA256 = "94af5fa0381beeb0398da21217a04180f967ab253a8b60d9cdc27bd41d664c6e"
+
+
+def embedded_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The embedded digits: a random subset of MNIST, 17,000 of its training and 3,000 of its test images.
+
+    Returns:
+        train images uint8 [17000, 28, 28], train labels int64 [17000], test images [3000, 28, 28], test labels [3000].
+
+    Raises:
+        RuntimeError: the file is damaged.
+    """
+    packed = resources.files("lightning_deepr.recipes.data").joinpath(EMBEDDED).read_bytes()
+    raw = lzma.decompress(packed)
+    if hashlib.sha256(raw).hexdigest() != EMBEDDED_SHA256:
+        raise RuntimeError(f"{EMBEDDED} is damaged (its checksum differs): install lightning-deepr again.")
+    everything = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    count = EMBEDDED_TRAIN + EMBEDDED_TEST
+    images = everything[: count * 784].view(count, 28, 28)
+    labels = everything[count * 784 :].long()
+    return images[:EMBEDDED_TRAIN], labels[:EMBEDDED_TRAIN], images[EMBEDDED_TRAIN:], labels[EMBEDDED_TRAIN:]
+
+
+class DigitsDataModule(LightningDataModule):
+    """Images of digits in memory; the base of :class:`MNISTDataModule`, itself the embedded subset.
+
+    Args:
+        batch_size: of training.
+        val_size: so many of the last training images are held out for validation (0: none).
+        shift_probability: see :class:`lightning_deepr.recipes.batches.Batches`.
+        shift_until: shifts end at this fraction of the training.
+        seed: of the order of the images and of their shifts.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 10,
+        val_size: int = 0,
+        shift_probability: float = 0.0,
+        shift_until: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if val_size < 0 or batch_size < 1:
+            raise ValueError(f"expected batch_size >= 1 and val_size >= 0, found {batch_size} and {val_size}.")
+        if not 0.0 <= shift_probability <= 1.0:
+            raise ValueError(f"shift_probability: expected a probability, found {shift_probability}.")
+        self.batch_size, self.val_size, self.seed = batch_size, val_size, seed
+        self.shift_probability, self.shift_until = shift_probability, shift_until
+        self._digits: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Train images, train labels, test images, test labels."""
+        return embedded_digits()
+
+    def setup(self, stage: str) -> None:
+        if self._digits is None:
+            self._digits = self.load()
+            if self.val_size >= len(self._digits[1]):
+                raise ValueError(
+                    f"val_size: expected fewer than the {len(self._digits[1])} training images, found {self.val_size}."
+                )
+
+    def train_dataloader(self) -> Batches:
+        images, labels = self._part(0)
+        keep = len(labels) - self.val_size
+        epochs = self.trainer.max_epochs if self.trainer is not None else None
+        return Batches(
+            images[:keep],
+            labels[:keep],
+            self.batch_size,
+            shuffle=True,
+            seed=self.seed,
+            shift_probability=self.shift_probability,
+            shift_epochs=self.shift_until * epochs if epochs and epochs > 0 else float("inf"),
+        )
+
+    def val_dataloader(self) -> Any:
+        if self.val_size == 0:
+            return []
+        images, labels = self._part(0)
+        return Batches(images[-self.val_size :], labels[-self.val_size :], 1000)
+
+    def test_dataloader(self) -> Batches:
+        images, labels = self._part(2)
+        return Batches(images, labels, 1000)
+
+    def _part(self, first: int) -> tuple[Tensor, Tensor]:
+        assert self._digits is not None, "setup comes first"
+        return self._digits[first], self._digits[first + 1]
+
+
+class MNISTDataModule(DigitsDataModule):
+    """All of MNIST, 60,000 + 10,000 images, through torchvision (which checks the files).
+
+    Args:
+        root: a folder that holds ``MNIST/raw``; missing files are downloaded to it.
+        batch_size, val_size, shift_probability, shift_until, seed: as in :class:`DigitsDataModule`.
+    """
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 10,
+        val_size: int = 0,
+        shift_probability: float = 0.0,
+        shift_until: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, val_size, shift_probability, shift_until, seed)
+        self.root = root
+
+    def prepare_data(self) -> None:
+        self._sets(download=True)
+
+    def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        train, test = self._sets(download=False)
+        return train.data, train.targets.long(), test.data, test.targets.long()
+
+    def _sets(self, download: bool) -> Any:
+        from torchvision.datasets import MNIST
+
+        try:
+            return MNIST(self.root, train=True, download=download), MNIST(self.root, train=False, download=download)
+        except (RuntimeError, OSError) as error:
+            raise RuntimeError(
+                f"MNIST was not found in {Path(self.root).resolve()} and could not be downloaded ({error}). Expected the four files "
+                "of MNIST (train-images-idx3-ubyte.gz and so on) in its folder MNIST/raw: put them there, give another folder "
+                "with --data.root, or use the embedded digits (recipes/mnist_quickstart.yaml)."
+            ) from error

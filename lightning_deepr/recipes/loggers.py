@@ -1,0 +1,40 @@
+"""Weights & Biases that works without an account."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger as _WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+
+def wandb_mode() -> str:
+    """ "online" where a key is set, else "offline"; the environment variable WANDB_MODE decides where it is given."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        return mode
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    import wandb
+
+    return "online" if wandb.login(prompt=False) else "offline"
+
+
+class WandbLogger(_WandbLogger):
+    """Lightning's ``WandbLogger``: online where a key is set, else offline, and it says which.
+
+    Args:
+        project: of the runs.
+        save_dir: where an offline run is written.
+        name: of the run.
+        kwargs: to Lightning's logger.
+    """
+
+    def __init__(self, project: str = "lightning-deepr", save_dir: str = ".", name: str | None = None, **kwargs: Any) -> None:
+        mode = wandb_mode()
+        where = f"offline, in {os.path.join(save_dir, 'wandb')} (`wandb sync` uploads it)" if mode == "offline" else mode
+        rank_zero_info(f"wandb logs {where}.")
+        os.makedirs(save_dir, exist_ok=True)
+        os.environ.setdefault("WANDB_SILENT", "true")
+        super().__init__(project=project, save_dir=save_dir, name=name, offline=mode == "offline", mode=mode, **kwargs)
