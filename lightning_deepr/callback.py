@@ -745,13 +745,13 @@ class DeepR(SparseTraining):
 
     @override
     def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Tensor]:
-        # tensors that took part in equally many steps are handled together: nearly always all of them
-        steps = {item.tensor.step for item in stepped}
-        if len(steps) == 1:
-            return self._deep_r(stepped, optimizer, steps.pop())
+        # tensors on one device that took part in equally many steps are handled together: nearly always all of them
+        groups = {(item.tensor.step, item.theta.device) for item in stepped}
+        if len(groups) == 1:
+            return self._deep_r(stepped, optimizer, stepped[0].tensor.step)
         reborn: dict[int, Tensor] = {}
-        for step in steps:
-            group = [item for item in stepped if item.tensor.step == step]
+        for step, device in groups:
+            group = [item for item in stepped if (item.tensor.step, item.theta.device) == (step, device)]
             reborn.update(zip(map(id, group), self._deep_r(group, optimizer, step), strict=True))
         return [reborn[id(item)] for item in stepped]
 

@@ -195,6 +195,7 @@ class KSlots(nn.Module):
             self.born.copy_(record["born"])
             self.signs.copy_(self.signs_at(self.places))
         self.watched = None
+        realign_averages(self)
 
     def _refusal(self, record: dict[str, Tensor]) -> str | None:
         """Why a recorded connectivity does not fit this tensor, or None."""
@@ -341,10 +342,22 @@ nn.modules.module.register_module_module_registration_hook(_follow_averaged_mode
 def restart_averages(slots: KSlots, reborn: Tensor) -> None:
     """Start the averages of reborn slots anew (see :func:`follow`)."""
     for holder in slots.averages:
+        _restart(holder, slots, reborn)
+
+
+def realign_averages(slots: KSlots) -> None:
+    """After other connections were loaded: an average that has a slot elsewhere starts anew there."""
+    for holder in slots.averages:
         average: KSlots = holder[0]  # type: ignore[assignment]
-        where = reborn.to(average.places.device)
-        holder.original.detach().index_fill_(0, where, 0.0)
-        for name in ("places", "signs", "born"):
-            getattr(average, name).index_copy_(
-                0, where, getattr(slots, name)[reborn].to(where.device, getattr(average, name).dtype)
-            )
+        average.sign_seed, average.exceptions = slots.sign_seed, slots.exceptions.to(average.places.device)
+        elsewhere = (average.places.to(slots.places.device) != slots.places) | (average.signs.to(slots.signs) != slots.signs)
+        _restart(holder, slots, elsewhere.nonzero().view(-1))
+
+
+def _restart(holder: parametrize.ParametrizationList, slots: KSlots, reborn: Tensor) -> None:
+    average: KSlots = holder[0]  # type: ignore[assignment]
+    where = reborn.to(average.places.device)
+    holder.original.detach().index_fill_(0, where, 0.0)
+    for name in ("places", "signs", "born"):
+        source = getattr(slots, name)[reborn].to(where.device, getattr(average, name).dtype)
+        getattr(average, name).index_copy_(0, where, source)

@@ -107,6 +107,11 @@ def convert(
                 f"`{candidate.name}` has another parametrization already ({kind}). Expected a plain weight: leave it out with "
                 "exclude_modules, or remove that parametrization first."
             )
+        if isinstance(candidate.module, (nn.Embedding, nn.EmbeddingBag)) and candidate.module.sparse:
+            raise ValueError(
+                f"`{candidate.name}` has sparse=True, whose gradient is a sparse tensor: expected sparse=False (the gradient of a "
+                "converted weight has K entries anyway)."
+            )
     _refuse_unmaterializable(root, chosen)
     first = 1 + max((converted.slots.index for converted in converted_tensors(root)), default=-1)
     notice, begun = Notice(), []

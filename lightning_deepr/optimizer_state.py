@@ -135,8 +135,7 @@ def _by_copy(optimizer: Optimizer, options: dict[str, Any], probe: nn.Parameter)
     for name, value in vars(optimizer).items():
         if isinstance(value, Optimizer):
             raise TypeError("The step of a wrapped optimizer would be a real one.")
-        # not `step`: a scheduler has put the wrapped one of the original there
-        if name not in ("state", "param_groups", "step"):
+        if name not in ("state", "param_groups"):
             own = isinstance(value, (list, dict, set, Tensor)) and not name.startswith("_optimizer_")  # torch's dicts of hooks
             second.__dict__[name] = copy.deepcopy(value) if own else value
     second.state = defaultdict(dict)

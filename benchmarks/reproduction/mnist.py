@@ -68,8 +68,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "collapse": {
         "model": {"lr": 0.05},
         "data": {},
-        "deepr": {"connectivity": 0.01, "distribution": "uniform", "l1": 3e-4},
-        "epochs": 1,
+        "deepr": {"connectivity": 0.01, "distribution": "uniform", "l1": 3e-4, "init": "deepr"},
+        "epochs": 2,
         "seeds": 1,
     },
 }
