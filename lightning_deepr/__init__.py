@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_deepr.conversion import (
-    connections,
-    connectivity_report,
-    densify,
-    load_state_dict,
-    save_sparse,
-    sparsify,
-)
+from lightning_deepr.checkpoint import load_state_dict, save_sparse
+from lightning_deepr.conversion import connections, densify, sparsify
+from lightning_deepr.report import connectivity_report
 from lightning_deepr.schedules import LinearDecay, LrPower
 
 if TYPE_CHECKING:
-    from lightning_deepr.callback import DeepR, SparseTraining
+    from lightning_deepr.callback import SparseTraining
+    from lightning_deepr.deepr import DeepR
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,8 +33,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # the callbacks import Lightning; converting, densifying and inspecting a network do not need it
-    if name in ("DeepR", "SparseTraining"):
-        from lightning_deepr import callback
+    if name == "DeepR":
+        from lightning_deepr.deepr import DeepR
 
-        return getattr(callback, name)
+        return DeepR
+    if name == "SparseTraining":
+        from lightning_deepr.callback import SparseTraining
+
+        return SparseTraining
     raise AttributeError(f"module 'lightning_deepr' has no attribute {name!r}")

@@ -75,7 +75,7 @@ def report(arguments: Sequence[str]) -> None:
     """``lightning-deepr report CHECKPOINT``: the connectivity of a sparse checkpoint, without its model."""
     parser = argparse.ArgumentParser(prog="lightning-deepr report", description="The connectivity of a sparse checkpoint.")
     parser.add_argument("checkpoint", help="a .ckpt, .pt, .pth or .safetensors file")
-    from lightning_deepr.conversion import report_of_checkpoint
+    from lightning_deepr.checkpoint import report_of_checkpoint
 
     try:
         print(report_of_checkpoint(parser.parse_args(arguments).checkpoint))

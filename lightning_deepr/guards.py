@@ -14,7 +14,7 @@ from lightning_deepr.connections import Converted, converted_tensors
 from lightning_deepr.optimizer_state import StartingState
 
 if TYPE_CHECKING:
-    from lightning_deepr.callback import Stepped, Tensor_
+    from lightning_deepr.stepping import Stepped, Tensor_
 
 OPTIMIZER_TOO_EARLY = (
     "The optimizer holds none of the converted weights: it was made before the network was converted (optimizer made before "

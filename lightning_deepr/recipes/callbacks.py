@@ -11,8 +11,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
+from lightning_deepr.checkpoint import save_sparse
 from lightning_deepr.connections import converted_tensors
-from lightning_deepr.conversion import connections, connectivity_report, save_sparse
+from lightning_deepr.conversion import connections
+from lightning_deepr.report import connectivity_report
 
 
 class ConnectivityTable(Callback):

@@ -1,0 +1,129 @@
+"""DEEP R, the callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_deepr import rewiring
+from lightning_deepr.callback import SparseTraining
+from lightning_deepr.connections import restart_averages
+from lightning_deepr.schedules import LinearDecay, LrPower
+from lightning_deepr.stepping import Stepped
+
+
+class DeepR(SparseTraining):
+    """DEEP R: exactly K connections at every step, rewired after each optimizer step (Algorithm 1 of the paper).
+
+    After ``optimizer.step()``, whichever optimizer it is: theta loses eta * alpha and takes a step of a random walk, with
+    the plain learning rate eta of theta's parameter group; connections with theta < 0 go dormant; as many dormant places,
+    drawn uniformly, become active at theta = 0 with the state that the optimizer starts with.
+
+    Args:
+        connectivity: float in (0, 1] | int | dict {pattern: float | int}; None: everything is converted already.
+        target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
+        exclude_modules: the same forms.
+        distribution: "erdos_renyi" | "erk" | "uniform" | "deepr" (0.75, 2.3, 22.8 for three layers) | a function.
+        scope: "layer": K per tensor.
+        l1: alpha; float | dict {pattern: float} | LinearDecay(start, end) | function of the progress; None: by the optimizer
+            (1e-4 / (1 - momentum) under SGD, .03 under Adam's family and RMSprop).
+        temperature: T; float | LrPower(coefficient, power) | function of the learning rate.
+        init: the start: "module" | "largest" | "deepr".
+        rewire_every_n_steps: in the steps between, theta < 0 becomes 0 (active, sign kept).
+        rewire_until: a step (int) or a fraction of the training (float), then the connectivity is frozen; L1 and noise go on.
+        seed: of places, signs and noise; ``seed_everything`` does not change it.
+        compute: "auto" | "dense".
+        check_invariants: check everything after every step, and name the tensor and the step when something breaks.
+        log_every_n_steps: how often turnover is logged.
+
+    Raises:
+        TypeError, ValueError: an argument that makes no sense, or one that does not fit the model (at ``setup``).
+        RuntimeError: a theta or gradient that is not finite, before the step.
+
+    Note:
+        With Adam a newborn has zero moments but the shared step count, so that its first step is about 3 times the learning
+        rate whatever its gradient (RMSprop: 10 times): it survives by the sign of its gradient alone.
+        Strategies that shard parameters are refused.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_deepr import DeepR
+        >>> trainer = Trainer(callbacks=[DeepR(connectivity=0.01)], logger=False, enable_checkpointing=False)
+    """
+
+    # spelled out again: LightningCLI reads names, types and the documentation of the arguments here
+    def __init__(
+        self,
+        connectivity: int | float | dict[str, int | float] | None = None,
+        *,
+        target_modules: str | list[str] | Callable = "all",
+        exclude_modules: str | Iterable[str] | Callable = (),
+        distribution: str | Callable = "erdos_renyi",
+        scope: str = "layer",
+        l1: float | dict[str, float] | LinearDecay | Callable | None = None,
+        temperature: float | LrPower | Callable = 0.0,
+        init: str = "module",
+        rewire_every_n_steps: int = 1,
+        rewire_until: int | float | None = None,
+        seed: int = 0,
+        compute: str = "auto",
+        check_invariants: bool = False,
+        log_every_n_steps: int = 50,
+    ) -> None:
+        super().__init__(
+            connectivity,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            distribution=distribution,
+            scope=scope,
+            l1=l1,
+            temperature=temperature,
+            init=init,
+            rewire_every_n_steps=rewire_every_n_steps,
+            rewire_until=rewire_until,
+            seed=seed,
+            compute=compute,
+            check_invariants=check_invariants,
+            log_every_n_steps=log_every_n_steps,
+        )
+
+    @override
+    def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Tensor]:
+        # tensors on one device that took part in equally many steps are handled together: nearly always all of them
+        groups = {(item.tensor.step, item.theta.device) for item in stepped}
+        if len(groups) == 1:
+            return self._deep_r(stepped, optimizer, stepped[0].tensor.step)
+        reborn: dict[int, Tensor] = {}
+        for step, device in groups:
+            group = [item for item in stepped if (item.tensor.step, item.theta.device) == (step, device)]
+            reborn.update(zip(map(id, group), self._deep_r(group, optimizer, step), strict=True))
+        return [reborn[id(item)] for item in stepped]
+
+    def _deep_r(self, stepped: Sequence[Stepped], optimizer: Optimizer, step: int) -> list[Tensor]:
+        thetas, tensors = [item.theta for item in stepped], [item.tensor.slots for item in stepped]
+        # theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu    (the gradient step was the optimizer's)
+        rewiring.shrink(thetas, [item.lr * item.alpha for item in stepped])
+        rewiring.diffuse(thetas, [(2 * item.lr * item.temperature) ** 0.5 for item in stepped], tensors, self.seed, step)
+        keep = [item.theta for item in stepped if not item.rewires]
+        rewiring.keep_active(keep)
+        if len(keep) == len(stepped):
+            return [theta.new_empty(0, dtype=torch.long) for theta in thetas]
+        # if theta < 0: dormant; then activate as many dormant places, uniformly at random, theta <- 0
+        dormant = rewiring.dormant_slots(thetas)
+        self._newborn_deaths = {
+            item.tensor.name: int((item.tensor.slots.born[slots] == step - 1).sum())
+            for item, slots in zip(stepped, dormant, strict=True)
+            if slots.numel()
+        }
+        rewiring.reactivate(thetas, tensors, dormant, self.seed, step)
+        for item, slots in zip(stepped, dormant, strict=True):
+            if slots.numel():
+                self._starting_state.reset(optimizer, item.group_index, item.tensor.theta, slots)
+                if item.tensor.slots.averages:
+                    restart_averages(item.tensor.slots, slots)
+        return dormant

@@ -1,0 +1,235 @@
+"""What a callback of the family does when an optimizer has stepped, whoever calls: Trainer, Fabric or a plain loop.
+
+:class:`Stepper` finds the tensors that took the step, works out what holds in it (learning rate, alpha, T, whether to rewire),
+lets the algorithm act, and counts.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_deepr import guards
+from lightning_deepr.connections import Converted, KSlots
+from lightning_deepr.optimizer_state import StartingState
+from lightning_deepr.schedules import default_l1, evaluate
+from lightning_deepr.statistics import Turnover, collapse_message
+
+
+@dataclass
+class Tensor_:
+    """A tensor at work: the converted weight and what the callback keeps about it."""
+
+    converted: Converted
+    turnover: Turnover
+    alpha: Any = None  # l1's entry for it; None: by the optimizer
+    step: int = 0  # optimizer steps that it took part in
+    start: int = 0  # ... at which the present training began
+    collapse_told: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.converted.name
+
+    @property
+    def slots(self) -> KSlots:
+        return self.converted.slots
+
+    @property
+    def theta(self) -> nn.Parameter:
+        return self.converted.theta
+
+
+@dataclass
+class Stepped:
+    """A tensor that has just taken an optimizer step, with what holds in this step."""
+
+    tensor: Tensor_
+    theta: Tensor  # detached: written in place
+    group_index: int
+    lr: Any
+    alpha: Any
+    temperature: Any
+    rewires: bool  # False: theta < 0 is set to 0
+
+
+class Stepper:
+    """The part of a callback that needs no Trainer.
+
+    Args:
+        temperature, rewire_every_n_steps, rewire_until, seed, check_invariants, log_every_n_steps: see :class:`DeepR`.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: Any,
+        rewire_every_n_steps: int,
+        rewire_until: int | float | None,
+        seed: int,
+        check_invariants: bool,
+        log_every_n_steps: int,
+    ) -> None:
+        self.temperature = temperature
+        self.rewire_every_n_steps = rewire_every_n_steps
+        self.rewire_until = rewire_until
+        self.seed = seed
+        self.check_invariants = check_invariants
+        self.log_every_n_steps = log_every_n_steps
+
+        self._tensors: list[Tensor_] = []
+        self._total_steps: float | None = None  # of the present training; None: not known
+        # By id(optimizer). An id is free again when its optimizer is gone: the first keeps the optimizer, the second tells.
+        self._hooks: dict[int, tuple[Optimizer, list[Any]]] = {}
+        self._matches: dict[int, tuple[weakref.ref[Optimizer], int, list[tuple[Tensor_, int]]]] = {}
+        self._starting_state = StartingState()
+        self._newborn_deaths: dict[str, int] = {}  # of the present step, by tensor
+        self._continues = False  # a state was loaded: what begins is no new training
+        self._told: set[str] = set()
+
+    # -- the algorithm ----------------------------------------------------------------------------------------------------
+
+    def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Tensor]:
+        """What follows an optimizer step, for the tensors that took it. In place.
+
+        Returns:
+            for each tensor the slots that were reborn, int64 [R_i].
+        """
+        raise NotImplementedError(f"{type(self).__name__} has to say what follows an optimizer step.")
+
+    def on_after_optimizer_step(self, strategy: Any = None, optimizer: Optimizer | None = None) -> None:
+        """What follows an optimizer step. A hook on the optimizer calls it, and Fabric by itself."""
+        assert optimizer is not None
+        self._after_optimizer_step(optimizer)
+
+    # -- one step ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _after_optimizer_step(self, optimizer: Optimizer) -> None:
+        stepped = []
+        for tensor, group_index in self._match(optimizer):
+            theta = tensor.theta
+            if theta.grad is None or not theta.requires_grad:
+                continue
+            stepped.append(self._stepped(tensor, theta.detach(), optimizer, group_index))
+        if not stepped:
+            return
+        reborn = self.after_step(stepped, optimizer)
+        for item, slots in zip(stepped, reborn, strict=True):
+            tensor = item.tensor
+            if self.check_invariants:
+                guards.check_invariants(tensor, item, slots, optimizer, self._starting_state)
+            tensor.step += 1
+            if tensor.turnover.add(slots.numel(), self._newborn_deaths.get(tensor.name, 0)):
+                rank_zero_warn(collapse_message(tensor.name, item.alpha))
+        self._newborn_deaths = {}
+
+    def _stepped(self, tensor: Tensor_, theta: Tensor, optimizer: Optimizer, group_index: int) -> Stepped:
+        group = optimizer.param_groups[group_index]
+        lr, done = group["lr"], tensor.step - tensor.start
+        progress = done / self._total_steps if self._total_steps else 0.0
+        alpha = tensor.alpha
+        if alpha is None:
+            alpha, _ = default_l1(optimizer, group)  # the momentum may be on a schedule
+        alpha = evaluate(alpha, min(progress, 1.0), f"l1 of `{tensor.name}`")
+        temperature = evaluate(self.temperature, lr, "temperature")
+        until = self.rewire_until
+        if isinstance(until, float):
+            assert self._total_steps is not None
+            until = until * self._total_steps
+        rewires = (done + 1) % self.rewire_every_n_steps == 0 and (until is None or done < until)
+        return Stepped(tensor, theta, group_index, lr, alpha, temperature, rewires)
+
+    def _before_plain_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # With a closure the gradients of this step do not exist yet; those of a fused optimizer under GradScaler may hold
+        # infinities for which it is going to skip the step. (The first of `args` is the optimizer itself.)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        self._refuse_non_finite(optimizer, gradients=closure is None and getattr(optimizer, "found_inf", None) is None)
+
+    def _refuse_non_finite(self, optimizer: Optimizer, gradients: bool) -> None:
+        matched = self._match(optimizer)
+        if not matched:
+            return
+        theta = matched[0][0].theta
+        step = matched[0][0].step
+        if theta.device.type != "cpu" and not self.check_invariants and step % self.log_every_n_steps:
+            return  # looking costs a host synchronization
+        guards.refuse_non_finite([tensor for tensor, _ in matched], gradients)
+
+    def _match(self, optimizer: Optimizer) -> list[tuple[Tensor_, int]]:
+        """The tensors whose theta an optimizer holds, with the index of their parameter group."""
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        known = self._matches.get(id(optimizer))
+        if known is None or known[0]() is not optimizer or known[1] != size:
+            where = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+            matched = [(tensor, where[id(tensor.theta)]) for tensor in self._tensors if id(tensor.theta) in where]
+            known = self._matches[id(optimizer)] = (weakref.ref(optimizer), size, matched)
+        return known[2]
+
+    def _wire(self, optimizer: Optimizer, check_before: bool = False) -> bool:
+        """Hook an optimizer that holds some of our thetas. Returns whether it does."""
+        if not self._match(optimizer):
+            return False
+        if isinstance(optimizer, LBFGS):
+            raise ValueError("LBFGS keeps a history over all parameters, which rewiring would falsify: use another optimizer.")
+        if id(optimizer) in self._hooks:
+            return True
+
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            # a fused optimizer calls its hooks also when GradScaler has made it skip the step
+            if not guards.was_skipped(optimizer):
+                self.on_after_optimizer_step(optimizer=optimizer)
+
+        self._note_l1(optimizer)
+        hooks = [optimizer.register_step_post_hook(after)]
+        if check_before:
+            hooks.append(optimizer.register_step_pre_hook(self._before_plain_step))
+        self._hooks[id(optimizer)] = (optimizer, hooks)
+        return True
+
+    def _note_l1(self, optimizer: Optimizer) -> None:
+        """For the report: which alpha each tensor has, and a line where it is a guess."""
+        for tensor, group_index in self._match(optimizer):
+            alpha = tensor.alpha
+            if alpha is None:
+                alpha, line = default_l1(optimizer, optimizer.param_groups[group_index])
+                if line is not None and line not in self._told:
+                    self._told.add(line)
+                    rank_zero_warn(line)
+            tensor.slots.l1_taken = repr(alpha) if callable(alpha) else float(alpha)
+
+    def _unhook(self, key: int | None = None) -> None:
+        for one in list(self._hooks) if key is None else [key]:
+            for hook in self._hooks.pop(one, (None, []))[1]:
+                hook.remove()
+            self._matches.pop(one, None)
+
+    def _watch(self, watching: bool) -> None:
+        for tensor in self._tensors:
+            tensor.slots.watch(watching)
+
+    def _begin_training(self) -> None:
+        """A new training (not the continuation of one): the progress starts at 0, draws and steps go on."""
+        if not self._continues:
+            for tensor in self._tensors:
+                tensor.start = tensor.step
+        self._continues = False
+
+    def _check_schedules(self, what_to_do: str) -> None:
+        needs = [tensor.name for tensor in self._tensors if callable(tensor.alpha)]
+        if self._total_steps is None and (needs or isinstance(self.rewire_until, float)):
+            raise ValueError(
+                f"{'l1 changes' if needs else 'rewire_until is a fraction: it ends'} with the progress of the training, but its "
+                f"length is not known. {what_to_do}"
+            )
+
+    def statistics(self) -> dict[str, float]:
+        """Means per step since the last call: ``deepr/<tensor>/turnover``, ``.../newborn_deaths``, ``.../mature_deaths``."""
+        return {f"deepr/{t.name}/{key}": value for t in self._tensors for key, value in t.turnover.take().items()}
