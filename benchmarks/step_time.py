@@ -218,16 +218,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200, help="per arm and round")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of step_time.csv and step_time.png")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rows = [row for size in (10, 128) for row in measure(size, options.rounds, options.steps)]
-    with (HERE / "step_time.csv").open("w", newline="") as file:
+    with (options.out / "step_time.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, HERE / "step_time.png")
+    draw(rows, options.out / "step_time.png")
     print("| batch | arm | time / dense | time / dense under the Trainer | reborn per step |\n|---|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")

@@ -201,7 +201,11 @@ class SparseTraining(Stepper, Callback):
         for converted in converted_tensors(module):
             if converted.name not in alphas:
                 continue
-            tensor = mine.get(converted.slots) or Tensor_(converted, Turnover(converted.slots.count))
+            tensor = mine.get(converted.slots)
+            if tensor is None:
+                # a new callback on a trained network goes on counting, so that it does not repeat the draws of the old one
+                step = 1 + int(converted.slots.born.max())
+                tensor = Tensor_(converted, Turnover(converted.slots.count), step=step, start=step)
             tensor.converted, tensor.alpha = converted, alphas[converted.name]
             converted.slots.owner = weakref.ref(self)
             taken.append(tensor)

@@ -115,11 +115,11 @@ class DeepR(SparseTraining):
             return [theta.new_empty(0, dtype=torch.long) for theta in thetas]
         # if theta < 0: dormant; then activate as many dormant places, uniformly at random, theta <- 0
         dormant = rewiring.dormant_slots(thetas)
-        self._newborn_deaths = {
-            item.tensor.name: int((item.tensor.slots.born[slots] == step - 1).sum())
+        self._newborn_deaths.update(
+            (item.tensor.name, int((item.tensor.slots.born[slots] >= step - self.rewire_every_n_steps).sum()))
             for item, slots in zip(stepped, dormant, strict=True)
             if slots.numel()
-        }
+        )
         rewiring.reactivate(thetas, tensors, dormant, self.seed, step)
         for item, slots in zip(stepped, dormant, strict=True):
             if slots.numel():

@@ -11,7 +11,7 @@ COLLAPSE_STEPS = 100
 class Turnover:
     """Counts for one tensor since they were last taken, and the watch for a collapse.
 
-    A connection that dies in the step after its birth is a newborn; most newborns do, since they start at 0 and lose
+    A connection that dies in the first rewiring after its birth is a newborn; most newborns do, since they start at 0 and lose
     eta * alpha per step unless the gradient helps.
     """
 
@@ -22,16 +22,22 @@ class Turnover:
     streak: int = field(default=0)  # steps on end in which more than half of the connections were reborn
     warned: bool = False
 
-    def add(self, reborn: int, newborn_deaths: int) -> bool:
+    def add(self, reborn: int, newborn_deaths: int, rewired: bool = True) -> bool:
         """Count one step.
 
+        Args:
+            reborn: how many connections.
+            newborn_deaths: how many of them had been newborns.
+            rewired: whether the step rewires at all; steps that do not are left out of the watch for a collapse.
+
         Returns:
-            True once: when the tensor has collapsed (more than half of it reborn in each of 100 steps on end).
+            True once: when the tensor has collapsed (more than half of it reborn in each of 100 such steps on end).
         """
         self.steps += 1
         self.reborn += reborn
         self.newborn_deaths += newborn_deaths
-        self.streak = self.streak + 1 if 2 * reborn > self.count else 0
+        if rewired:
+            self.streak = self.streak + 1 if 2 * reborn > self.count else 0
         if self.streak >= COLLAPSE_STEPS and not self.warned:
             self.warned = True
             return True

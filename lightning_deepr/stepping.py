@@ -127,7 +127,7 @@ class Stepper:
             if self.check_invariants:
                 guards.check_invariants(tensor, item, slots, optimizer, self._starting_state)
             tensor.step += 1
-            if tensor.turnover.add(slots.numel(), self._newborn_deaths.get(tensor.name, 0)):
+            if tensor.turnover.add(slots.numel(), self._newborn_deaths.get(tensor.name, 0), item.rewires):
                 rank_zero_warn(collapse_message(tensor.name, item.alpha))
         self._newborn_deaths = {}
 

@@ -19,6 +19,7 @@ from lightning_deepr.connections import KSlots, converted_tensors
 from tests import oracle
 
 SEED = 3
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 Named = Iterable[tuple[str, nn.Parameter]]
 
 

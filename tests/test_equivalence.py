@@ -32,6 +32,7 @@ from tests.helpers_algorithm import (
     loss_of,
     mlp,
     oracle_of,
+    plain_mlp,
     state_of,
     thetas,
     train,
@@ -178,6 +179,33 @@ def test_trainer_fabric_and_plain_loop_are_equal(setting: Setting) -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:A backward pass reached")
+def test_a_fabric_without_a_converted_network_is_refused() -> None:
+    """Not converted, or set up by ``setup_module``, of which Fabric's callbacks hear nothing."""
+    for how in ("dense", "setup_module"):
+        callback = Setting().callback()
+        fabric = Fabric(accelerator="cpu", devices=1, callbacks=[callback])
+        net = plain_mlp() if how == "dense" else mlp()
+        optimizer = sgd(net.parameters())
+        if how == "dense":
+            wrapped, wrapped_optimizer = fabric.setup(net, optimizer)
+        else:
+            wrapped, wrapped_optimizer = fabric.setup_module(net), fabric.setup_optimizers(optimizer)
+        with pytest.raises(RuntimeError, match=r"given to Fabric.*fabric\.setup\(net, optimizer\).*attach"):
+            train(wrapped, wrapped_optimizer, batches(1))
+
+
+def test_setup_module_and_attach_are_equal_to_setup() -> None:
+    callback = Setting().callback()
+    fabric = Fabric(accelerator="cpu", devices=1, callbacks=[callback])
+    net = mlp()
+    wrapped, optimizer = fabric.setup_module(net), sgd(net.parameters())
+    wrapped_optimizer = fabric.setup_optimizers(optimizer)
+    callback.attach(wrapped, wrapped_optimizer, total_steps=STEPS)  # type: ignore[arg-type]
+    train(wrapped, wrapped_optimizer, batches(STEPS))  # type: ignore[arg-type]
+    assert_equal_states(state_of(net, optimizer), by_plain_loop(Setting()).state)
+
+
 def test_fabric_refuses_a_schedule_without_a_length() -> None:
     net = mlp()
     callback = DeepR(l1=LinearDecay(0.1))
@@ -263,12 +291,15 @@ def test_a_frozen_tensor_waits(set_to_none: bool) -> None:
     before = [state_of(layer) for layer in (net[0], net[2])]  # type: ignore[index]
     thetas(net)[0].requires_grad_(False)
     assert steps(data[5:10]) == [5, 10]
+    callback.statistics()
     slots = all_slots(net)[0]
     assert torch.equal(thetas(net)[0], before[0][1]) and torch.equal(slots.places, before[0][2])
     assert not torch.equal(thetas(net)[1], before[1][1])
     thetas(net)[0].requires_grad_(True)
     assert steps(data[10:]) == [15, 20]
     assert int(slots.born.max()) < 15 <= int(all_slots(net)[1].born.max())
+    deaths = callback.statistics()
+    assert all(deaths[f"deepr/{name}/newborn_deaths"] > 0 for name in ("0.weight", "2.weight")), "those of one were forgotten"
 
 
 @pytest.mark.parametrize("make", [sgd, adam])
@@ -640,7 +671,7 @@ def test_an_optimizer_where_a_foreign_one_lay_is_found() -> None:
     """Fabric's callback sees the steps of all optimizers of the process."""
     callback = Setting().callback()
     fabric = Fabric(accelerator="cpu", devices=1, callbacks=[callback])
-    net = fabric.setup_module(mlp())
+    net = fabric.setup(mlp())
     foreign = [nn.Parameter(torch.ones(2)) for _ in net.parameters()]
     seen = set()
     for _ in range(20):
@@ -657,14 +688,19 @@ def test_an_optimizer_where_a_foreign_one_lay_is_found() -> None:
 
 
 def test_a_callback_given_to_fabric_leaves_nothing_behind() -> None:
-    def count() -> int:
-        return len(_global_optimizer_pre_hooks) + len(_global_optimizer_post_hooks)
-
-    gc.collect()
-    before = count()
-    callback = by_fabric(Setting()).callback
-    assert count() > before
-    gone = weakref.ref(callback)
-    del callback
-    gc.collect()
-    assert gone() is None and count() == before
+    """However many there were, torch's hooks on all optimizers do not grow, and none keeps a callback alive."""
+    counts = []
+    for _ in range(3):
+        run = by_fabric(Setting())
+        gone = weakref.ref(run.callback)
+        run.callback = None  # type: ignore[assignment]
+        gc.collect()
+        assert gone() is None
+        counts.append(len(_global_optimizer_pre_hooks) + len(_global_optimizer_post_hooks))
+        before = [slots.places.clone() for slots in all_slots(run.net)]
+        with torch.no_grad():
+            for theta in thetas(run.net):
+                theta.fill_(-1.0)
+        run.optimizer.step()
+        assert all(torch.equal(slots.places, places) for slots, places in zip(all_slots(run.net), before, strict=True))
+    assert len(set(counts)) == 1

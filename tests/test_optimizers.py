@@ -21,6 +21,7 @@ from tests import oracle
 from tests.helpers_algorithm import (
     SEED,
     Named,
+    Regression,
     Twin,
     all_slots,
     assert_equal_states,
@@ -30,6 +31,7 @@ from tests.helpers_algorithm import (
     state_of,
     thetas,
     train,
+    trainer,
 )
 
 
@@ -312,3 +314,5 @@ def test_lbfgs_is_refused() -> None:
     net = mlp()
     with pytest.raises(ValueError, match=r"LBFGS.*another optimizer"):
         DeepR().attach(net, optim.LBFGS(net.parameters()))
+    with pytest.raises(ValueError, match=r"LBFGS.*another optimizer"):
+        trainer(DeepR(0.3)).fit(Regression(optim.LBFGS))

@@ -12,6 +12,7 @@ from scipy import stats
 from lightning_deepr import DeepR, randomness, sparsify
 from tests import oracle
 from tests.helpers_algorithm import (
+    DEVICES,
     all_slots,
     batches,
     chi_square_p,
@@ -37,32 +38,34 @@ def test_the_hash_is_splitmix64() -> None:
     assert [word % 2**64 for word in found] == published
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("coordinates", [(), (0,), (0, 0), (1, 4, 17, 2), (-1, 5, 2**40), (2**63 - 1, 3, 9)])
-def test_numpy_and_torch_agree_on_keys_bits_and_signs(coordinates: tuple[int, ...]) -> None:
+def test_numpy_and_torch_agree_on_keys_bits_and_signs(coordinates: tuple[int, ...], device: str) -> None:
     stream = randomness.key(*coordinates)
     assert stream == oracle.key(*coordinates)
     expected = oracle.bits(stream, COUNTERS.numpy())
-    assert np.array_equal(randomness.bits(stream, COUNTERS).numpy().astype(np.uint64), expected)
+    assert np.array_equal(randomness.bits(stream, COUNTERS.to(device)).cpu().numpy().astype(np.uint64), expected)
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        signs = randomness.signs_of(stream, COUNTERS, dtype)
-        assert signs.dtype == dtype and np.array_equal(signs.double().numpy(), oracle.signs(stream, COUNTERS.numpy()))
+        signs = randomness.signs_of(stream, COUNTERS.to(device), dtype)
+        assert signs.dtype == dtype and np.array_equal(signs.double().cpu().numpy(), oracle.signs(stream, COUNTERS.numpy()))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 784 * 300, 2**40, 2**40 - 1, 3 * 2**61, 2**62 + 1, 2**63 - 1])
-def test_numpy_and_torch_agree_on_places(total: int) -> None:
+def test_numpy_and_torch_agree_on_places(total: int, device: str) -> None:
     stream = randomness.key(6, 1, total)
-    counters = torch.arange(200)
-    found = randomness.uniform_places(stream, counters, torch.tensor(total)).tolist()
+    counters = torch.arange(200, device=device)
+    found = randomness.uniform_places(stream, counters, torch.tensor(total, device=device)).tolist()
     expected = [oracle.place(stream, counter, total) for counter in counters.tolist()]
     assert found == [-1 if p is None else p for p in expected]
 
 
-def test_numpy_and_torch_agree_on_deviates() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_numpy_and_torch_agree_on_deviates(device: str) -> None:
     stream = randomness.key(1, 2, 3)
     counters = torch.arange(10_000)
-    np.testing.assert_allclose(
-        randomness.normal(stream, counters).numpy(), oracle.normal(stream, counters), rtol=1e-12, atol=1e-12
-    )
+    found = randomness.normal(stream, counters.to(device)).cpu().numpy()
+    np.testing.assert_allclose(found, oracle.normal(stream, counters), rtol=1e-12, atol=1e-12)
 
 
 def test_keys_keep_their_coordinates_apart() -> None:

@@ -382,11 +382,13 @@ def test_two_callbacks_of_one_trainer_keep_their_states_apart(tmp_path: Path) ->
 # -- a collapse is told -------------------------------------------------------------------------------------------------------
 
 
-def run_and_listen(l1: float, steps: int, connectivity: Any = 0.01, resume: Any = None) -> tuple[list[str], Any]:
+def run_and_listen(
+    l1: float, steps: int, connectivity: Any = 0.01, resume: Any = None, every: int = 1
+) -> tuple[list[str], Any]:
     """What was told of collapses, and the state to go on from."""
     net: nn.Module = sparsify(plain_mlp((64, 48, 10)), connectivity, distribution="uniform", seed=SEED)
     optimizer = optim.SGD(net.parameters(), lr=0.1)
-    rewiring = DeepR(l1=l1, seed=SEED).attach(net, optimizer)
+    rewiring = DeepR(l1=l1, seed=SEED, rewire_every_n_steps=every).attach(net, optimizer)
     if resume is not None:
         net.load_state_dict(resume[0])
         rewiring.load_state_dict(resume[1])
@@ -415,6 +417,27 @@ def test_a_collapse_is_told_after_100_steps_on_end() -> None:
     assert run_and_listen(2.0, 99, resume=healthy)[0] == [], "one healthy step begins the count anew"
 
 
+def test_a_collapse_is_told_where_only_some_steps_rewire() -> None:
+    told, _ = run_and_listen(2.0, 230, every=2)
+    assert [message.split("`")[1] for message in told] == ["0.weight", "2.weight"]
+
+
 def test_a_healthy_run_hears_nothing() -> None:
     told, _ = run_and_listen(1e-3, 150, connectivity=0.2)
     assert told == []
+
+
+def test_a_new_callback_on_a_trained_network_goes_on_counting() -> None:
+    """Else it would repeat the draws of the first one."""
+    torch.manual_seed(0)
+    net = sparsify(torch.nn.Linear(40, 30), 0.2)
+    for _ in range(2):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        rewiring = DeepR(l1=1.0).attach(net, optimizer)
+        before = rewiring.state_dict()["tensors"]["weight"]["step"]
+        for _ in range(5):
+            optimizer.zero_grad()
+            net(torch.randn(8, 40)).square().mean().backward()
+            optimizer.step()
+        rewiring.remove()
+    assert before == 5

@@ -12,6 +12,7 @@ from lightning_deepr import DeepR, rewiring, sparsify
 from lightning_deepr.connections import KSlots
 from tests import oracle
 from tests.helpers_algorithm import (
+    DEVICES,
     SEED,
     Branches,
     all_slots,
@@ -301,6 +302,7 @@ def test_tensors_do_not_disturb_each_other() -> None:
         assert run([i]) == {i: together[i]}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("total", "count"), [(300, 60), (300, 150), (300, 151), (300, 300), (2**40, 30)])
-def test_the_start_is_the_oracles(total: int, count: int) -> None:
-    assert rewiring.random_places(total, count, 3, 8).tolist() == oracle.start_places(total, count, 3, 8)
+def test_the_start_is_the_oracles(total: int, count: int, device: str) -> None:
+    assert rewiring.random_places(total, count, 3, 8, device).tolist() == oracle.start_places(total, count, 3, 8)
