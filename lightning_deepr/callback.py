@@ -40,7 +40,7 @@ from lightning_deepr.selection import (
 )
 from lightning_deepr.start import INITS
 from lightning_deepr.statistics import Turnover
-from lightning_deepr.stepping import Stepper, Tensor_
+from lightning_deepr.stepping import Stepper, TrackedTensor
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -205,7 +205,7 @@ class SparseTraining(Stepper, Callback):
             if tensor is None:
                 # a new callback on a trained network goes on counting, so that it does not repeat the draws of the old one
                 step = 1 + int(converted.slots.born.max())
-                tensor = Tensor_(converted, Turnover(converted.slots.count), step=step, start=step)
+                tensor = TrackedTensor(converted, Turnover(converted.slots.count), step=step, start=step)
             tensor.converted, tensor.alpha = converted, alphas[converted.name]
             converted.slots.owner = weakref.ref(self)
             taken.append(tensor)

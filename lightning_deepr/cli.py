@@ -8,6 +8,10 @@ import warnings
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
 
 TRAINING = ("fit", "validate", "test", "predict")
 
@@ -45,12 +49,32 @@ def with_packaged_recipes(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def train(arguments: Sequence[str]) -> None:
-    """``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's: any value of a recipe can be overridden."""
-    from lightning.pytorch import LightningDataModule, LightningModule
-    from lightning.pytorch.cli import LightningCLI
+def train(arguments: Sequence[str], run: bool = True) -> LightningCLI:
+    """``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's: any value of a recipe can be overridden.
+
+    Args:
+        arguments: of the command line. The recipe's ``sparsity`` is the sparse-training callback (``--sparsity.connectivity .05``).
+        run: False (without a subcommand among the arguments) makes model, data and trainer only.
+    """
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from lightning_deepr.callback import SparseTraining
 
     class RecipeCLI(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            # A key of its own: items of the list trainer.callbacks can't be overridden on the command line.
+            parser.add_subclass_arguments(SparseTraining, "sparsity", fail_untyped=False, required=False)
+            # one --seed_everything for start, order of the data and rewiring
+            parser.link_arguments("seed_everything", "sparsity.init_args.seed", compute_fn=_seed)
+
+        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+            sparsity = self._get(self.config_init, "sparsity")
+            listed = self._get(self.config_init, "trainer")["callbacks"] or []
+            listed = listed if isinstance(listed, list) else [listed]
+            # first: an averaging callback has to copy the converted network
+            return super().instantiate_trainer(callbacks=[*([sparsity] if sparsity else []), *listed], **kwargs)
+
         def after_fit(self) -> None:
             self.trainer.test(self.model, datamodule=self.datamodule)
 
@@ -62,13 +86,18 @@ def train(arguments: Sequence[str]) -> None:
     ):
         warnings.filterwarnings("ignore", harmless)
     sys.argv[1:] = with_packaged_recipes(arguments)  # LightningCLI warns when it is given arguments of its own
-    RecipeCLI(
+    return RecipeCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
+        run=run,
     )
+
+
+def _seed(seed_everything: bool | int | None) -> int:
+    return seed_everything if isinstance(seed_everything, int) and not isinstance(seed_everything, bool) else 0
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -95,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name:24s} {path.read_text().splitlines()[0].removeprefix('#').strip()}")
     else:
         print(
-            "usage: lightning-deepr fit|validate|test --config NAME|PATH [--model.init_args.lr 0.1 ...]\n"
+            "usage: lightning-deepr fit|validate|test --config NAME|PATH [--model.lr 0.1 --sparsity.connectivity 0.05 ...]\n"
             "       lightning-deepr report CHECKPOINT\n"
             "       lightning-deepr recipes\n\n"
             f"recipes: {', '.join(packaged_recipes())}"

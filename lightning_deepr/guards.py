@@ -14,7 +14,7 @@ from lightning_deepr.connections import Converted, converted_tensors
 from lightning_deepr.optimizer_state import StartingState
 
 if TYPE_CHECKING:
-    from lightning_deepr.stepping import Stepped, Tensor_
+    from lightning_deepr.stepping import Stepped, TrackedTensor
 
 OPTIMIZER_TOO_EARLY = (
     "The optimizer holds none of the converted weights: it was made before the network was converted (optimizer made before "
@@ -75,7 +75,7 @@ def refuse_lost_conversions(module: nn.Module, expected: Sequence[Converted]) ->
             )
 
 
-def refuse_unequal_ranks(trainer: Any, tensors: Sequence[Tensor_]) -> None:
+def refuse_unequal_ranks(trainer: Any, tensors: Sequence[TrackedTensor]) -> None:
     """All ranks of a distributed run must start with the same connections; then they stay equal without a word."""
     if trainer.world_size <= 1:
         return
@@ -103,7 +103,7 @@ def was_skipped(optimizer: Optimizer) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
-def refuse_non_finite(tensors: Sequence[Tensor_], gradients: bool) -> None:
+def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None:
     """Stop before a step that would spread a value that is not finite; names the tensor and the step."""
     looked = [("theta", t, t.theta.detach()) for t in tensors]
     if gradients:
@@ -122,7 +122,7 @@ def refuse_non_finite(tensors: Sequence[Tensor_], gradients: bool) -> None:
 
 
 def check_invariants(
-    tensor: Tensor_, item: Stepped, reborn: torch.Tensor, optimizer: Optimizer, starting: StartingState
+    tensor: TrackedTensor, item: Stepped, reborn: torch.Tensor, optimizer: Optimizer, starting: StartingState
 ) -> None:
     """Everything that must hold after every step.
 

@@ -7,6 +7,7 @@ lets the algorithm act, and counts.
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from lightning_deepr.statistics import Turnover, collapse_message
 
 
 @dataclass
-class Tensor_:
+class TrackedTensor:
     """A tensor at work: the converted weight and what the callback keeps about it."""
 
     converted: Converted
@@ -32,7 +33,6 @@ class Tensor_:
     alpha: Any = None  # l1's entry for it; None: by the optimizer
     step: int = 0  # optimizer steps that it took part in
     start: int = 0  # ... at which the present training began
-    collapse_told: bool = False
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ class Tensor_:
 class Stepped:
     """A tensor that has just taken an optimizer step, with what holds in this step."""
 
-    tensor: Tensor_
+    tensor: TrackedTensor
     theta: Tensor  # detached: written in place
     group_index: int
     lr: Any
@@ -60,7 +60,7 @@ class Stepped:
     rewires: bool  # False: theta < 0 is set to 0
 
 
-class Stepper:
+class Stepper(ABC):
     """The part of a callback that needs no Trainer.
 
     Args:
@@ -84,11 +84,11 @@ class Stepper:
         self.check_invariants = check_invariants
         self.log_every_n_steps = log_every_n_steps
 
-        self._tensors: list[Tensor_] = []
+        self._tensors: list[TrackedTensor] = []
         self._total_steps: float | None = None  # of the present training; None: not known
         # By id(optimizer). An id is free again when its optimizer is gone: the first keeps the optimizer, the second tells.
         self._hooks: dict[int, tuple[Optimizer, list[Any]]] = {}
-        self._matches: dict[int, tuple[weakref.ref[Optimizer], int, list[tuple[Tensor_, int]]]] = {}
+        self._matches: dict[int, tuple[weakref.ref[Optimizer], int, list[tuple[TrackedTensor, int]]]] = {}
         self._starting_state = StartingState()
         self._newborn_deaths: dict[str, int] = {}  # of the present step, by tensor
         self._continues = False  # a state was loaded: what begins is no new training
@@ -96,13 +96,13 @@ class Stepper:
 
     # -- the algorithm ----------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Tensor]:
         """What follows an optimizer step, for the tensors that took it. In place.
 
         Returns:
             for each tensor the slots that were reborn, int64 [R_i].
         """
-        raise NotImplementedError(f"{type(self).__name__} has to say what follows an optimizer step.")
 
     def on_after_optimizer_step(self, strategy: Any = None, optimizer: Optimizer | None = None) -> None:
         """What follows an optimizer step. A hook on the optimizer calls it, and Fabric by itself."""
@@ -131,7 +131,7 @@ class Stepper:
                 rank_zero_warn(collapse_message(tensor.name, item.alpha))
         self._newborn_deaths = {}
 
-    def _stepped(self, tensor: Tensor_, theta: Tensor, optimizer: Optimizer, group_index: int) -> Stepped:
+    def _stepped(self, tensor: TrackedTensor, theta: Tensor, optimizer: Optimizer, group_index: int) -> Stepped:
         group = optimizer.param_groups[group_index]
         lr, done = group["lr"], tensor.step - tensor.start
         progress = done / self._total_steps if self._total_steps else 0.0
@@ -163,7 +163,7 @@ class Stepper:
             return  # looking costs a host synchronization
         guards.refuse_non_finite([tensor for tensor, _ in matched], gradients)
 
-    def _match(self, optimizer: Optimizer) -> list[tuple[Tensor_, int]]:
+    def _match(self, optimizer: Optimizer) -> list[tuple[TrackedTensor, int]]:
         """The tensors whose theta an optimizer holds, with the index of their parameter group."""
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         known = self._matches.get(id(optimizer))

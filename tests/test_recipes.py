@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningCLI
 
 from lightning_deepr import DeepR, cli, connections, load_state_dict
 from lightning_deepr.models import LeNet300100
@@ -43,15 +41,13 @@ def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedP
 def test_every_recipe_instantiates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-deepr"])
-    made = LightningCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        run=False,
-        save_config_callback=None,
-        args=["--config", cli.find_recipe(name)],
+    made = cli.train(
+        ["--config", name, "--sparsity.connectivity", "0.05", "--trainer.max_epochs", "3", "--seed_everything", "7"], run=False
     )
+    assert made.trainer.max_epochs == 3
+    assert isinstance(made.trainer.callbacks[0], DeepR)
+    assert made.trainer.callbacks[0].connectivity == 0.05
+    assert made.trainer.callbacks[0].seed == 7  # one seed for all
     callbacks = [c for c in made.trainer.callbacks if isinstance(c, DeepR)]
     assert len(callbacks) == 1
     head = Path(cli.find_recipe(name)).read_text().splitlines()

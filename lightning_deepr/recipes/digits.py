@@ -47,7 +47,7 @@ class DigitsDataModule(LightningDataModule):
         val_size: so many of the last training images are held out for validation (0: none).
         shift_probability: see :class:`lightning_deepr.recipes.batches.Batches`.
         shift_until: shifts end at this fraction of the training.
-        seed: of the order of the images and of their shifts.
+        seed: of the order of the images and of their shifts; None: that of ``seed_everything``.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class DigitsDataModule(LightningDataModule):
         val_size: int = 0,
         shift_probability: float = 0.0,
         shift_until: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if val_size < 0 or batch_size < 1:
@@ -88,7 +88,7 @@ class DigitsDataModule(LightningDataModule):
             labels[:keep],
             self.batch_size,
             shuffle=True,
-            seed=self.seed,
+            seed=torch.initial_seed() if self.seed is None else self.seed,
             shift_probability=self.shift_probability,
             shift_epochs=self.shift_until * epochs if epochs and epochs > 0 else float("inf"),
         )
@@ -123,7 +123,7 @@ class MNISTDataModule(DigitsDataModule):
         val_size: int = 0,
         shift_probability: float = 0.0,
         shift_until: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, val_size, shift_probability, shift_until, seed)
         self.root = root
