@@ -7,7 +7,7 @@ algorithm overrides :meth:`SparseTraining.after_step`, which is given the tensor
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from lightning_deepr import fabric_hooks, guards
 from lightning_deepr.connections import converted_tensors, follow
 from lightning_deepr.conversion import check_compute, check_seed, convert, nothing_to_convert
 from lightning_deepr.schedules import (
+    LinearDecay,
+    LrPower,
     check_l1,
     check_temperature,
     is_documented,
@@ -77,16 +79,17 @@ class SparseTraining(Stepper, Callback):
     An algorithm overrides :meth:`after_step`.
     """
 
+    # LightningCLI reads the arguments' names and types here: they have to be there when the program runs
     def __init__(
         self,
-        connectivity: float | int | dict[str, float | int] | None = None,
+        connectivity: int | float | dict[str, int | float] | None = None,
         *,
-        target_modules: Any = "all",
-        exclude_modules: Any = (),
-        distribution: Any = "erdos_renyi",
+        target_modules: str | list[str] | Callable = "all",
+        exclude_modules: str | Iterable[str] | Callable = (),
+        distribution: str | Callable = "erdos_renyi",
         scope: str = "layer",
-        l1: Any = None,
-        temperature: Any = 0.0,
+        l1: float | dict[str, float] | LinearDecay | Callable | None = None,
+        temperature: float | LrPower | Callable = 0.0,
         init: str = "module",
         rewire_every_n_steps: int = 1,
         rewire_until: int | float | None = None,
@@ -132,10 +135,10 @@ class SparseTraining(Stepper, Callback):
             log_every_n_steps=log_every_n_steps,
         )
         self.connectivity = connectivity
-        self.target_modules = target_modules
-        self.exclude_modules = exclude_modules
-        self.distribution = distribution
-        self.l1 = l1
+        self.target_modules: Any = target_modules
+        self.exclude_modules: Any = exclude_modules
+        self.distribution: Any = distribution
+        self.l1: Any = l1
         self.init = init
         self.compute = compute
         self._at_fabric = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_deepr import rewiring
 from lightning_deepr.callback import SparseTraining
 from lightning_deepr.connections import restart_averages
-from lightning_deepr.schedules import LinearDecay, LrPower
 from lightning_deepr.stepping import Stepped
 
 
@@ -55,42 +54,6 @@ class DeepR(SparseTraining):
         >>> from lightning_deepr import DeepR
         >>> trainer = Trainer(callbacks=[DeepR(connectivity=0.01)], logger=False, enable_checkpointing=False)
     """
-
-    # spelled out again: LightningCLI reads names, types and the documentation of the arguments here
-    def __init__(
-        self,
-        connectivity: int | float | dict[str, int | float] | None = None,
-        *,
-        target_modules: str | list[str] | Callable = "all",
-        exclude_modules: str | Iterable[str] | Callable = (),
-        distribution: str | Callable = "erdos_renyi",
-        scope: str = "layer",
-        l1: float | dict[str, float] | LinearDecay | Callable | None = None,
-        temperature: float | LrPower | Callable = 0.0,
-        init: str = "module",
-        rewire_every_n_steps: int = 1,
-        rewire_until: int | float | None = None,
-        seed: int = 0,
-        compute: str = "auto",
-        check_invariants: bool = False,
-        log_every_n_steps: int = 50,
-    ) -> None:
-        super().__init__(
-            connectivity,
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-            distribution=distribution,
-            scope=scope,
-            l1=l1,
-            temperature=temperature,
-            init=init,
-            rewire_every_n_steps=rewire_every_n_steps,
-            rewire_until=rewire_until,
-            seed=seed,
-            compute=compute,
-            check_invariants=check_invariants,
-            log_every_n_steps=log_every_n_steps,
-        )
 
     @override
     def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Tensor]:

@@ -154,6 +154,3 @@ def check_invariants(
             require(
                 torch.equal(value[reborn], expected), f"the optimizer's {name} of a reborn slot is not at its start, {start}"
             )
-
-
-__all__ = [name for name in dir() if name.startswith(("refuse_", "check", "was_"))] + ["OPTIMIZER_TOO_EARLY"]

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_deepr.cli import find_recipe
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -28,3 +34,28 @@ def test_the_table_of_the_mnist_results_is_printed_from_the_recorded_runs() -> N
         arms = {row["arm"] for row in csv.DictReader(file)}
     assert arms
     assert all(f"| {arm} |" in done.stdout for arm in arms)
+
+
+@pytest.mark.parametrize(("arm", "recipe"), [("best", "mnist_best"), ("paper", "mnist")])
+def test_an_arm_has_the_settings_of_its_recipe(arm: str, recipe: str) -> None:
+    """The accuracies in the README are of the arms; the recipe that they are said to be of must not drift away."""
+    spec = importlib.util.spec_from_file_location("mnist_study", SCRIPTS / "reproduction" / "mnist.py")
+    assert spec is not None
+    assert spec.loader is not None
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    settings = study.ARMS[arm]
+    written = yaml.safe_load(Path(find_recipe(recipe)).read_text())
+
+    assert settings["model"] == written["model"]["init_args"]
+    assert {"root": "data", "batch_size": 10, **settings["data"]} == written["data"]["init_args"]
+    assert settings.get("epochs", 10) == written["trainer"]["max_epochs"]
+
+    def plain(value: object) -> object:
+        """A schedule as the recipe writes it."""
+        if hasattr(value, "__dict__"):
+            return {"class_path": f"lightning_deepr.{type(value).__name__}", "init_args": vars(value)}
+        return value
+
+    assert written["sparsity"]["class_path"] == "lightning_deepr.DeepR"
+    assert {name: plain(value) for name, value in settings["deepr"].items()} == written["sparsity"]["init_args"]
