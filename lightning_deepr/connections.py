@@ -7,18 +7,23 @@ it and knows where each slot's connection is (``places``) and what sign it has (
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_deepr import recurrent
-from lightning_deepr.compute import build_weight
+from lightning_deepr import kernels, recurrent
+from lightning_deepr.compute import build_weight, choice
+from lightning_deepr.compute.order import Order
+from lightning_deepr.compute.sparse import linear
+from lightning_deepr.compute.weight import SparseWeight as _SparseWeight
 from lightning_deepr.randomness import signs_of
 
 FORMAT_VERSION = 1
@@ -26,6 +31,10 @@ FORMAT_VERSION = 1
 # a sparse checkpoint. So the key that holds the version of the format says what to call.
 FORMAT_KEY = "lightning_deepr.load_state_dict"
 LARGEST_READ = 1 << 30  # bytes; a larger dense weight is not built by reading an attribute
+
+
+_KERNEL_TYPES = (torch.float32, torch.float64)
+_told: set[str] = set()
 
 
 class Notice:
@@ -82,7 +91,11 @@ class KSlots(nn.Module):
         self.born = torch.full_like(self.places, -1)
         self.signs = self.signs_at(self.places, dtype)
         self.notice = notice or Notice()
-        self.compute = "dense"
+        self.rows, self.columns = self.shape[0], math.prod(self.shape[1:])  # as a matrix
+        self.order: Order | None = None  # made when sparse compute needs it, and kept up to date
+        self.policy = "dense"  # "auto" | "dense" | "sparse": what was asked for
+        self.compute = "dense"  # what came of it
+        self._choices: dict[Any, bool] = {}
         self.l1_taken: float | str | None = None
         self.owner: Callable[[], Any] = _nobody  # weak reference to the callback at work
         self.copied_from: Callable[[], KSlots | None] = _nobody
@@ -104,15 +117,96 @@ class KSlots(nn.Module):
         return signs
 
     def forward(self, theta: Tensor) -> Tensor:
+        if self.compute == "sparse" and not self.is_watched and not torch.compiler.is_compiling():
+            return _SparseWeight(theta, self)
+        weight = self.dense(theta)
+        if self.is_watched and not torch.compiler.is_compiling():
+            self._watch(theta, weight)
+        return weight
+
+    def dense(self, theta: Tensor) -> Tensor:
+        """The dense-shaped weight.
+
+        Raises:
+            RuntimeError: it would take more than 1 GiB.
+        """
         if not torch.compiler.is_compiling() and self.total * theta.element_size() > LARGEST_READ:
             raise RuntimeError(
                 f"Building this weight of shape {tuple(self.shape)} takes {self.total * theta.element_size() / 2**30:.1f} GiB "
                 "(more than 1 GiB). `lightning_deepr.connections(module)` gives its places and values instead."
             )
-        weight = build_weight(theta, self.signs, self.places, self.shape)
-        if self.is_watched and not torch.compiler.is_compiling():
-            self._watch(theta, weight)
-        return weight
+        return build_weight(theta, self.signs, self.places, self.shape)
+
+    # -- sparse compute ---------------------------------------------------------------------------------------------------
+
+    def choose_compute(self, policy: str, capable: bool) -> None:
+        """Take the ``compute`` argument for this tensor.
+
+        Args:
+            policy: "auto" | "dense" | "sparse".
+            capable: whether the module multiplies with this tensor as a linear layer does.
+        """
+        self.policy = policy if capable else "dense"
+        self._choices = {}
+        sparse = self.policy == "sparse" or (self.policy == "auto" and self.prefers_sparse(choice.NOMINAL_BATCH, "cpu"))
+        if self.policy == "auto" and self.total * self.signs.element_size() > LARGEST_READ:
+            sparse = True  # there is no other way
+            self.policy = "sparse"
+        self.compute = "sparse" if sparse else "dense"
+        if sparse and self.places.device.type == "cpu" and self.signs.dtype in _KERNEL_TYPES and kernels.available():
+            self.refresh_order()
+
+    def prefers_sparse(self, batch: int, device: str) -> bool:
+        return kernels.available() and choice.prefers_sparse(self.rows, self.columns, self.count, batch, self.signs.dtype, device)
+
+    def uses_sparse(self, x: Tensor) -> bool:
+        """Whether a product with x [..., columns] shall be sparse."""
+        if self.policy != "auto" or torch.compiler.is_compiling():
+            return self.compute == "sparse"
+        key = (x.numel(), x.device.type)
+        chosen = self._choices.get(key)
+        if chosen is None:
+            chosen = self._choices[key] = self.prefers_sparse(x.numel() // max(self.columns, 1), x.device.type)
+        if torch.is_grad_enabled():
+            self.compute = "sparse" if chosen else "dense"
+        return chosen
+
+    def has_kernel(self, theta: Tensor) -> bool:
+        """Whether a compiled kernel can compute with this theta; says once on which device or dtype it can't."""
+        if theta.device.type == "cpu" and theta.dtype in _KERNEL_TYPES and kernels.available():
+            return True
+        kind = f"{theta.device.type}, {theta.dtype}"
+        if not torch.compiler.is_compiling() and kind not in _told:
+            _told.add(kind)
+            warnings.warn(
+                f"Sparse compute has no kernel for {kind}: it runs in plain PyTorch, which is slower. Kernels are there for float32 and "
+                'float64 on the CPU, where numba can be imported. compute="dense" is the alternative.',
+                stacklevel=4,
+            )
+        return False
+
+    def ordered(self) -> Order:
+        """The connections by row and by column, up to date."""
+        order = self.order
+        if torch.compiler.is_compiling():
+            assert order is not None
+            return order
+        if order is None or order.is_stale(self.places):
+            return self.refresh_order()
+        return order
+
+    def refresh_order(self) -> Order:
+        """Put the connections in order anew; the buffer stays the same, for compiled graphs that hold it."""
+        if self.order is None:
+            self.order = Order(self.places, self.signs, self.shape)
+        else:
+            self.order.build(self.places, self.signs)
+        return self.order
+
+    def places_changed(self) -> None:
+        """After somebody wrote places: what is kept about them follows (a compiled graph could not look)."""
+        if self.order is not None:
+            self.refresh_order()
 
     def right_inverse(self, value: Tensor) -> Tensor:
         # ParametrizationList ignores a NotImplementedError while it is constructed, and passes it on at an assignment.
@@ -146,6 +240,11 @@ class KSlots(nn.Module):
         super()._apply(fn, recurse)
         for name in ("places", "born", "signs", "exceptions"):
             setattr(self, name, fn(getattr(self, name)))
+        self._choices = {}
+        if self.order is not None:
+            self.order = None
+            if self.places.device.type == "cpu":
+                self.refresh_order()
         if self.watched is not None:  # the Trainer moves the module between the conversion and the start of the fit
             self.watched = fn(self.watched.detach())
         return self
@@ -154,6 +253,9 @@ class KSlots(nn.Module):
         replica = KSlots(self.shape, self.places.clone(), self.index, self.sign_seed, self.exceptions.clone(), self.signs.dtype)
         replica.born = self.born.clone()
         replica.compute, replica.l1_taken, replica.training = self.compute, self.l1_taken, self.training
+        replica.policy = self.policy
+        if self.order is not None:
+            replica.refresh_order()
         replica.copied_from = weakref.ref(self)
         memo[id(self)] = replica
         return replica
@@ -194,6 +296,7 @@ class KSlots(nn.Module):
             self.places.copy_(record["places"])
             self.born.copy_(record["born"])
             self.signs.copy_(self.signs_at(self.places))
+        self.places_changed()
         self.watched = None
         realign_averages(self)
 
@@ -276,6 +379,8 @@ def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: KSlots, n
     parametrize.register_parametrization(module, tensor_name, slots, unsafe=True)
     if isinstance(module, nn.RNNBase):
         recurrent.take_over(module)
+    elif tensor_name == "weight" and type(module).forward is nn.Linear.forward:
+        type(module).forward = linear_forward  # type: ignore[method-assign]
     _warn_if_nobody_rewires(parameter, slots, name)
 
 
@@ -287,8 +392,21 @@ def remove(converted: Converted) -> None:
     _own_class(converted.module)
     parametrize.remove_parametrizations(converted.module, converted.tensor_name, leave_parametrized=False)
     converted.module._parameters[converted.tensor_name] = nn.Parameter(weight, requires_grad=requires_grad)
+    if type(converted.module).__dict__.get("forward") is linear_forward:  # the bias has a parametrization, and keeps the class
+        del type(converted.module).forward
     if isinstance(converted.module, nn.RNNBase):
         recurrent.give_back(converted.module)
+
+
+def linear_forward(self: Any, input: Tensor) -> Tensor:
+    """``nn.Linear.forward`` of a converted layer: sparse, or with the transient weight."""
+    holder = self._modules["parametrizations"]._modules["weight"]
+    slots, theta = holder._modules["0"], holder._parameters.get("original")
+    if len(holder._modules) == 1 and theta is not None and slots.uses_sparse(input):
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        return linear(input, theta, bias, slots)
+    weight = self.weight
+    return F.linear(input, weight.build() if type(weight) is _SparseWeight else weight, self.bias)
 
 
 def _own_class(module: nn.Module) -> None:
@@ -361,3 +479,4 @@ def _restart(holder: parametrize.ParametrizationList, slots: KSlots, reborn: Ten
     for name in ("places", "signs", "born"):
         source = getattr(slots, name)[reborn].to(where.device, getattr(average, name).dtype)
         getattr(average, name).index_copy_(0, where, source)
+    average.places_changed()

@@ -47,7 +47,8 @@ def sparsify(
         distribution: how the connections are shared out, see :func:`lightning_deepr.selection.allocate`.
         init: "module" | "largest" | "deepr", see :func:`lightning_deepr.start.start`.
         seed: of places, signs and (``init="deepr"``) values. The global generator is not used.
-        compute: "auto" | "dense".
+        compute: "dense" (each weight is built for its forward pass, and thrown away), "sparse" (linear layers are computed from their
+            connections alone) or "auto" (per tensor and batch size, by a measured break-even).
         device: where to put the module (None: where it is; the CPU for what is on meta).
 
     Returns:
@@ -94,7 +95,7 @@ def convert(
     """Convert the chosen tensors with the given counts; all checks come before the first change."""
     if init not in INITS:
         raise ValueError(f"init: expected one of {', '.join(INITS)}, found {init!r}.")
-    backend = check_compute(compute)
+    policy = check_compute(compute)
     check_seed(seed)
     _refuse_shared(root, chosen)
     for candidate in chosen:
@@ -121,13 +122,21 @@ def convert(
             start(candidate, counts[candidate.name], first + offset, init=init, seed=seed, notice=notice, device=target)
         )
     for candidate, (theta, slots) in zip(chosen, begun, strict=True):
-        slots.compute = backend
+        slots.choose_compute(policy, multiplies_like_linear(candidate))
         install(candidate.module, candidate.tensor_name, theta, slots, candidate.name)
     materialize(root, seed, device)
     if device is not None:
         root.to(device)
     names = {candidate.name for candidate in chosen}
     return [converted for converted in converted_tensors(root) if converted.name in names]
+
+
+def multiplies_like_linear(candidate: Candidate) -> bool:
+    """Whether sparse compute may take a tensor: a matrix that its module gives to ``F.linear``, or may give to it."""
+    module = candidate.module
+    if len(candidate.shape) != 2 or isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
+        return False
+    return isinstance(module, nn.Linear) or not type(module).__module__.startswith("torch.nn")
 
 
 def check_seed(seed: Any) -> None:

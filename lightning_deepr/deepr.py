@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_deepr import rewiring
+from lightning_deepr import kernels, rewiring
 from lightning_deepr.callback import SparseTraining
 from lightning_deepr.connections import restart_averages
 from lightning_deepr.stepping import Stepped
+
+if TYPE_CHECKING:
+    from lightning_deepr.kernels.step import Table
+
+MOST_STATES = 4  # state tensors of an optimizer that the kernel resets; more are reset in PyTorch
 
 
 class DeepR(SparseTraining):
@@ -35,7 +41,7 @@ class DeepR(SparseTraining):
         rewire_every_n_steps: in the steps between, theta < 0 becomes 0 (active, sign kept).
         rewire_until: a step (int) or a fraction of the training (float), then the connectivity is frozen; L1 and noise go on.
         seed: of places, signs and noise; ``seed_everything`` does not change it.
-        compute: "auto" | "dense".
+        compute: "auto" | "dense" | "sparse", see :func:`lightning_deepr.sparsify`.
         check_invariants: check everything after every step, and name the tensor and the step when something breaks.
         log_every_n_steps: how often turnover is logged.
 
@@ -68,6 +74,9 @@ class DeepR(SparseTraining):
         return [reborn[id(item)] for item in stepped]
 
     def _deep_r(self, stepped: Sequence[Stepped], optimizer: Optimizer, step: int) -> list[Tensor]:
+        dtype = stepped[0].theta.dtype
+        if all(item.theta.dtype == dtype and kernels.suits(item.theta) for item in stepped):
+            return self._deep_r_in_one_call(stepped, optimizer, step)
         thetas, tensors = [item.theta for item in stepped], [item.tensor.slots for item in stepped]
         # theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu    (the gradient step was the optimizer's)
         rewiring.shrink(thetas, [item.lr * item.alpha for item in stepped])
@@ -90,3 +99,41 @@ class DeepR(SparseTraining):
                 if item.tensor.slots.averages:
                     restart_averages(item.tensor.slots, slots)
         return dormant
+
+    def _deep_r_in_one_call(self, stepped: Sequence[Stepped], optimizer: Optimizer, step: int) -> list[Tensor]:
+        """The same, line by line, in a compiled kernel for all tensors together."""
+        table = self._table(stepped)
+        states = [self._starting_state.tensors(optimizer, item.group_index, item.tensor.theta) for item in stepped]
+        within = [found if all(map(_kernel_can_write, found)) and len(found) <= MOST_STATES else [] for found in states]
+        reborn = table.step(
+            [item.theta for item in stepped],
+            [item.lr * item.alpha for item in stepped],
+            [(2 * item.lr * item.temperature) ** 0.5 for item in stepped],
+            [item.rewires for item in stepped],
+            within,
+            step - self.rewire_every_n_steps,
+            self.seed,
+            step,
+        )
+        for item, slots, found, done, newborn in zip(stepped, reborn, states, within, table.newborn_deaths(), strict=True):
+            if slots.numel():
+                self._newborn_deaths[item.tensor.name] = newborn
+                if len(done) < len(found):
+                    for value, start in found:
+                        value.index_fill_(0, slots, start)
+                if item.tensor.slots.averages:
+                    restart_averages(item.tensor.slots, slots)
+        return reborn
+
+    def _table(self, stepped: Sequence[Stepped]) -> Table:
+        key = tuple(id(item.tensor.slots) for item in stepped)
+        table = self._tables.get(key)
+        if table is None or any(a is not b.tensor.slots for a, b in zip(table.tensors, stepped, strict=True)):
+            from lightning_deepr.kernels.step import Table
+
+            table = self._tables[key] = Table([item.tensor.slots for item in stepped], stepped[0].theta.element_size())
+        return table
+
+
+def _kernel_can_write(state: tuple[Tensor, float]) -> bool:
+    return state[0].is_contiguous() and state[0].dtype in (torch.float32, torch.float64) and state[0].device.type == "cpu"

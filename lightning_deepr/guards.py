@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_deepr import randomness
+from lightning_deepr import kernels, randomness
 from lightning_deepr.connections import Converted, converted_tensors
 from lightning_deepr.optimizer_state import StartingState
 
@@ -20,6 +20,7 @@ OPTIMIZER_TOO_EARLY = (
     "The optimizer holds none of the converted weights: it was made before the network was converted (optimizer made before "
     "sparsify). Expected an optimizer over the converted parameters: call sparsify(net, ...) first, then make the optimizer."
 )
+_KERNEL_TYPES = (torch.float32, torch.float64)
 _SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
@@ -108,15 +109,21 @@ def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None
     looked = [("theta", t, t.theta.detach()) for t in tensors]
     if gradients:
         looked += [("the gradient of theta", t, t.theta.grad) for t in tensors if t.theta.grad is not None]
+    values = [values for _, _, values in looked]
+    if kernels.available() and all(v.device.type == "cpu" and v.dtype in _KERNEL_TYPES and v.is_contiguous() for v in values):
+        from lightning_deepr.kernels.step import all_finite
+
+        if all_finite(values):
+            return
     # one number first: the largest magnitude of all is not finite if any value is not
-    norms = torch._foreach_norm([values for _, _, values in looked], float("inf"))
+    norms = torch._foreach_norm(values, float("inf"))
     if bool(torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())):
         return
-    for what, tensor, values in looked:
-        finite = torch.isfinite(values)
+    for what, tensor, value in looked:
+        finite = torch.isfinite(value)
         if not bool(finite.all()):
             raise RuntimeError(
-                f"`{tensor.name}`, step {tensor.step}: {what} is not finite at {int((~finite).sum())} of {values.numel()} connections. "
+                f"`{tensor.name}`, step {tensor.step}: {what} is not finite at {int((~finite).sum())} of {value.numel()} connections. "
                 "The step was not taken. Lower the learning rate, or clip gradients."
             )
 

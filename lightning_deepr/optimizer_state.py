@@ -35,15 +35,19 @@ class StartingState:
             theta: [K].
             reborn: int64 [R] slots.
         """
+        for value, start in self.tensors(optimizer, group_index, theta):
+            value.index_fill_(0, reborn, start)
+
+    def tensors(self, optimizer: Optimizer, group_index: int, theta: Tensor) -> list[tuple[Tensor, float]]:
+        """Every state tensor that has theta's shape, with its starting value."""
         state = optimizer.state.get(theta)
         if not state:
-            return
-        start: dict[str, float] | None = None
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == theta.shape:
-                if start is None:
-                    start = self.of(optimizer, group_index, theta)
-                value.index_fill_(0, reborn, start.get(name, 0.0))
+            return []
+        found = [(name, value) for name, value in state.items() if isinstance(value, Tensor) and value.shape == theta.shape]
+        if not found:
+            return []
+        start = self.of(optimizer, group_index, theta)
+        return [(value, start.get(name, 0.0)) for name, value in found]
 
     def of(self, optimizer: Optimizer, group_index: int, theta: Tensor) -> dict[str, float]:
         """The starting value of each state tensor, by name."""

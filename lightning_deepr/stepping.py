@@ -60,6 +60,16 @@ class Stepped:
     rewires: bool  # False: theta < 0 is set to 0
 
 
+class _Tables(dict[Any, Any]):
+    """The kernels' tables, by tensors. They hold addresses: a copy of the callback makes its own."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Tables:
+        return _Tables()
+
+    def __reduce__(self) -> Any:
+        return _Tables, ()
+
+
 class Stepper(ABC):
     """The part of a callback that needs no Trainer.
 
@@ -90,6 +100,7 @@ class Stepper(ABC):
         self._hooks: dict[int, tuple[Optimizer, list[Any]]] = {}
         self._matches: dict[int, tuple[weakref.ref[Optimizer], int, list[tuple[TrackedTensor, int]]]] = {}
         self._starting_state = StartingState()
+        self._tables = _Tables()
         self._newborn_deaths: dict[str, int] = {}  # of the present step, by tensor
         self._continues = False  # a state was loaded: what begins is no new training
         self._told: set[str] = set()

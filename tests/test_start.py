@@ -191,7 +191,9 @@ def test_a_layer_of_a_trillion_weights() -> None:
     assert int(places.max()) > 2**35 and layer.bias.device.type == "cpu"
     bound = 1 / math.sqrt(1_000_000) * math.sqrt(1e12 / 1000)
     assert stats.kstest(values.abs().detach().numpy() / bound, "uniform").pvalue > P_VALUE
-    for read in (lambda: layer.weight, lambda: layer(torch.zeros(1, 1_000_000))):
+    assert layer.weight.shape == (1_000_000, 1_000_000) and layer.weight.dtype == torch.float32
+    assert layer(torch.zeros(1, 1_000_000)).shape == (1, 1_000_000)
+    for read in (lambda: layer.weight.sum(), lambda: layer.weight[0], lambda: layer.weight.detach()):
         with pytest.raises(RuntimeError, match=r"more than 1 GiB.*lightning_deepr\.connections\(module\)"):
             read()
     slots = slots_by_name(layer)["weight"]

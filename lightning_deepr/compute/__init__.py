@@ -1,17 +1,15 @@
-"""How a layer with K connections is computed."""
+"""How a layer with K connections is computed: by a transient dense weight, or from its connections alone."""
 
 from lightning_deepr.compute.dense import build_weight
 
-COMPUTE = ("auto", "dense")
+COMPUTE = ("auto", "dense", "sparse")
 
 
 def check_compute(compute: str) -> str:
-    """Validate the ``compute`` argument and resolve "auto" (dense: the only backend of this version)."""
-    if compute == "sparse":
-        raise ValueError('compute="sparse" is not in this version of lightning-deepr: use "auto" or "dense".')
+    """Validate the ``compute`` argument."""
     if compute not in COMPUTE:
-        raise ValueError(f'compute: expected one of "auto", "dense", found {compute!r}.')
-    return "dense"
+        raise ValueError(f'compute: expected one of "auto", "dense", "sparse", found {compute!r}.')
+    return compute
 
 
 __all__ = ["build_weight", "check_compute"]

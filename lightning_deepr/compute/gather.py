@@ -1,0 +1,56 @@
+"""Sparse compute of linear layers in plain PyTorch, for any device and dtype: gathers, multiplies, adds by index.
+
+Connections are taken in chunks, so that the transient [B, chunk] tensors stay small whatever K is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST = 1 << 24  # entries of a transient tensor
+
+
+def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
+    """x [B, columns] -> [B, rows] with the connections of ``slots``."""
+    y: Tensor = _Product.apply(x, theta, slots.signs, slots.places, slots.rows, slots.columns)
+    return y if bias is None else y + bias
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, theta: Tensor, signs: Tensor, places: Tensor, rows: int, columns: int
+    ) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, theta, signs, places)
+        ctx.columns = columns
+        y = x.new_zeros((x.shape[0], rows))
+        values = theta * signs
+        for part in _parts(x.shape[0], places.numel()):
+            row = places[part] // columns
+            y.index_add_(1, row, x[:, places[part] - row * columns] * values[part])
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, theta, signs, places = ctx.saved_tensors
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        dtheta = torch.empty_like(theta)
+        for part in _parts(x.shape[0], places.numel()):
+            row = places[part] // ctx.columns
+            column = places[part] - row * ctx.columns
+            seen = dy[:, row]
+            if dx is not None:
+                dx.index_add_(1, column, seen * (theta[part] * signs[part]))
+            dtheta[part] = (seen * x[:, column]).sum(0) * signs[part]
+        return dx, dtheta, None, None, None, None
+
+
+def _parts(batch: int, count: int) -> Iterator[slice]:
+    size = max(LARGEST // max(batch, 1), 1)
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

@@ -1,0 +1,73 @@
+"""The connections of a weight in the order of its rows and in the order of its columns: what sparse compute reads.
+
+A weight of shape [rows, ...] counts as a matrix of rows x columns. One int32 tensor holds both orders, so that an operator takes
+it as one argument and its size never changes (K is constant): where each row begins, and for each connection its column and its slot;
+the same by column. The slot's top bit is set where the connection's sign is negative. Values are not here: theta stays in the order of its
+slots, so that the optimizer's state stays valid, and whoever writes theta need not know of this.
+
+The order is a function of the places alone (by row, then by column), however it came about: resuming is exact.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_PAD = 32  # entries after each part that may be read (not used) by kernels that look ahead
+
+
+class Order:
+    """Both orders of a converted weight; follows ``places`` when told to.
+
+    Args:
+        places: int64 [K].
+        signs: +-1 [K].
+        shape: the weight's shape.
+    """
+
+    def __init__(self, places: Tensor, signs: Tensor, shape: torch.Size) -> None:
+        self.rows, self.columns = shape[0], math.prod(shape[1:])
+        self.count = places.numel()
+        self.buffer = torch.zeros(size_of(self.rows, self.columns, self.count), dtype=torch.int32)
+        self.addresses = addresses(self.buffer, self.rows, self.columns, self.count)
+        self.build(places, signs)
+
+    def build(self, places: Tensor, signs: Tensor) -> None:
+        """Put all connections in order anew. O(K + rows + columns)."""
+        from lightning_deepr.kernels import rewire
+
+        self.buffer.zero_()  # empty orders, into which every connection is born
+        self.noted = places, places._version
+        torch.autograd.graph.increment_version(self.buffer)
+        if self.count == 0:
+            return
+        everything = torch.arange(self.count)
+        table = np.zeros(rewire.FIELDS, np.int64)
+        table[rewire.COUNT], table[rewire.PLACES] = self.count, places.data_ptr()
+        table[rewire.REBORN], table[rewire.REBORN_COUNT] = everything.data_ptr(), self.count
+        table[rewire.SIGNS], table[rewire.SIZE] = signs.data_ptr(), signs.element_size()
+        table[rewire.ROWS], table[rewire.COLUMNS] = self.rows, self.columns
+        table[rewire.ROW_START : rewire.ROW_START + 6] = self.addresses
+        arguments = (ctypes.c_int64 * 5)(0, 1, table.ctypes.data, 0, 0)
+        rewire.update_kernel()(arguments, 2 if self.count > 20_000 and torch.get_num_threads() > 1 else 1)
+
+    def is_stale(self, places: Tensor) -> bool:
+        """Whether somebody has written other places since the order was made."""
+        return self.noted[0] is not places or self.noted[1] != places._version
+
+
+def size_of(rows: int, columns: int, count: int) -> int:
+    return rows + columns + 2 + 4 * count + 6 * _PAD
+
+
+def addresses(buffer: Tensor, rows: int, columns: int, count: int) -> list[int]:
+    """Where the six parts begin: row starts, columns and slots by row; column starts, rows and slots by column."""
+    found, address = [], buffer.data_ptr()
+    for length in (rows + 1, count, count, columns + 1, count, count):
+        found.append(address)
+        address += 4 * (length + _PAD)
+    return found

@@ -1,0 +1,73 @@
+"""What ``layer.weight`` reads as under sparse compute: a tensor that is built only when somebody looks at its values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as torch_linear
+from torch.utils._pytree import tree_map
+
+from lightning_deepr.compute import sparse
+
+# What can be told without the values.
+_FREE = {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "requires_grad", "layout", "is_cuda", "ndim", "is_leaf", "grad", "grad_fn", "is_meta")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.is_floating_point, Tensor.element_size,
+     Tensor.stride, Tensor.is_contiguous, Tensor.is_complex, Tensor.__len__, torch.numel, torch.is_floating_point, torch.is_complex,
+     torch.is_tensor, Tensor.get_device, Tensor.storage_offset}  # fmt: skip
+
+
+class SparseWeight(torch.Tensor):
+    """A converted weight: ``F.linear`` with it is sparse compute; shape, dtype and device are free; anything else builds it.
+
+    Args:
+        theta: [K].
+        slots: its :class:`lightning_deepr.connections.KSlots`.
+    """
+
+    _theta: Tensor
+    _slots: Any
+
+    @staticmethod
+    def __new__(cls, theta: Tensor, slots: Any) -> SparseWeight:
+        weight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, slots.shape, dtype=theta.dtype, device=theta.device, requires_grad=theta.requires_grad
+        )
+        weight._theta, weight._slots = theta, slots
+        return weight  # type: ignore[no-any-return]
+
+    def build(self) -> Tensor:
+        """The dense-shaped weight, connected to theta's gradient."""
+        return self._slots.dense(self._theta)  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch_linear:
+            x, weight, bias = _linear_arguments(*args, **kwargs)
+            if isinstance(weight, SparseWeight) and not isinstance(x, SparseWeight):
+                return sparse.linear(x, weight._theta, bias, weight._slots)
+        if func in _FREE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        args, kwargs = tree_map(_built, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_built, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"SparseWeight(shape={tuple(self._slots.shape)}, K={self._slots.count}, dtype={self._theta.dtype})"
+
+
+def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
+    return input, weight, bias
+
+
+def _built(value: Any) -> Any:
+    return value.build() if isinstance(value, SparseWeight) else value

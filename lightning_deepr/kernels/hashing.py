@@ -1,0 +1,41 @@
+"""The hash of :mod:`lightning_deepr.randomness` for kernels: the same integers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from lightning_deepr import randomness
+
+GOLDEN = np.uint64(randomness.GOLDEN)
+FIRST = np.uint64(randomness.MULTIPLIER_1)
+SECOND = np.uint64(randomness.MULTIPLIER_2)
+LARGEST = np.uint64(randomness.LARGEST)
+
+
+@njit(inline="always")
+def mix(word):  # type: ignore[no-untyped-def]
+    word = (word ^ (word >> np.uint64(30))) * FIRST
+    word = (word ^ (word >> np.uint64(27))) * SECOND
+    return word ^ (word >> np.uint64(31))
+
+
+@njit(inline="always")
+def extend(state, coordinate):  # type: ignore[no-untyped-def]
+    """One more coordinate of a key. ``randomness.key`` starts with the number of coordinates."""
+    return mix(state + GOLDEN + mix(coordinate))
+
+
+@njit(inline="always")
+def bits(key, counter):  # type: ignore[no-untyped-def]
+    return mix(counter * GOLDEN + key)
+
+
+@njit(inline="always")
+def normal(word):  # type: ignore[no-untyped-def]
+    """A standard normal deviate from 64 bits (``randomness.normal``)."""
+    first = (np.float64(word >> np.uint64(32)) + 0.5) * 2.0**-32
+    second = (np.float64(word & np.uint64(0xFFFFFFFF)) + 0.5) * (2.0 * math.pi * 2.0**-32)
+    return math.sqrt(math.log(first) * -2.0) * math.cos(second)

@@ -1,0 +1,441 @@
+"""What lets numba kernels be called in a fraction of a microsecond, on PyTorch's own threads, with vectors held in registers.
+
+A kernel is a C function of one argument: the address of an array of int64 that holds its arguments (addresses of tensors, sizes).
+numba compiles it with the LLVM that it brings, so that no compiler has to be installed, and keeps the result on disk. The calls go
+through ctypes, which releases Python's lock. A second pool of threads beside PyTorch's would fight with it for the cores; so
+a kernel that is worth several threads runs on the OpenMP runtime that PyTorch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.core.ccallback import CFunc
+from numba.extending import intrinsic
+
+log = logging.getLogger("lightning_deepr")
+
+_SIGNATURE = types.void(types.intp)
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+_lock = threading.Lock()
+_announced = False
+
+
+class Kernel:
+    """A compiled kernel.
+
+    Args:
+        function: takes the address of its arguments; nopython code, in which a task is had with ``fetch_add`` on argument 0.
+    """
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        with _lock:
+            self._compiled = _compile(function)
+        self.address = self._compiled.address
+        self._call = _FUNCTION(self.address)
+
+    def __call__(self, arguments: ctypes.Array[ctypes.c_int64], threads: int = 1) -> None:
+        where = ctypes.addressof(arguments)
+        if threads > 1 and _parallel is not None:
+            _parallel(self.address, where, threads, 0)
+        else:
+            self._call(where)
+
+
+def _compile(function: Callable[[Any], None]) -> CFunc:
+    timer = threading.Timer(0.5, _announce)
+    timer.daemon = True
+    timer.start()
+    try:
+        compiled = CFunc(function, (_SIGNATURE.args, _SIGNATURE.return_type), {}, {"nopython": True, "error_model": "numpy"})
+        try:
+            compiled.enable_caching()
+        except RuntimeError:  # nowhere to write: it is compiled in each process
+            log.debug("no folder to keep compiled kernels in")
+        compiled.compile()
+    finally:
+        timer.cancel()
+    return compiled
+
+
+def _announce() -> None:
+    global _announced
+    if not _announced:
+        _announced = True
+        log.warning("lightning_deepr compiles its CPU kernels (some seconds, once on this machine; NUMBA_CACHE_DIR keeps them).")
+
+
+def _openmp() -> Any:
+    """PyTorch's OpenMP runtime: ``GOMP_parallel(function, argument, threads, flags)``, or None where it has another one."""
+    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
+    names = [name for name in os.listdir(folder) if name.startswith(("libgomp", "libomp"))] if os.path.isdir(folder) else []
+    for name in sorted(names):
+        try:
+            # only one that is loaded already: another copy would be a second pool of threads
+            function = ctypes.CDLL(os.path.join(folder, name), mode=getattr(os, "RTLD_NOLOAD", 4)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        function.restype = None
+        return function
+    return None
+
+
+_parallel = _openmp()
+
+
+def threads_for(work: int, grain: int = 1 << 17) -> int:
+    """How many threads a piece of work is worth: one below ``grain`` operations (a parallel region takes microseconds)."""
+    if work < grain or _parallel is None:
+        return 1
+    return min(torch.get_num_threads(), 1 + work // grain)
+
+
+# -- addresses ------------------------------------------------------------------------------------------------------------
+# Kernels compute with addresses, as C does: numba's arrays check for negative indices, which keeps loops from being vectorized.
+
+_INT32, _INT64, _FLOAT, _DOUBLE = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
+
+
+def _load(value_type: Any, result: Any) -> Any:
+    def typing(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.load(builder.inttoptr(args[0], value_type.as_pointer()))
+
+        return result(types.int64), codegen
+
+    return intrinsic(typing)
+
+
+def _store(value_type: Any, kind: Any) -> Any:
+    def typing(typingctx: Any, address: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            builder.store(args[1], builder.inttoptr(args[0], value_type.as_pointer()))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, kind), codegen
+
+    return intrinsic(typing)
+
+
+load_int32 = _load(_INT32, types.int32)
+load_int64 = _load(_INT64, types.int64)
+store_int32 = _store(_INT32, types.int32)
+store_int64 = _store(_INT64, types.int64)
+
+
+def _scalar(size: int) -> tuple[Any, Any]:
+    return (_FLOAT, types.float32) if size == 4 else (_DOUBLE, types.float64)
+
+
+@intrinsic(prefer_literal=True)
+def load_float(typingctx, address, size):  # type: ignore[no-untyped-def]
+    """The float of ``size`` bytes (a literal, 4 or 8) at an address."""
+    value_type, kind = _scalar(size.literal_value)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load(builder.inttoptr(args[0], value_type.as_pointer()))
+
+    return kind(types.int64, size), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store_float(typingctx, address, value, size):  # type: ignore[no-untyped-def]
+    """Store a float of ``size`` bytes (a literal) at an address."""
+    value_type, kind = _scalar(size.literal_value)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store(args[1], builder.inttoptr(args[0], value_type.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, kind, size), codegen
+
+
+@intrinsic
+def pointer(typingctx, address):  # type: ignore[no-untyped-def]
+    """An address as what ``numba.carray`` takes."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def fetch_add(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Add to the int64 at an address in one indivisible step; the value before. It hands out tasks to threads."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], _INT64.as_pointer()), args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+AHEAD = 4  # connections: how far ahead the row of a later one is asked for
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, _INT32, _INT32, _INT32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    constants = [ir.Constant(_INT32, value) for value in (0, 3, 1)]  # read, keep, data
+    builder.call(function, [builder.inttoptr(address, cgutils.voidptr_t), *constants])
+
+
+@intrinsic
+def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+    """Ask for the cache line at an address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _prefetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def stack_space(typingctx, size):  # type: ignore[no-untyped-def]
+    """The address of ``size`` bytes (a literal) on the stack, aligned to a cache line; valid until the function returns."""
+    count = size.literal_value
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        with builder.goto_entry_block():  # (cgutils.alloca_once would fill it with zeros, byte by byte)
+            space = builder.alloca(ir.ArrayType(ir.IntType(8), count))
+        space.align = 64
+        return builder.ptrtoint(space, _INT64)
+
+    return types.int64(size), codegen
+
+
+# -- vectors --------------------------------------------------------------------------------------------------------------
+# W = lanes * vectors floats of a batch tile stay in registers while a list of connections passes by. `size` is that of the float in
+# bytes; lanes * size is one vector (64 bytes; 32 for the smallest tiles). All three are literals.
+
+
+class _Tile:
+    def __init__(self, builder: Any, size: int, lanes: int, vectors: int) -> None:
+        self.builder, self.size, self.lanes, self.vectors = builder, size, lanes, vectors
+        self.scalar = _scalar(size)[0]
+        self.vector = ir.VectorType(self.scalar, lanes)
+
+    def load(self, address: Any, i: int) -> Any:
+        place = self.builder.add(address, ir.Constant(_INT64, i * self.lanes * self.size))
+        return self.builder.load(self.builder.inttoptr(place, self.vector.as_pointer()), align=self.size)
+
+    def store(self, value: Any, address: Any, i: int) -> None:
+        place = self.builder.add(address, ir.Constant(_INT64, i * self.lanes * self.size))
+        self.builder.store(value, self.builder.inttoptr(place, self.vector.as_pointer()), align=self.size)
+
+    def broadcast(self, value: Any) -> Any:
+        one = self.builder.insert_element(ir.Constant(self.vector, ir.Undefined), value, ir.Constant(_INT32, 0))
+        mask = ir.Constant(ir.VectorType(_INT32, self.lanes), [0] * self.lanes)
+        return self.builder.shuffle_vector(one, ir.Constant(self.vector, ir.Undefined), mask)
+
+    def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
+        return self.builder.fadd(self.builder.fmul(a, b, flags=("fast",)), c, flags=("fast",))
+
+    def sum(self, value: Any) -> Any:
+        """The sum of a vector's lanes, by halves."""
+        width = self.lanes
+        while width > 1:
+            width //= 2
+            undefined = ir.Constant(value.type, ir.Undefined)
+            halves = [
+                self.builder.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(_INT32, width), list(range(s, s + width))))
+                for s in (0, width)
+            ]
+            value = self.builder.fadd(*halves, flags=("fast",))
+        return self.builder.extract_element(value, ir.Constant(_INT32, 0))
+
+
+@intrinsic(prefer_literal=True)
+def accumulate_rows(typingctx, sums, count, indices, values, source, size, lanes, vectors):  # type: ignore[no-untyped-def]
+    """sums[:] += sum over i < count of values[i] * source[indices[i], :], rows of W floats."""
+    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        into, number, index, value, origin = args[:5]
+        tile = _Tile(builder, *shape)
+        held = [cgutils.alloca_once_value(builder, tile.load(into, i)) for i in range(tile.vectors)]
+        with cgutils.for_range(builder, number) as loop:
+            row, factor = _entry(builder, tile, loop.index, index, value, origin)
+            for i, register in enumerate(held):
+                builder.store(tile.multiply_add(factor, tile.load(row, i), builder.load(register)), register)
+        for i, register in enumerate(held):
+            tile.store(builder.load(register), into, i)
+        return context.get_dummy_value()
+
+    int64 = types.int64
+    return types.void(int64, int64, int64, int64, int64, size, lanes, vectors), codegen
+
+
+@intrinsic(prefer_literal=True)
+def accumulate_and_dot(typingctx, sums, count, indices, values, source, own, dots, size, lanes, vectors):  # type: ignore[no-untyped-def]
+    """As :func:`accumulate_rows`, and dots[i] = source[indices[i], :] . own[:] in the same pass."""
+    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        into, number, index, value, origin, mine, products = args[:7]
+        tile = _Tile(builder, *shape)
+        held = [cgutils.alloca_once_value(builder, tile.load(into, i)) for i in range(tile.vectors)]
+        with cgutils.for_range(builder, number) as loop:
+            row, factor = _entry(builder, tile, loop.index, index, value, origin)
+            partial = [None, None]
+            for i, register in enumerate(held):
+                other = tile.load(row, i)
+                builder.store(tile.multiply_add(factor, other, builder.load(register)), register)
+                previous, own_part = partial[i % 2], tile.load(mine, i)
+                if previous is None:
+                    partial[i % 2] = builder.fmul(other, own_part, flags=("fast",))
+                else:
+                    partial[i % 2] = tile.multiply_add(other, own_part, previous)
+            _store_dot(builder, tile, partial, products, loop.index)
+        for i, register in enumerate(held):
+            tile.store(builder.load(register), into, i)
+        return context.get_dummy_value()
+
+    int64 = types.int64
+    return types.void(int64, int64, int64, int64, int64, int64, int64, size, lanes, vectors), codegen
+
+
+@intrinsic(prefer_literal=True)
+def dot_rows(typingctx, count, indices, source, own, dots, size, lanes, vectors):  # type: ignore[no-untyped-def]
+    """dots[i] = source[indices[i], :] . own[:] for i < count."""
+    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        number, index, origin, mine, products = args[:5]
+        tile = _Tile(builder, *shape)
+        held = [tile.load(mine, i) for i in range(tile.vectors)]
+        with cgutils.for_range(builder, number) as loop:
+            row, _ = _entry(builder, tile, loop.index, index, None, origin)
+            partial = [None, None]
+            for i, own_part in enumerate(held):
+                other, previous = tile.load(row, i), partial[i % 2]
+                if previous is None:
+                    partial[i % 2] = builder.fmul(other, own_part, flags=("fast",))
+                else:
+                    partial[i % 2] = tile.multiply_add(other, own_part, previous)
+            _store_dot(builder, tile, partial, products, loop.index)
+        return context.get_dummy_value()
+
+    int64 = types.int64
+    return types.void(int64, int64, int64, int64, int64, size, lanes, vectors), codegen
+
+
+def _entry(builder: Any, tile: _Tile, i: Any, index: Any, value: Any, origin: Any) -> tuple[Any, Any]:
+    """The address of the i-th listed row, and its factor in all lanes."""
+    i = builder.sext(i, _INT64) if i.type != _INT64 else i
+    where = builder.add(index, builder.mul(i, ir.Constant(_INT64, 4)))
+    width = tile.size * tile.lanes * tile.vectors
+    ahead = builder.add(where, ir.Constant(_INT64, 4 * AHEAD))
+    later = builder.zext(builder.load(builder.inttoptr(ahead, _INT32.as_pointer())), _INT64)
+    later = builder.add(origin, builder.mul(later, ir.Constant(_INT64, width)))
+    for line in range(0, width, 64):
+        _prefetch(builder, builder.add(later, ir.Constant(_INT64, line)))
+    row = builder.zext(builder.load(builder.inttoptr(where, _INT32.as_pointer())), _INT64)
+    row = builder.add(origin, builder.mul(row, ir.Constant(_INT64, tile.size * tile.lanes * tile.vectors)))
+    if value is None:
+        return row, None
+    where = builder.add(value, builder.mul(i, ir.Constant(_INT64, tile.size)))
+    return row, tile.broadcast(builder.load(builder.inttoptr(where, tile.scalar.as_pointer())))
+
+
+def _store_dot(builder: Any, tile: _Tile, partial: list[Any], products: Any, i: Any) -> None:
+    total = partial[0] if partial[1] is None else builder.fadd(partial[0], partial[1], flags=("fast",))
+    i = builder.sext(i, _INT64) if i.type != _INT64 else i
+    where = builder.add(products, builder.mul(i, ir.Constant(_INT64, tile.size)))
+    builder.store(tile.sum(total), builder.inttoptr(where, tile.scalar.as_pointer()))
+
+
+@intrinsic(prefer_literal=True)
+def fill_row(typingctx, address, value, size, lanes, vectors):  # type: ignore[no-untyped-def]
+    """W floats at an address become ``value``."""
+    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        tile = _Tile(builder, *shape)
+        vector = tile.broadcast(args[1])
+        for i in range(tile.vectors):
+            tile.store(vector, args[0], i)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, _scalar(shape[0])[1], size, lanes, vectors), codegen
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    # Interleaving row i with row i + L/2 moves one bit of the row number into the column number; log2(L) times moves all.
+    count = len(rows)
+    low = [position for i in range(count // 2) for position in (i, i + count)]
+    high = [position + count // 2 for position in low]
+    masks = [ir.Constant(ir.VectorType(_INT32, count), mask) for mask in (low, high)]
+    for _ in range(count.bit_length() - 1):
+        rows = [builder.shuffle_vector(rows[i], rows[i + count // 2], mask) for i in range(count // 2) for mask in masks]
+    return rows
+
+
+@intrinsic(prefer_literal=True)
+def transpose_block(typingctx, source, source_stride, target, target_stride, size, lanes):  # type: ignore[no-untyped-def]
+    """Transpose a block of lanes x lanes floats; strides between rows in bytes. The block is in registers in between."""
+    shape = (size.literal_value, lanes.literal_value, 1)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        tile = _Tile(builder, *shape)
+
+        def row(base: Any, stride: Any, i: int) -> Any:
+            return builder.add(base, builder.mul(stride, ir.Constant(_INT64, i)))
+
+        rows = [tile.load(row(args[0], args[1], i), 0) for i in range(tile.lanes)]
+        for i, value in enumerate(_transposed(builder, rows)):
+            tile.store(value, row(args[2], args[3], i), 0)
+        return context.get_dummy_value()
+
+    int64 = types.int64
+    return types.void(int64, int64, int64, int64, size, lanes), codegen
+
+
+@intrinsic(prefer_literal=True)
+def transpose_edge(typingctx, source, source_stride, rows_in, columns_in, target, target_stride, rows_out, columns_out, size, lanes):  # type: ignore[no-untyped-def]  # fmt: skip
+    """As :func:`transpose_block` at an edge: reads rows_in x columns_in floats (0 beyond them), writes rows_out x columns_out."""
+    shape = (size.literal_value, lanes.literal_value, 1)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        tile = _Tile(builder, *shape)
+        count, bit = tile.lanes, ir.IntType(1)
+        lane = ir.Constant(ir.VectorType(_INT64, count), list(range(count)))
+        at, masks = tile.vector.as_pointer(), ir.VectorType(bit, count)
+        suffix = f"v{count}f{8 * tile.size}.p0v{count}f{8 * tile.size}"
+        load_type = ir.FunctionType(tile.vector, [at, _INT32, masks, tile.vector])
+        store_type = ir.FunctionType(ir.VoidType(), [tile.vector, at, _INT32, masks])
+        load = cgutils.get_or_insert_function(builder.module, load_type, f"llvm.masked.load.{suffix}")
+        store = cgutils.get_or_insert_function(builder.module, store_type, f"llvm.masked.store.{suffix}")
+
+        def mask(i: int, rows: Any, columns: Any) -> Any:
+            inside = builder.icmp_signed("<", ir.Constant(_INT64, i), rows)
+            width = builder.select(inside, columns, ir.Constant(_INT64, 0))
+            one = builder.insert_element(ir.Constant(lane.type, ir.Undefined), width, ir.Constant(_INT32, 0))
+            splat = ir.Constant(ir.VectorType(_INT32, count), [0] * count)
+            return builder.icmp_signed("<", lane, builder.shuffle_vector(one, ir.Constant(lane.type, ir.Undefined), splat))
+
+        def row(base: Any, stride: Any, i: int) -> Any:
+            return builder.inttoptr(builder.add(base, builder.mul(stride, ir.Constant(_INT64, i))), at)
+
+        align, zero = ir.Constant(_INT32, tile.size), ir.Constant(tile.vector, [0.0] * count)
+        rows = [builder.call(load, [row(args[0], args[1], i), align, mask(i, args[2], args[3]), zero]) for i in range(count)]
+        for i, value in enumerate(_transposed(builder, rows)):
+            builder.call(store, [value, row(args[4], args[5], i), align, mask(i, args[6], args[7])])
+        return context.get_dummy_value()
+
+    int64 = types.int64
+    return types.void(int64, int64, int64, int64, int64, int64, int64, int64, size, lanes), codegen
+
+
+__all__ = ["Kernel", "carray", "threads_for"]

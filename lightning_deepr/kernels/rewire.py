@@ -1,0 +1,424 @@
+"""Algorithm 1 after the gradient step, for all tensors of a network in one call (see :mod:`lightning_deepr.rewiring`).
+
+Draws are the same integers, judged in the same order, as in the PyTorch version: the result is the same. For one tensor of K slots,
+R of which go dormant:
+
+1. one pass over the slots: L1, noise, and the list of those with theta < 0;
+2. the R draws go into a hash table, and one more pass over the places of the active connections marks the draws that are taken.
+   Thus nothing is kept between steps, and nothing can go stale. Slots without a place draw again, several attempts ahead, so that two
+   passes nearly always suffice;
+3. the reborn slots get theta 0, place, sign, birth and the optimizer's starting state.
+
+:func:`update_kernel` then lets the order by rows and by columns follow (``lightning_deepr.compute.index``): one pass over the order drops what has
+died, one merges in the births, sorted before.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numba import carray, njit
+
+from lightning_deepr import randomness
+from lightning_deepr.kernels.hashing import GOLDEN, LARGEST, bits, extend, normal
+from lightning_deepr.kernels.native import (
+    Kernel,
+    fetch_add,
+    load_float,
+    load_int32,
+    load_int64,
+    pointer,
+    prefetch,
+    store_float,
+    store_int32,
+    store_int64,
+)
+
+# Arguments
+TASK, TENSORS, TABLE, STEP, SEED = range(5)
+# Fields of a tensor in the table
+THETA, PLACES, BORN, SIGNS, EXCEPTIONS, EXCEPTION_COUNT, COUNT, TOTAL, COUNTER, SIGN_SEED = range(10)
+DECREMENT, NOISE, REWIRES, NEWBORN_SINCE, STATES, FLAGS, REBORN, REBORN_COUNT, NEWBORN_DEATHS = range(10, 19)
+SIZE, ROWS, COLUMNS, ROW_START, ROW_COLUMN, ROW_SLOT, COLUMN_START, COLUMN_ROW, COLUMN_SLOT = range(19, 28)
+STATE = 28  # address, bytes per entry and starting value of each state tensor
+MOST_STATES = 4
+FIELDS = STATE + 3 * MOST_STATES
+
+FREE, ACTIVE, CLAIMED = 0, 1, 2
+BIRTH, NOISE_STREAM = np.uint64(randomness.BIRTH), np.uint64(randomness.NOISE)
+SLOT = 0x7FFFFFFF
+SIGN_BIT = np.uint64(1 << 63)
+BATCH = 32  # draws whose cells are asked for before they are looked at
+
+
+@njit
+def birth_key(seed, step, attempt):  # type: ignore[no-untyped-def]
+    return extend(extend(extend(extend(np.uint64(4), np.uint64(seed)), BIRTH), np.uint64(step)), np.uint64(attempt))
+
+
+@njit(inline="always")
+def find(table, mask, shift, place):  # type: ignore[no-untyped-def]
+    """The cell of a place in the table, or the empty one where it belongs."""
+    cell = np.int64((np.uint64(place) * GOLDEN) >> shift)
+    while load_int64(table + cell * 8) != -1 and load_int64(table + cell * 8) != place:
+        cell = (cell + 1) & mask
+    return cell
+
+
+@njit
+def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counter, seed, step, chosen):  # type: ignore[no-untyped-def]
+    """New places for the dormant slots of a tensor that is at most half full; see ``rewiring.first_free`` for the rule.
+
+    Args:
+        theta, places: addresses; theta < 0 marks the slots that have gone dormant.
+        dormant: array of ``reborn`` slots, ascending.
+        chosen: array [reborn], the result.
+    """
+    places_total = np.uint64(total)
+    limit = LARGEST - (LARGEST % places_total + np.uint64(1)) % places_total
+    bits_of_table = 8
+    while (1 << bits_of_table) < 4 * reborn:
+        bits_of_table += 1
+    capacity, mask, shift = 1 << bits_of_table, (1 << bits_of_table) - 1, np.uint64(64 - bits_of_table)
+    cells = np.full(capacity, -1, np.int64)
+    status = np.zeros(capacity, np.uint8)
+    # two bits of a filter for each cell: most active connections are dismissed by it, and it fits a nearer cache
+    filter_shift = np.uint64(64 - (bits_of_table + 2))
+    words = np.zeros(capacity // 16, np.uint64)
+    table, filter_at = np.int64(cells.ctypes.data), np.int64(words.ctypes.data)
+    pending = np.arange(reborn)
+    waiting, attempt, inserted = reborn, 0, 0
+    where = np.empty(max(reborn, 64) + 64, np.int64)
+    drawn = np.empty(BATCH, np.int64)
+    while waiting > 0:
+        ahead = 1 if attempt == 0 else max(1, min(64, max(reborn, 64) // waiting))
+        if inserted + ahead * waiting > capacity // 2:
+            # what is only known to be free or active is forgotten; the accepted draws stay
+            cells[:] = -1
+            status[:] = FREE
+            inserted = 0
+            still = 0
+            for i in range(reborn):
+                if still < waiting and pending[still] == i:
+                    still += 1
+                    continue
+                cell = find(table, mask, shift, chosen[i])
+                cells[cell], status[cell] = chosen[i], CLAIMED
+                inserted += 1
+        words[:] = np.uint64(0)
+        for a in range(ahead):
+            key = birth_key(seed, step, attempt + a)
+            for begin in range(0, waiting, BATCH):
+                number = min(BATCH, waiting - begin)
+                for i in range(number):
+                    draw = bits(key, np.uint64(counter + dormant[pending[begin + i]])) & LARGEST
+                    place = np.int64(draw % places_total) if draw <= limit else np.int64(-1)
+                    drawn[i] = place
+                    if place >= 0:
+                        prefetch(table + np.int64((np.uint64(place) * GOLDEN) >> shift) * 8)
+                for i in range(number):
+                    place = drawn[i]
+                    if place < 0:
+                        where[a * waiting + begin + i] = -1
+                        continue
+                    cell = find(table, mask, shift, place)
+                    where[a * waiting + begin + i] = cell
+                    if load_int64(table + cell * 8) == -1:
+                        store_int64(table + cell * 8, place)
+                        inserted += 1
+                        bit = np.int64((np.uint64(place) * GOLDEN) >> filter_shift)
+                        word = filter_at + (bit >> 6) * 8
+                        store_int64(word, load_int64(word) | (np.int64(1) << (bit & 63)))
+        for k in range(count):
+            place = load_int64(places + k * 8)
+            bit = np.int64((np.uint64(place) * GOLDEN) >> filter_shift)
+            if (load_int64(filter_at + (bit >> 6) * 8) >> (bit & 63)) & 1 and load_float(theta + k * size, size) >= 0:
+                cell = find(table, mask, shift, place)
+                if load_int64(table + cell * 8) == place:
+                    status[cell] = ACTIVE
+        for a in range(ahead):
+            left = 0
+            for i in range(waiting):
+                if pending[i] < 0:
+                    continue
+                cell = where[a * waiting + i]
+                if cell >= 0 and status[cell] == FREE:
+                    status[cell] = CLAIMED
+                    chosen[pending[i]] = cells[cell]
+                    pending[i] = -1
+                else:
+                    left += 1
+            if left == 0:
+                break
+        left = 0
+        for i in range(waiting):
+            if pending[i] >= 0:
+                pending[left] = pending[i]
+                left += 1
+        waiting = left
+        attempt += ahead
+
+
+@njit
+def sort_with(keys, payload, largest):  # type: ignore[no-untyped-def]
+    """Sort uint64 keys up to ``largest``, and an int32 payload with them: by digits, the lowest first. Stable, O(R)."""
+    count = len(keys)
+    digit = np.uint64(8 if count < 2048 else 11)
+    mask = (np.uint64(1) << digit) - np.uint64(1)
+    other_keys, other_payload = np.empty(count, np.uint64), np.empty(count, np.int32)
+    starts = np.empty(np.int64(mask) + 2, np.int64)
+    start = np.int64(starts.ctypes.data)
+    shift = np.uint64(0)
+    while shift < np.uint64(64) and (largest >> shift) > np.uint64(0):
+        key, item = np.int64(keys.ctypes.data), np.int64(payload.ctypes.data)
+        into_key, into_item = np.int64(other_keys.ctypes.data), np.int64(other_payload.ctypes.data)
+        starts[:] = 0
+        for i in range(count):
+            cell = start + 8 * (np.int64((np.uint64(load_int64(key + 8 * i)) >> shift) & mask) + 1)
+            store_int64(cell, load_int64(cell) + 1)
+        for d in range(np.int64(mask) + 1):
+            store_int64(start + 8 * (d + 1), load_int64(start + 8 * (d + 1)) + load_int64(start + 8 * d))
+        for i in range(count):
+            word = load_int64(key + 8 * i)
+            cell = start + 8 * np.int64((np.uint64(word) >> shift) & mask)
+            position = load_int64(cell)
+            store_int64(cell, position + 1)
+            store_int64(into_key + 8 * position, word)
+            store_int32(into_item + 4 * position, load_int32(item + 4 * i))
+        keys, other_keys = other_keys, keys
+        payload, other_payload = other_payload, payload
+        shift += digit
+    return keys, payload
+
+
+@njit
+def draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen):  # type: ignore[no-untyped-def]
+    """New places in a tensor more than half full: its dormant places in a random order, the first R."""
+    taken = np.zeros(total, np.uint8)
+    active = 0
+    for k in range(count):
+        if not load_float(theta + k * size, size) < 0:
+            taken[load_int64(places + k * 8)] = 1
+            active += 1
+    candidates, keys = np.empty(total - active, np.int32), np.empty(total - active, np.uint64)
+    key = birth_key(seed, step, 0)
+    n = 0
+    for place in range(total):
+        if taken[place] == 0:
+            candidates[n] = np.int32(place)
+            keys[n] = bits(key, np.uint64(counter + place)) ^ SIGN_BIT  # PyTorch sorts the hash as a signed number
+            n += 1
+    keys, candidates = sort_with(keys, candidates, np.uint64(randomness.WORD))
+    for i in range(reborn):
+        chosen[i] = candidates[i]
+
+
+@njit(inline="always")
+def negative_at(place, sign_seed, exceptions, exception_count):  # type: ignore[no-untyped-def]
+    """Whether the constant sign of a place is -1 (``KSlots.signs_at``)."""
+    negative = np.int64(bits(np.uint64(sign_seed), np.uint64(place))) < 0
+    if exception_count > 0:
+        low, high = 0, exception_count
+        while low < high:
+            middle = (low + high) // 2
+            if load_int64(exceptions + middle * 8) < place:
+                low = middle + 1
+            else:
+                high = middle
+        if low < exception_count and load_int64(exceptions + low * 8) == place:
+            negative = not negative
+    return negative
+
+
+@cache
+def rewire_kernel(size: int) -> Kernel:
+    """One step of all tensors in the table; a task is a tensor. ``size`` is that of theta's floats in bytes."""
+    real = np.float32 if size == 4 else np.float64
+
+    def rewire(a):  # type: ignore[no-untyped-def]
+        tensors, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
+        step, seed = load_int64(a + 8 * STEP), load_int64(a + 8 * SEED)
+        while True:
+            task = fetch_add(a, 1)
+            if task >= tensors:
+                break
+            t = table + task * FIELDS * 8
+            theta, places, count = load_int64(t + 8 * THETA), load_int64(t + 8 * PLACES), load_int64(t + 8 * COUNT)
+            counter, total = load_int64(t + 8 * COUNTER), load_int64(t + 8 * TOTAL)
+            decrement, scale = load_float(t + 8 * DECREMENT, 8), load_float(t + 8 * NOISE, 8)
+            rewires, dormant_at = load_int64(t + 8 * REWIRES), load_int64(t + 8 * REBORN)
+            # theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu; then theta < 0: dormant
+            values = carray(pointer(theta), count, real)
+            if decrement != 0.0:
+                less = real(decrement)
+                for k in range(count):
+                    values[k] -= less
+            if scale != 0.0:
+                key = extend(extend(extend(np.uint64(3), np.uint64(seed)), NOISE_STREAM), np.uint64(step))
+                for k in range(count):
+                    values[k] += real(normal(bits(key, np.uint64(counter + k))) * scale)
+            if rewires == 0:  # active at 0, with its place and its sign
+                for k in range(count):
+                    if values[k] < 0:
+                        values[k] = 0
+                continue
+            reborn = np.int64(0)
+            for k in range(count):
+                store_int64(dormant_at + reborn * 8, k)
+                reborn += values[k] < 0
+            store_int64(t + 8 * REBORN_COUNT, reborn)
+            if reborn == 0:
+                continue
+            dormant, chosen = carray(pointer(dormant_at), reborn, np.int64), np.empty(reborn, np.int64)
+            if 2 * count <= total:
+                draw_by_rejection(theta, size, places, count, total, dormant, reborn, counter, seed, step, chosen)
+            else:
+                draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen)
+            born, signs = load_int64(t + 8 * BORN), load_int64(t + 8 * SIGNS)
+            since, newborn_deaths = load_int64(t + 8 * NEWBORN_SINCE), 0
+            sign_seed = load_int64(t + 8 * SIGN_SEED)
+            exceptions, exception_count = load_int64(t + 8 * EXCEPTIONS), load_int64(t + 8 * EXCEPTION_COUNT)
+            for i in range(reborn):
+                k, place = dormant[i], chosen[i]
+                newborn_deaths += load_int64(born + k * 8) >= since
+                negative = negative_at(place, sign_seed, exceptions, exception_count)
+                values[k] = 0
+                store_int64(places + k * 8, place)
+                store_float(signs + k * size, -1.0 if negative else 1.0, size)
+                store_int64(born + k * 8, step)
+            store_int64(t + 8 * NEWBORN_DEATHS, newborn_deaths)
+            for state in range(load_int64(t + 8 * STATES)):
+                field = t + 8 * (STATE + 3 * state)
+                address, start = load_int64(field), load_float(field + 16, 8)
+                if load_int64(field + 8) == 4:
+                    for i in range(reborn):
+                        store_float(address + dormant[i] * 4, np.float32(start), 4)
+                else:
+                    for i in range(reborn):
+                        store_float(address + dormant[i] * 8, start, 8)
+
+    return Kernel(rewire)
+
+
+@njit
+def follow_side(start, other, slots, lines, width, count, flags, keys, born_slots, births):  # type: ignore[no-untyped-def]
+    """One order (by rows or by columns) follows a rewiring, in place.
+
+    Args:
+        start, other, slots: addresses of the order: where each line begins, and for each connection its place across the line and its slot.
+        lines, width: number of lines, and of places in each.
+        flags: array, a bit per slot: reborn. (Not its address: numba frees an array after its last mention.)
+        keys: line * width + place across, sorted; ``born_slots`` belong to them.
+    """
+    written, entry = 0, 0
+    flags_at = np.int64(flags.ctypes.data)
+    for line in range(lines):
+        end = load_int32(start + 4 * (line + 1))
+        while entry < end:
+            slot = load_int32(slots + 4 * entry)
+            number = slot & SLOT
+            store_int32(other + 4 * written, load_int32(other + 4 * entry))
+            store_int32(slots + 4 * written, slot)
+            written += 1 - ((load_int32(flags_at + 4 * (number >> 5)) >> (number & 31)) & 1)
+            entry += 1
+        store_int32(start + 4 * (line + 1), np.int32(written))
+    # from the end, so that nothing is overwritten before it has been moved
+    position, birth = count, births - 1
+    for line in range(lines - 1, -1, -1):
+        if birth < 0:
+            break
+        entry, begin = load_int32(start + 4 * (line + 1)) - 1, load_int32(start + 4 * line)
+        store_int32(start + 4 * (line + 1), np.int32(position))
+        base = line * width
+        while birth >= 0 and np.int64(keys[birth]) >= base:
+            across = np.int32(np.int64(keys[birth]) - base)
+            while entry >= begin and load_int32(other + 4 * entry) > across:
+                position -= 1
+                store_int32(other + 4 * position, load_int32(other + 4 * entry))
+                store_int32(slots + 4 * position, load_int32(slots + 4 * entry))
+                entry -= 1
+            position -= 1
+            store_int32(other + 4 * position, across)
+            store_int32(slots + 4 * position, born_slots[birth])
+            birth -= 1
+        if position != entry + 1:
+            while entry >= begin:
+                position -= 1
+                store_int32(other + 4 * position, load_int32(other + 4 * entry))
+                store_int32(slots + 4 * position, load_int32(slots + 4 * entry))
+                entry -= 1
+        else:
+            position = begin
+
+
+@cache
+def update_kernel() -> Kernel:
+    """The orders of all tensors in the table follow their rewiring; a task is one side of one tensor."""
+
+    def update(a):  # type: ignore[no-untyped-def]
+        tensors, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
+        while True:
+            task = fetch_add(a, 1)
+            if task >= 2 * tensors:
+                break
+            t = table + (task // 2) * FIELDS * 8
+            births, start = load_int64(t + 8 * REBORN_COUNT), load_int64(t + 8 * ROW_START)
+            if births == 0 or start == 0:
+                continue
+            rows, columns = load_int64(t + 8 * ROWS), load_int64(t + 8 * COLUMNS)
+            count, places, reborn = load_int64(t + 8 * COUNT), load_int64(t + 8 * PLACES), load_int64(t + 8 * REBORN)
+            signs, size = load_int64(t + 8 * SIGNS), load_int64(t + 8 * SIZE)
+            keys, slots = np.empty(births, np.uint64), np.empty(births, np.int32)
+            flags = np.zeros(count // 32 + 1, np.int32)
+            for i in range(births):
+                slot = load_int64(reborn + 8 * i)
+                place = load_int64(places + 8 * slot)
+                if task % 2 == 1:
+                    row = np.int64(np.uint64(place) // np.uint64(columns))
+                    keys[i] = np.uint64((place - row * columns) * rows + row)
+                else:
+                    keys[i] = np.uint64(place)
+                # the sign bit of a little-endian float is the top bit of its last four bytes
+                negative = load_int32(signs + (slot + 1) * size - 4) < 0
+                slots[i] = np.int32(slot - (SLOT + 1)) if negative else np.int32(slot)
+                flags[slot >> 5] |= np.int32(np.int64(1) << (slot & 31))
+            keys, slots = sort_with(keys, slots, np.uint64(rows * columns - 1))
+            if task % 2 == 0:
+                other, order = load_int64(t + 8 * ROW_COLUMN), load_int64(t + 8 * ROW_SLOT)
+                follow_side(start, other, order, rows, columns, count, flags, keys, slots, births)
+            else:
+                start = load_int64(t + 8 * COLUMN_START)
+                other, order = load_int64(t + 8 * COLUMN_ROW), load_int64(t + 8 * COLUMN_SLOT)
+                follow_side(start, other, order, columns, rows, count, flags, keys, slots, births)
+
+    return Kernel(update)
+
+
+@cache
+def finite_kernel() -> Kernel:
+    """Argument 0 becomes 0 if some value in the table (address, number, bytes per value) is not finite."""
+
+    def finite(a):  # type: ignore[no-untyped-def]
+        number, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
+        fine = np.int64(1)
+        for i in range(number):
+            address, count = load_int64(table + 24 * i), load_int64(table + 24 * i + 8)
+            # a float is finite unless all bits of its exponent are set
+            if load_int64(table + 24 * i + 16) == 4:
+                words = carray(pointer(address), count, np.uint32)
+                worst = np.uint32(0)
+                for k in range(count):
+                    worst = max(worst, words[k] & np.uint32(0x7F800000))
+                if worst == np.uint32(0x7F800000):
+                    fine = np.int64(0)
+            else:
+                long_words = carray(pointer(address), count, np.uint64)
+                worst_long = np.uint64(0)
+                for k in range(count):
+                    worst_long = max(worst_long, long_words[k] & np.uint64(0x7FF0000000000000))
+                if worst_long == np.uint64(0x7FF0000000000000):
+                    fine = np.int64(0)
+        store_int64(a, fine)
+
+    return Kernel(finite)
