@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_deepr import kernels, recurrent
 from lightning_deepr.compute import build_weight, choice
 from lightning_deepr.compute.order import Order
-from lightning_deepr.compute.sparse import linear
+from lightning_deepr.compute.sparse import linear, quick_linear
 from lightning_deepr.compute.weight import SparseWeight as _SparseWeight
 from lightning_deepr.randomness import signs_of
 
@@ -95,7 +95,8 @@ class KSlots(nn.Module):
         self.order: Order | None = None  # made when sparse compute needs it, and kept up to date
         self.policy = "dense"  # "auto" | "dense" | "sparse": what was asked for
         self.compute = "dense"  # what came of it
-        self._choices: dict[Any, bool] = {}
+        # the last question of uses_sparse: nearly always the next one, too
+        self._asked_size, self._asked_device, self._asked = -1, torch.device("cpu"), False
         self.l1_taken: float | str | None = None
         self.owner: Callable[[], Any] = _nobody  # weak reference to the callback at work
         self.copied_from: Callable[[], KSlots | None] = _nobody
@@ -117,10 +118,10 @@ class KSlots(nn.Module):
         return signs
 
     def forward(self, theta: Tensor) -> Tensor:
-        if self.compute == "sparse" and not self.is_watched and not torch.compiler.is_compiling():
+        if self.compute == "sparse" and not self.is_watched and not torch.compiler.is_dynamo_compiling():
             return _SparseWeight(theta, self)
         weight = self.dense(theta)
-        if self.is_watched and not torch.compiler.is_compiling():
+        if self.is_watched and not torch.compiler.is_dynamo_compiling():
             self._watch(theta, weight)
         return weight
 
@@ -130,7 +131,7 @@ class KSlots(nn.Module):
         Raises:
             RuntimeError: it would take more than 1 GiB.
         """
-        if not torch.compiler.is_compiling() and self.total * theta.element_size() > LARGEST_READ:
+        if not torch.compiler.is_dynamo_compiling() and self.total * theta.element_size() > LARGEST_READ:
             raise RuntimeError(
                 f"Building this weight of shape {tuple(self.shape)} takes {self.total * theta.element_size() / 2**30:.1f} GiB "
                 "(more than 1 GiB). `lightning_deepr.connections(module)` gives its places and values instead."
@@ -147,7 +148,7 @@ class KSlots(nn.Module):
             capable: whether the module multiplies with this tensor as a linear layer does.
         """
         self.policy = policy if capable else "dense"
-        self._choices = {}
+        self._asked_size = -1
         sparse = self.policy == "sparse" or (self.policy == "auto" and self.prefers_sparse(choice.NOMINAL_BATCH, "cpu"))
         if self.policy == "auto" and self.total * self.signs.element_size() > LARGEST_READ:
             sparse = True  # there is no other way
@@ -161,12 +162,13 @@ class KSlots(nn.Module):
 
     def uses_sparse(self, x: Tensor) -> bool:
         """Whether a product with x [..., columns] shall be sparse."""
-        if self.policy != "auto" or torch.compiler.is_compiling():
+        if self.policy != "auto" or torch.compiler.is_dynamo_compiling():
             return self.compute == "sparse"
-        key = (x.numel(), x.device.type)
-        chosen = self._choices.get(key)
-        if chosen is None:
-            chosen = self._choices[key] = self.prefers_sparse(x.numel() // max(self.columns, 1), x.device.type)
+        size, device = x.numel(), x.device
+        if size == self._asked_size and device == self._asked_device:
+            return self._asked
+        chosen = self.prefers_sparse(size // max(self.columns, 1), device.type)
+        self._asked_size, self._asked_device, self._asked = size, device, chosen
         if torch.is_grad_enabled():
             self.compute = "sparse" if chosen else "dense"
         return chosen
@@ -176,7 +178,7 @@ class KSlots(nn.Module):
         if theta.device.type == "cpu" and theta.dtype in _KERNEL_TYPES and kernels.available():
             return True
         kind = f"{theta.device.type}, {theta.dtype}"
-        if not torch.compiler.is_compiling() and kind not in _told:
+        if not torch.compiler.is_dynamo_compiling() and kind not in _told:
             _told.add(kind)
             warnings.warn(
                 f"Sparse compute has no kernel for {kind}: it runs in plain PyTorch, which is slower. Kernels are there for float32 and "
@@ -188,7 +190,7 @@ class KSlots(nn.Module):
     def ordered(self) -> Order:
         """The connections by row and by column, up to date."""
         order = self.order
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             assert order is not None
             return order
         if order is None or order.is_stale(self.places):
@@ -240,7 +242,7 @@ class KSlots(nn.Module):
         super()._apply(fn, recurse)
         for name in ("places", "born", "signs", "exceptions"):
             setattr(self, name, fn(getattr(self, name)))
-        self._choices = {}
+        self._asked_size = -1
         if self.order is not None:
             self.order = None
             if self.places.device.type == "cpu":
@@ -335,11 +337,12 @@ class Converted(NamedTuple):
 
     @property
     def theta(self) -> nn.Parameter:
-        return self.holder.original  # type: ignore[return-value]
+        # (looked up directly: it is asked for several times in every step)
+        return self.holder._parameters["original"]  # type: ignore[return-value]
 
     @property
     def holder(self) -> parametrize.ParametrizationList:
-        return self.module.parametrizations[self.tensor_name]  # type: ignore[index, union-attr, return-value]
+        return self.module._modules["parametrizations"]._modules[self.tensor_name]  # type: ignore[union-attr, return-value]
 
 
 def slots_of(module: nn.Module, tensor_name: str) -> KSlots | None:
@@ -404,6 +407,10 @@ def linear_forward(self: Any, input: Tensor) -> Tensor:
     slots, theta = holder._modules["0"], holder._parameters.get("original")
     if len(holder._modules) == 1 and theta is not None and slots.uses_sparse(input):
         bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        if not torch.compiler.is_dynamo_compiling():
+            y = quick_linear(input, theta, bias, slots)
+            if y is not None:
+                return y
         return linear(input, theta, bias, slots)
     weight = self.weight
     return F.linear(input, weight.build() if type(weight) is _SparseWeight else weight, self.bias)

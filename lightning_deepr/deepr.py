@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_deepr import kernels, rewiring
 from lightning_deepr.callback import SparseTraining
 from lightning_deepr.connections import restart_averages
-from lightning_deepr.stepping import Stepped
+from lightning_deepr.stepping import Reborn, Stepped
 
 if TYPE_CHECKING:
     from lightning_deepr.kernels.step import Table
@@ -62,18 +62,18 @@ class DeepR(SparseTraining):
     """
 
     @override
-    def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Tensor]:
+    def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Reborn]:
         # tensors on one device that took part in equally many steps are handled together: nearly always all of them
         groups = {(item.tensor.step, item.theta.device) for item in stepped}
         if len(groups) == 1:
             return self._deep_r(stepped, optimizer, stepped[0].tensor.step)
-        reborn: dict[int, Tensor] = {}
+        reborn: dict[int, Reborn] = {}
         for step, device in groups:
             group = [item for item in stepped if (item.tensor.step, item.theta.device) == (step, device)]
             reborn.update(zip(map(id, group), self._deep_r(group, optimizer, step), strict=True))
         return [reborn[id(item)] for item in stepped]
 
-    def _deep_r(self, stepped: Sequence[Stepped], optimizer: Optimizer, step: int) -> list[Tensor]:
+    def _deep_r(self, stepped: Sequence[Stepped], optimizer: Optimizer, step: int) -> list[Reborn]:
         dtype = stepped[0].theta.dtype
         if all(item.theta.dtype == dtype and kernels.suits(item.theta) for item in stepped):
             return self._deep_r_in_one_call(stepped, optimizer, step)
@@ -84,28 +84,27 @@ class DeepR(SparseTraining):
         keep = [item.theta for item in stepped if not item.rewires]
         rewiring.keep_active(keep)
         if len(keep) == len(stepped):
-            return [theta.new_empty(0, dtype=torch.long) for theta in thetas]
+            return [Reborn(0, 0, theta.new_empty(0, dtype=torch.long)) for theta in thetas]
         # if theta < 0: dormant; then activate as many dormant places, uniformly at random, theta <- 0
         dormant = rewiring.dormant_slots(thetas)
-        self._newborn_deaths.update(
-            (item.tensor.name, int((item.tensor.slots.born[slots] >= step - self.rewire_every_n_steps).sum()))
-            for item, slots in zip(stepped, dormant, strict=True)
-            if slots.numel()
-        )
+        newborns = [
+            int((tensor.born[slots] >= step - self.rewire_every_n_steps).sum()) if slots.numel() else 0
+            for tensor, slots in zip(tensors, dormant, strict=True)
+        ]
         rewiring.reactivate(thetas, tensors, dormant, self.seed, step)
         for item, slots in zip(stepped, dormant, strict=True):
             if slots.numel():
                 self._starting_state.reset(optimizer, item.group_index, item.tensor.theta, slots)
                 if item.tensor.slots.averages:
                     restart_averages(item.tensor.slots, slots)
-        return dormant
+        return [Reborn(slots.numel(), count, slots) for slots, count in zip(dormant, newborns, strict=True)]
 
-    def _deep_r_in_one_call(self, stepped: Sequence[Stepped], optimizer: Optimizer, step: int) -> list[Tensor]:
+    def _deep_r_in_one_call(self, stepped: Sequence[Stepped], optimizer: Optimizer, step: int) -> list[Reborn]:
         """The same, line by line, in a compiled kernel for all tensors together."""
         table = self._table(stepped)
         states = [self._starting_state.tensors(optimizer, item.group_index, item.tensor.theta) for item in stepped]
-        within = [found if all(map(_kernel_can_write, found)) and len(found) <= MOST_STATES else [] for found in states]
-        reborn = table.step(
+        within = [found if not found or _kernel_can_write(found) else [] for found in states]
+        counts, newborns = table.step(
             [item.theta for item in stepped],
             [item.lr * item.alpha for item in stepped],
             [(2 * item.lr * item.temperature) ** 0.5 for item in stepped],
@@ -115,14 +114,13 @@ class DeepR(SparseTraining):
             self.seed,
             step,
         )
-        for item, slots, found, done, newborn in zip(stepped, reborn, states, within, table.newborn_deaths(), strict=True):
-            if slots.numel():
-                self._newborn_deaths[item.tensor.name] = newborn
-                if len(done) < len(found):
-                    for value, start in found:
-                        value.index_fill_(0, slots, start)
-                if item.tensor.slots.averages:
-                    restart_averages(item.tensor.slots, slots)
+        reborn = [Reborn(*found) for found in zip(counts, newborns, table.reborn, strict=True)]
+        for item, born, found, done in zip(stepped, reborn, states, within, strict=True):
+            if born.count and len(done) < len(found):
+                for value, start in found:
+                    value.index_fill_(0, born.slots, start)
+            if born.count and item.tensor.slots.averages:
+                restart_averages(item.tensor.slots, born.slots)
         return reborn
 
     def _table(self, stepped: Sequence[Stepped]) -> Table:
@@ -135,5 +133,5 @@ class DeepR(SparseTraining):
         return table
 
 
-def _kernel_can_write(state: tuple[Tensor, float]) -> bool:
-    return state[0].is_contiguous() and state[0].dtype in (torch.float32, torch.float64) and state[0].device.type == "cpu"
+def _kernel_can_write(states: list[tuple[Tensor, float]]) -> bool:
+    return len(states) <= MOST_STATES and all(kernels.suits(value) for value, _ in states)

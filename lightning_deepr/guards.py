@@ -20,7 +20,6 @@ OPTIMIZER_TOO_EARLY = (
     "The optimizer holds none of the converted weights: it was made before the network was converted (optimizer made before "
     "sparsify). Expected an optimizer over the converted parameters: call sparsify(net, ...) first, then make the optimizer."
 )
-_KERNEL_TYPES = (torch.float32, torch.float64)
 _SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
@@ -106,15 +105,15 @@ def was_skipped(optimizer: Optimizer) -> bool:
 
 def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None:
     """Stop before a step that would spread a value that is not finite; names the tensor and the step."""
+    values: list[torch.Tensor] = [t.theta for t in tensors]
+    if gradients:
+        values += [theta.grad for theta in values if theta.grad is not None]
+    if kernels.all_finite(values):
+        return
     looked = [("theta", t, t.theta.detach()) for t in tensors]
     if gradients:
         looked += [("the gradient of theta", t, t.theta.grad) for t in tensors if t.theta.grad is not None]
-    values = [values for _, _, values in looked]
-    if kernels.available() and all(v.device.type == "cpu" and v.dtype in _KERNEL_TYPES and v.is_contiguous() for v in values):
-        from lightning_deepr.kernels.step import all_finite
-
-        if all_finite(values):
-            return
+    values = [value for _, _, value in looked]
     # one number first: the largest magnitude of all is not finite if any value is not
     norms = torch._foreach_norm(values, float("inf"))
     if bool(torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())):

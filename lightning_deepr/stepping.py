@@ -10,7 +10,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -47,7 +47,7 @@ class TrackedTensor:
         return self.converted.theta
 
 
-@dataclass
+@dataclass(slots=True)
 class Stepped:
     """A tensor that has just taken an optimizer step, with what holds in this step."""
 
@@ -58,6 +58,18 @@ class Stepped:
     alpha: Any
     temperature: Any
     rewires: bool  # False: theta < 0 is set to 0
+
+
+class Reborn(NamedTuple):
+    """What a step did to a tensor."""
+
+    count: int
+    newborns: int  # how many of them had been reborn in the rewiring before, too
+    numbers: Tensor  # int64: the first ``count`` are the slots that were reborn; valid until the next step
+
+    @property
+    def slots(self) -> Tensor:
+        return self.numbers[: self.count]
 
 
 class _Tables(dict[Any, Any]):
@@ -101,18 +113,17 @@ class Stepper(ABC):
         self._matches: dict[int, tuple[weakref.ref[Optimizer], int, list[tuple[TrackedTensor, int]]]] = {}
         self._starting_state = StartingState()
         self._tables = _Tables()
-        self._newborn_deaths: dict[str, int] = {}  # of the present step, by tensor
         self._continues = False  # a state was loaded: what begins is no new training
         self._told: set[str] = set()
 
     # -- the algorithm ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Tensor]:
+    def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Reborn]:
         """What follows an optimizer step, for the tensors that took it. In place.
 
         Returns:
-            for each tensor the slots that were reborn, int64 [R_i].
+            for each tensor what was reborn.
         """
 
     def on_after_optimizer_step(self, strategy: Any = None, optimizer: Optimizer | None = None) -> None:
@@ -133,24 +144,25 @@ class Stepper(ABC):
         if not stepped:
             return
         reborn = self.after_step(stepped, optimizer)
-        for item, slots in zip(stepped, reborn, strict=True):
+        for item, born in zip(stepped, reborn, strict=True):
             tensor = item.tensor
             if self.check_invariants:
-                guards.check_invariants(tensor, item, slots, optimizer, self._starting_state)
+                guards.check_invariants(tensor, item, born.slots, optimizer, self._starting_state)
             tensor.step += 1
-            if tensor.turnover.add(slots.numel(), self._newborn_deaths.get(tensor.name, 0), item.rewires):
+            if tensor.turnover.add(born.count, born.newborns, item.rewires):
                 rank_zero_warn(collapse_message(tensor.name, item.alpha))
-        self._newborn_deaths = {}
 
     def _stepped(self, tensor: TrackedTensor, theta: Tensor, optimizer: Optimizer, group_index: int) -> Stepped:
         group = optimizer.param_groups[group_index]
         lr, done = group["lr"], tensor.step - tensor.start
-        progress = done / self._total_steps if self._total_steps else 0.0
-        alpha = tensor.alpha
+        alpha, temperature = tensor.alpha, self.temperature
         if alpha is None:
             alpha, _ = default_l1(optimizer, group)  # the momentum may be on a schedule
-        alpha = evaluate(alpha, min(progress, 1.0), f"l1 of `{tensor.name}`")
-        temperature = evaluate(self.temperature, lr, "temperature")
+        if type(alpha) is not float:
+            progress = done / self._total_steps if self._total_steps else 0.0
+            alpha = evaluate(alpha, min(progress, 1.0), f"l1 of `{tensor.name}`")
+        if type(temperature) is not float:
+            temperature = evaluate(temperature, lr, "temperature")
         until = self.rewire_until
         if isinstance(until, float):
             assert self._total_steps is not None

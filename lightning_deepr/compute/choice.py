@@ -8,24 +8,36 @@ import torch
 
 NOMINAL_BATCH = 128  # until the first batch has been seen
 
+# Microseconds per unit of work, in the order of the terms below: what `benchmarks/break_even.py --fit` prints.
+SPARSE = (30.0, 1.5e-4, 6e-4, 1e-3)
+DENSE = (60.0, 4e-4, 3e-5, 6e-3)
+
 
 def prefers_sparse(rows: int, columns: int, count: int, batch: int, dtype: torch.dtype, device: str) -> bool:
-    """Whether the sparse kernels are expected to be faster than a dense layer, forward and backward.
+    """Whether the sparse kernels are expected to be faster than the transient dense weight, forward and backward.
 
-    The constants are fitted to ``benchmarks/break_even.py`` (its table is in ``benchmarks/README.md``).
+    Either time is a sum of amounts of work, each times a constant that was fitted to measured times (``benchmarks/README.md`` has the
+    table, and how often the rule is right). Only the ratio of the two is meant.
     """
-    return device == "cpu" and sparse_time(rows, columns, count, batch, dtype) < dense_time(rows, columns, count, batch, dtype)
+    if device != "cpu":
+        return False
+    sparse, dense = (
+        terms[0] * constants[0] + scale * sum(a * b for a, b in zip(terms[1:], constants[1:], strict=True))
+        for terms, constants, scale in (
+            (sparse_terms(rows, columns, count, batch), SPARSE, 2.0 if dtype == torch.float64 else 1.0),
+            (dense_terms(rows, columns, count, batch), DENSE, 2.0 if dtype == torch.float64 else 1.0),
+        )
+    )
+    return sparse < dense
 
 
-def sparse_time(rows: int, columns: int, count: int, batch: int, dtype: torch.dtype) -> float:
-    """Microseconds, of one forward and backward pass on two cores of the machine in ``benchmarks/README.md``."""
-    scale = 2.0 if dtype == torch.float64 else 1.0
-    padded = 8 * math.ceil(batch / 8)
-    return 30 + scale * padded * (1.5e-4 * count + 6e-4 * (rows + columns))
+def sparse_terms(rows: int, columns: int, count: int, batch: int) -> tuple[float, ...]:
+    """A call; a multiplication and addition per connection; the transposes of input and output; reading the connections."""
+    padded = 8 * math.ceil(batch / 8)  # the kernels work on whole vectors
+    return 1, padded * count, padded * (rows + columns), count + rows + columns
 
 
-def dense_time(rows: int, columns: int, count: int, batch: int, dtype: torch.dtype) -> float:
-    """As :func:`sparse_time`, with the building of the transient weight and its gradient's."""
-    scale = 2.0 if dtype == torch.float64 else 1.0
+def dense_terms(rows: int, columns: int, count: int, batch: int) -> tuple[float, ...]:
+    """A call; building the weight and its gradient; a multiplication and addition per place; scattering and gathering."""
     total = rows * columns
-    return 60 + scale * total * (4e-4 + 3e-5 * batch) + 6e-3 * count
+    return 1, total, batch * total, count

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TWICE = 'Sparse compute has no double backward: expected a first derivative. Use compute="dense" for second derivatives.'
 LARGEST = 1 << 24  # entries of a transient tensor
 
 
@@ -35,8 +36,9 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(TWICE)
         x, theta, signs, places = ctx.saved_tensors
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         dtheta = torch.empty_like(theta)

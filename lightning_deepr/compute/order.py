@@ -32,7 +32,8 @@ class Order:
     def __init__(self, places: Tensor, signs: Tensor, shape: torch.Size) -> None:
         self.rows, self.columns = shape[0], math.prod(shape[1:])
         self.count = places.numel()
-        self.buffer = torch.zeros(size_of(self.rows, self.columns, self.count), dtype=torch.int32)
+        with torch.inference_mode(False):  # a validation may be the first to need it, and training saves it for its backward pass
+            self.buffer = torch.zeros(size_of(self.rows, self.columns, self.count), dtype=torch.int32)
         self.addresses = addresses(self.buffer, self.rows, self.columns, self.count)
         self.build(places, signs)
 
@@ -41,10 +42,11 @@ class Order:
         from lightning_deepr.kernels import rewire
 
         self.buffer.zero_()  # empty orders, into which every connection is born
-        self.noted = places, places._version
+        self.note(places)
         torch.autograd.graph.increment_version(self.buffer)
         if self.count == 0:
             return
+        signs = signs if signs.element_size() >= 4 else signs.float()  # the kernel reads the sign bit of a float32 or float64
         everything = torch.arange(self.count)
         table = np.zeros(rewire.FIELDS, np.int64)
         table[rewire.COUNT], table[rewire.PLACES] = self.count, places.data_ptr()
@@ -52,12 +54,21 @@ class Order:
         table[rewire.SIGNS], table[rewire.SIZE] = signs.data_ptr(), signs.element_size()
         table[rewire.ROWS], table[rewire.COLUMNS] = self.rows, self.columns
         table[rewire.ROW_START : rewire.ROW_START + 6] = self.addresses
-        arguments = (ctypes.c_int64 * 5)(0, 1, table.ctypes.data, 0, 0)
+        arguments = (ctypes.c_int64 * 6)(0, 1, table.ctypes.data, 0, 0, 0)
         rewire.update_kernel()(arguments, 2 if self.count > 20_000 and torch.get_num_threads() > 1 else 1)
 
     def is_stale(self, places: Tensor) -> bool:
         """Whether somebody has written other places since the order was made."""
-        return self.noted[0] is not places or self.noted[1] != places._version
+        known = self.noted
+        return known[0] is not places or known[1] != _version_of(places)
+
+    def note(self, places: Tensor) -> None:
+        """The order is that of these places, as they are now."""
+        self.noted = places, _version_of(places)
+
+
+def _version_of(places: Tensor) -> int:
+    return 0 if places.is_inference() else places._version
 
 
 def size_of(rows: int, columns: int, count: int) -> int:

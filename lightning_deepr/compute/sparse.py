@@ -10,44 +10,59 @@ Where there is no kernel (another device or dtype, no numba), :mod:`lightning_de
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+import struct
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as torch_linear
 
+from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses
 
-_TWICE = "Sparse compute has no double backward: expected a first derivative. Use compute=\"dense\" for second derivatives."
+
+class _Plan(NamedTuple):
+    """What depends on the sizes of a product alone."""
+
+    kernel: Any  # function of (bytes per float, lanes, vectors)
+    size: int
+    lanes: int
+    vectors: int
+    tiles: int
+    tiled_x: int  # entries
+    tiled_y: int
+    work: int
 
 
-def _kernels() -> Any:
+@lru_cache(maxsize=512)
+def _plan(batch: int, rows: int, columns: int, count: int, size: int, backward: bool) -> _Plan:
     from lightning_deepr.kernels import linear
 
-    return linear
-
-
-def _native() -> Any:
-    from lightning_deepr.kernels import native
-
-    return native
-
-
-def _forward(
-    x: Tensor, theta: Tensor, bias: Tensor | None, order: list[int], rows: int, columns: int, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """y [B, rows] and x in tiles; x is [B, columns] and contiguous."""
-    linear = _kernels()
-    batch, size = x.shape[0], x.element_size()
     lanes, vectors = linear.tile_of(batch, size)
     width = lanes * vectors
     tiles = -(-batch // width)
-    y = x.new_empty((batch, rows))
-    tiled = x.new_empty(tiles * columns * width)
-    arguments = _ARGUMENTS(
-        0, linear.ALL, batch, tiles, rows, columns, x.data_ptr(), tiled.data_ptr(), y.data_ptr(), 0, theta.data_ptr(),
-        0 if bias is None else bias.data_ptr(), *order, 0, 0, 0, vectors
+    work = (rows + columns + (2 if backward else 1) * count) * width * tiles
+    kernel = (linear.backward_kernel if backward else linear.forward_kernel)(size, lanes, vectors)
+    return _Plan(kernel, size, lanes, vectors, tiles, tiles * columns * width, tiles * rows * width, work)
+
+
+_ARGUMENTS, _pack = ctypes.c_int64 * 22, struct.Struct("22q").pack
+_ALL, _TRANSPOSE, _MULTIPLY = 0, 1, 2  # the kernels' phases
+_KERNEL_TYPES = (torch.float32, torch.float64)
+_SMALL = 1 << 18  # multiplications that one thread does
+
+
+def _forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: list[int], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """y [B, rows] and x in tiles; x is [B, columns] and contiguous."""
+    batch = x.shape[0]
+    plan = _plan(batch, rows, columns, theta.shape[0], x.element_size(), False)
+    y, tiled = x.new_empty((batch, rows)), x.new_empty(plan.tiled_x)
+    arguments = (
+        0, _ALL, batch, plan.tiles, rows, columns, x.data_ptr(), tiled.data_ptr(), y.data_ptr(), 0, theta.data_ptr(),
+        0 if bias is None else bias.data_ptr(), *order, 0, 0, 0, plan.vectors
     )  # fmt: skip
-    _run(linear.forward_kernel(size, lanes, vectors), arguments, (rows + columns + theta.numel()) * width * tiles)
+    _run(plan, arguments)
     return y, tiled
 
 
@@ -55,42 +70,41 @@ def _backward(
     dy: Tensor, x: Tensor | None, tiled: Tensor | None, theta: Tensor, order: list[int], rows: int, columns: int,
     need_x: bool, need_theta: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    linear = _kernels()
-    batch, size = dy.shape[0], dy.element_size()
-    lanes, vectors = linear.tile_of(batch, size)
-    width = lanes * vectors
-    tiles = -(-batch // width)
-    dy_tiled = dy.new_empty(tiles * rows * width)
+    """Gradients of x, theta and bias, where needed; of x as it was or in tiles."""
+    if not (need_x or need_theta):
+        return None, None, dy.sum(0) if need_bias else None
+    batch = dy.shape[0]
+    plan = _plan(batch, rows, columns, theta.shape[0], dy.element_size(), True)
+    dy_tiled = dy.new_empty(plan.tiled_y)
     source = 0
     if tiled is None:
         assert x is not None
-        tiled, source = dy.new_empty(tiles * columns * width), x.data_ptr()
+        tiled, source = dy.new_empty(plan.tiled_x), x.data_ptr()
     dx = dy.new_empty((batch, columns)) if need_x else None
     dtheta = torch.empty_like(theta) if need_theta else None
     dbias = dy.new_empty(rows) if need_bias else None
-    if not (need_x or need_theta):
-        return dx, dtheta, dy.sum(0)
-    arguments = _ARGUMENTS(
-        0, linear.ALL, batch, tiles, rows, columns, source, tiled.data_ptr(), dy.data_ptr(), dy_tiled.data_ptr(), theta.data_ptr(),
+    arguments = (
+        0, _ALL, batch, plan.tiles, rows, columns, source, tiled.data_ptr(), dy.data_ptr(), dy_tiled.data_ptr(), theta.data_ptr(),
         0, *order, 0 if dx is None else dx.data_ptr(), 0 if dtheta is None else dtheta.data_ptr(),
-        0 if dbias is None else dbias.data_ptr(), vectors
+        0 if dbias is None else dbias.data_ptr(), plan.vectors
     )  # fmt: skip
-    _run(linear.backward_kernel(size, lanes, vectors), arguments, (rows + columns + 2 * theta.numel()) * width * tiles)
+    _run(plan, arguments)
     return dx, dtheta, dbias
 
 
-_ARGUMENTS = ctypes.c_int64 * 22
+def _run(plan: _Plan, arguments: tuple[int, ...]) -> None:
+    threads = 1
+    if plan.work > _SMALL:
+        from lightning_deepr.kernels.native import threads_for
 
-
-def _run(kernel: Any, arguments: Any, work: int) -> None:
-    linear = _kernels()
-    threads = _native().threads_for(work, 1 << 18)
+        threads = threads_for(plan.work, _SMALL)
     if threads == 1:
-        kernel(arguments)
+        plan.kernel.alone(_pack(*arguments))
         return
-    for phase in (linear.TRANSPOSE, linear.MULTIPLY):
-        arguments[0], arguments[1] = 0, phase
-        kernel(arguments, threads)
+    several = _ARGUMENTS(*arguments)
+    for phase in (_TRANSPOSE, _MULTIPLY):
+        several[0], several[1] = 0, phase
+        plan.kernel(several, threads)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -98,15 +112,15 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, theta: Tensor, bias: Tensor | None, buffer: Tensor, order: Any) -> Tensor:  # type: ignore[override]
-        y, tiled = _forward(x, theta, bias, order.addresses, order.rows, order.columns, True)
+        y, tiled = _forward(x, theta, bias, order.addresses, order.rows, order.columns)
         ctx.save_for_backward(tiled, theta, buffer)
         ctx.order = order
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
-        if dy.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(_TWICE)
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(TWICE)
         tiled, theta, _ = ctx.saved_tensors  # raises if connections were rewired since
         order, need = ctx.order, ctx.needs_input_grad
         dx, dtheta, dbias = _backward(
@@ -121,7 +135,7 @@ def linear_op(x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, rows
     x = x.contiguous()
     if x.shape[0] == 0:
         return x.new_empty((0, rows))
-    return _forward(x, theta, bias, addresses(order, rows, columns, theta.numel()), rows, columns, False)[0]
+    return _forward(x, theta, bias, addresses(order, rows, columns, theta.numel()), rows, columns)[0]
 
 
 @linear_op.register_fake
@@ -135,7 +149,11 @@ def linear_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, theta and bias; empty tensors for those not needed."""
     if dy.shape[0] == 0:
-        return torch.zeros_like(x), torch.zeros_like(theta), dy.new_zeros(rows if need_bias else 0)
+        return (
+            dy.new_zeros(x.shape if need_x else (0,)),
+            dy.new_zeros(theta.shape if need_theta else (0,)),
+            dy.new_zeros(rows if need_bias else 0),
+        )
     places = addresses(order, rows, columns, theta.numel())
     found = _backward(dy.contiguous(), x.contiguous(), None, theta, places, rows, columns, need_x, need_theta, need_bias)
     dx, dtheta, dbias = (dy.new_empty(0) if gradient is None else gradient for gradient in found)
@@ -167,7 +185,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> Any:
 
 
 def _refuse_twice(ctx: Any, *gradients: Tensor) -> Any:
-    raise RuntimeError(_TWICE)
+    raise RuntimeError(TWICE)
 
 
 linear_op.register_autograd(_differentiate, setup_context=_setup)
@@ -175,13 +193,50 @@ linear_backward_op.register_autograd(_refuse_twice)
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether nobody watches or transforms operators: no compiler, fake or functional tensors, transforms or profiler."""
+    """Whether nobody watches or transforms operators: no fake or functional tensors, transforms or profiler."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        type(x) is Tensor
+        and _modes() == 0
+        and _transforms() is None
         and not torch.autograd._profiler_enabled()
     )
+
+
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+
+
+def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor | None:
+    """:func:`linear` of an everyday call, with no more questions than it needs; None: ask them all.
+
+    (A small layer takes some 10 microseconds: every attribute counts.)
+    """
+    order = slots.order
+    if (
+        order is None
+        or type(x) is not Tensor
+        or x.dtype is not theta.dtype
+        or not x.is_cpu
+        or not theta.is_cpu
+        or _modes() != 0
+        or _transforms() is not None
+        or torch.autograd._profiler_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or not x.is_contiguous()
+        # kernels know addresses, not types, sizes and strides
+        or x.dtype not in _KERNEL_TYPES
+        or type(theta) is not torch.nn.Parameter
+    ):
+        return None
+    if bias is not None and (bias.dtype is not x.dtype or bias.shape != (order.rows,) or not bias.is_contiguous() or not bias.is_cpu):
+        return None
+    shape = x.shape
+    if len(shape) != 2 or shape[1] != order.columns or shape[0] == 0:
+        return None
+    if order.is_stale(slots.places):
+        return None
+    if torch.is_grad_enabled():
+        return LinearFunction.apply(x, theta, bias, order.buffer, order)  # type: ignore[no-any-return]
+    return _forward(x, theta, bias, order.addresses, order.rows, order.columns)[0]
 
 
 def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
@@ -200,25 +255,32 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
         RuntimeError: the width or the dtype of x does not fit, in the words of ``nn.Linear``; a second derivative is asked for.
     """
     rows, columns = slots.rows, slots.columns
-    if x.dim() == 0 or x.shape[-1] != columns:
-        shape = f"{x.shape[:-1].numel()}x{x.shape[-1]}" if x.dim() else "a number"
-        raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({shape} and {columns}x{rows})")
+    if x.device != theta.device or x.device.type == "meta" or x.dim() == 0 or x.shape[-1] != columns:
+        return _as_torch_does(x, theta, bias, rows, columns)
     cast = None
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and torch.float64 not in (x.dtype, theta.dtype):
         cast = torch.get_autocast_dtype(kind)
         x = x.to(theta.dtype)
         bias = bias if bias is None else bias.to(theta.dtype)
     elif x.dtype != theta.dtype:
-        raise RuntimeError(
-            f"mat1 and mat2 must have the same dtype, but got {_torch_name(x.dtype)} and {_torch_name(theta.dtype)}"
-        )
+        return _as_torch_does(x, theta, bias, rows, columns)
+    if theta.numel() != slots.count:
+        raise RuntimeError(f"Expected theta of K = {slots.count} connections, found {theta.numel()} values.")
+    if bias is not None and (bias.shape != (rows,) or bias.dtype != theta.dtype or bias.device != theta.device):
+        if bias.dtype != theta.dtype or bias.device != theta.device:
+            return _as_torch_does(x.reshape(-1, columns)[:0], theta, bias, rows, columns)
+        y = linear(x, theta, None, slots) + bias  # F.linear takes whatever can be broadcast
+        return y if cast is None else y.to(cast)
+    # kernels know addresses, not strides
+    theta = theta.contiguous()
+    bias = bias if bias is None else bias.contiguous()
     flat = x if x.dim() == 2 else x.reshape(-1, columns)
     if not slots.has_kernel(theta):
         from lightning_deepr.compute import gather
 
         y = gather.linear(flat, theta, bias, slots)
-    elif torch.compiler.is_compiling() or not _is_plain(x):
+    elif torch.compiler.is_dynamo_compiling() or not _is_plain(x):
         y = linear_op(flat, theta, bias, slots.ordered().buffer, rows, columns)
     elif flat.shape[0] == 0:
         y = linear_op(flat, theta, bias, slots.ordered().buffer, rows, columns)
@@ -229,12 +291,12 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
         if torch.is_grad_enabled():
             y = LinearFunction.apply(flat, theta, bias, order.buffer, order)
         else:
-            y = _forward(flat, theta, bias, order.addresses, rows, columns, False)[0]
+            y = _forward(flat, theta, bias, order.addresses, rows, columns)[0]
     if cast is not None:
         y = y.to(cast)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
 
-def _torch_name(dtype: torch.dtype) -> str:
-    names = {torch.float32: "Float", torch.float64: "Double", torch.float16: "Half", torch.bfloat16: "BFloat16"}
-    return names.get(dtype, str(dtype))
+def _as_torch_does(x: Tensor, theta: Tensor, bias: Tensor | None, rows: int, columns: int) -> Tensor:
+    """What torch says to arguments that don't fit, and its shape propagation on the meta device: one number stands for the weight."""
+    return torch_linear(x, theta.sum().expand(rows, columns), bias)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+TYPES = (torch.float32, torch.float64)
 
 
 @cache
@@ -24,4 +28,16 @@ def available() -> bool:
 
 def suits(theta: Tensor) -> bool:
     """Whether the kernels can work on this theta: float32 or float64 on the CPU."""
-    return theta.device.type == "cpu" and theta.dtype in (torch.float32, torch.float64) and theta.is_contiguous() and available()
+    return theta.dtype in TYPES and theta.is_cpu and theta.is_contiguous() and available()
+
+
+def all_finite(values: Sequence[Tensor]) -> bool:
+    """Whether every value of some tensors is known to be finite; False also where no kernel can look."""
+    return available() and bool(_step().all_finite(values))
+
+
+@cache
+def _step() -> Any:
+    from lightning_deepr.kernels import step
+
+    return step

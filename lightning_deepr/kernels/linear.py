@@ -24,6 +24,7 @@ from lightning_deepr.kernels.native import (
     load_int64,
     stack_space,
     store_float,
+    store_int64,
     transpose_block,
     transpose_edge,
 )
@@ -90,25 +91,28 @@ def forward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
         phase, batch, tiles = load_int64(a + 8 * PHASE), load_int64(a + 8 * BATCH), load_int64(a + 8 * TILES)
         rows, columns, parts = load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS), load_int64(a + 8 * PARTS)
         xt, y, theta, bias = load_int64(a + 8 * XT), load_int64(a + 8 * Y), load_int64(a + 8 * THETA), load_int64(a + 8 * BIAS)
+        counter = a
+        if phase == ALL:  # the caller is alone, and its arguments may be constants
+            counter = stack_space(8)
+            store_int64(counter, 0)
         if phase != MULTIPLY:
             x = load_int64(a + 8 * X)
             blocks = (columns + 127) // 128
             while True:
-                task = fetch_add(a, 1)
+                task = fetch_add(counter, 1)
                 if task >= blocks * tiles:
                     break
                 first = (task % blocks) * 128
                 to_tiles(x, xt, batch, columns, first, min(first + 128, columns), task // blocks, parts, size, lanes)
         if phase == TRANSPOSE:
             return
-        task_counter = a if phase == MULTIPLY else stack_space(8)
-        if phase != MULTIPLY:
-            fetch_add(task_counter, -fetch_add(task_counter, 0))
+        if phase == ALL:
+            store_int64(counter, 0)
         row_start, row_column, row_slot = load_int64(a + 8 * ROW_START), load_int64(a + 8 * ROW_COLUMN), load_int64(a + 8 * ROW_SLOT)
         block, values = stack_space(block_bytes), stack_space(chunk_bytes)
         groups = (rows + lanes - 1) // lanes
         while True:
-            task = fetch_add(task_counter, 4)
+            task = fetch_add(counter, 4)
             if task >= groups * tiles:
                 break
             for group in range(task, min(task + 4, groups * tiles)):
@@ -146,11 +150,15 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
         x, xt, dy, yt = load_int64(a + 8 * X), load_int64(a + 8 * XT), load_int64(a + 8 * Y), load_int64(a + 8 * YT)
         theta, dx = load_int64(a + 8 * THETA), load_int64(a + 8 * DX)
         dtheta, dbias = load_int64(a + 8 * DTHETA), load_int64(a + 8 * DBIAS)
+        counter = a
+        if phase == ALL:
+            counter = stack_space(8)
+            store_int64(counter, 0)
         if phase != MULTIPLY:
             blocks = (rows + 127) // 128
             more = ((columns + 127) // 128) * tiles if x != 0 else 0
             while True:
-                task = fetch_add(a, 1)
+                task = fetch_add(counter, 1)
                 if task >= blocks + more:
                     break
                 if task >= blocks:
@@ -172,15 +180,14 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
                         store_float(dbias + r * size, total, size)
         if phase == TRANSPOSE:
             return
-        task_counter = a if phase == MULTIPLY else stack_space(8)
-        if phase != MULTIPLY:
-            fetch_add(task_counter, -fetch_add(task_counter, 0))
+        if phase == ALL:
+            store_int64(counter, 0)
         column_start, column_row = load_int64(a + 8 * COLUMN_START), load_int64(a + 8 * COLUMN_ROW)
         column_slot = load_int64(a + 8 * COLUMN_SLOT)
         block, values, dots = stack_space(block_bytes), stack_space(chunk_bytes), stack_space(chunk_bytes)
         groups = (columns + lanes - 1) // lanes
         while True:
-            task = fetch_add(task_counter, 4)
+            task = fetch_add(counter, 4)
             if task >= groups:
                 break
             for group in range(task, min(task + 4, groups)):

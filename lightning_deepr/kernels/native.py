@@ -26,6 +26,7 @@ log = logging.getLogger("lightning_deepr")
 
 _SIGNATURE = types.void(types.intp)
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+_ON_CONSTANTS = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 _lock = threading.Lock()
 _announced = False
 
@@ -42,6 +43,7 @@ class Kernel:
             self._compiled = _compile(function)
         self.address = self._compiled.address
         self._call = _FUNCTION(self.address)
+        self.alone = _ON_CONSTANTS(self.address)  # on one thread, with packed arguments that the kernel only reads
 
     def __call__(self, arguments: ctypes.Array[ctypes.c_int64], threads: int = 1) -> None:
         where = ctypes.addressof(arguments)

@@ -36,12 +36,12 @@ from lightning_deepr.kernels.native import (
 )
 
 # Arguments
-TASK, TENSORS, TABLE, STEP, SEED = range(5)
+TASK, TENSORS, TABLE, STEP, SEED, NEWBORN_SINCE = range(6)
 # Fields of a tensor in the table
 THETA, PLACES, BORN, SIGNS, EXCEPTIONS, EXCEPTION_COUNT, COUNT, TOTAL, COUNTER, SIGN_SEED = range(10)
-DECREMENT, NOISE, REWIRES, NEWBORN_SINCE, STATES, FLAGS, REBORN, REBORN_COUNT, NEWBORN_DEATHS = range(10, 19)
-SIZE, ROWS, COLUMNS, ROW_START, ROW_COLUMN, ROW_SLOT, COLUMN_START, COLUMN_ROW, COLUMN_SLOT = range(19, 28)
-STATE = 28  # address, bytes per entry and starting value of each state tensor
+DECREMENT, NOISE, REWIRES, STATES, REBORN, REBORN_COUNT, NEWBORN_DEATHS = range(10, 17)
+SIZE, ROWS, COLUMNS, ROW_START, ROW_COLUMN, ROW_SLOT, COLUMN_START, COLUMN_ROW, COLUMN_SLOT = range(17, 26)
+STATE = 26  # address, bytes per entry and starting value of each state tensor
 MOST_STATES = 4
 FIELDS = STATE + 3 * MOST_STATES
 
@@ -164,13 +164,19 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
 def sort_with(keys, payload, largest):  # type: ignore[no-untyped-def]
     """Sort uint64 keys up to ``largest``, and an int32 payload with them: by digits, the lowest first. Stable, O(R)."""
     count = len(keys)
-    digit = np.uint64(8 if count < 2048 else 11)
+    # as few passes as digits of at most 9 (11) bits allow, of equal width
+    length = 0
+    while length < 64 and (largest >> np.uint64(length)) > np.uint64(0):
+        length += 1
+    widest = 9 if count < 2048 else 11
+    passes = max((length + widest - 1) // widest, 1)
+    digit = np.uint64((length + passes - 1) // passes)
     mask = (np.uint64(1) << digit) - np.uint64(1)
     other_keys, other_payload = np.empty(count, np.uint64), np.empty(count, np.int32)
     starts = np.empty(np.int64(mask) + 2, np.int64)
     start = np.int64(starts.ctypes.data)
-    shift = np.uint64(0)
-    while shift < np.uint64(64) and (largest >> shift) > np.uint64(0):
+    for turn in range(passes):
+        shift = digit * np.uint64(turn)
         key, item = np.int64(keys.ctypes.data), np.int64(payload.ctypes.data)
         into_key, into_item = np.int64(other_keys.ctypes.data), np.int64(other_payload.ctypes.data)
         starts[:] = 0
@@ -188,7 +194,6 @@ def sort_with(keys, payload, largest):  # type: ignore[no-untyped-def]
             store_int32(into_item + 4 * position, load_int32(item + 4 * i))
         keys, other_keys = other_keys, keys
         payload, other_payload = other_payload, payload
-        shift += digit
     return keys, payload
 
 
@@ -248,6 +253,8 @@ def rewire_kernel(size: int) -> Kernel:
             counter, total = load_int64(t + 8 * COUNTER), load_int64(t + 8 * TOTAL)
             decrement, scale = load_float(t + 8 * DECREMENT, 8), load_float(t + 8 * NOISE, 8)
             rewires, dormant_at = load_int64(t + 8 * REWIRES), load_int64(t + 8 * REBORN)
+            store_int64(t + 8 * REBORN_COUNT, 0)
+            store_int64(t + 8 * NEWBORN_DEATHS, 0)
             # theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu; then theta < 0: dormant
             values = carray(pointer(theta), count, real)
             if decrement != 0.0:
@@ -276,7 +283,7 @@ def rewire_kernel(size: int) -> Kernel:
             else:
                 draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen)
             born, signs = load_int64(t + 8 * BORN), load_int64(t + 8 * SIGNS)
-            since, newborn_deaths = load_int64(t + 8 * NEWBORN_SINCE), 0
+            since, newborn_deaths = load_int64(a + 8 * NEWBORN_SINCE), 0
             sign_seed = load_int64(t + 8 * SIGN_SEED)
             exceptions, exception_count = load_int64(t + 8 * EXCEPTIONS), load_int64(t + 8 * EXCEPTION_COUNT)
             for i in range(reborn):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,7 +14,6 @@ from lightning_deepr import randomness
 from lightning_deepr.kernels import native, rewire
 
 State = tuple[Tensor, float]  # a state tensor of theta's shape, and what the optimizer starts it with
-_NUMBERS = struct.Struct("dd")
 
 
 class Slots(Protocol):
@@ -47,14 +45,18 @@ class Table:
         self.numbers = self.fields.view(np.float64)
         # where the numbers of the reborn slots are put; the pages that are never written take no memory
         self.reborn = [torch.empty(t.places.numel(), dtype=torch.int64) for t in tensors]
-        self.counts = self.fields[:, rewire.REBORN_COUNT]
+        self.results = self.fields.T[rewire.REBORN_COUNT : rewire.NEWBORN_DEATHS + 1]
         self.work = 0
         for row, tensor, reborn in zip(self.fields, tensors, self.reborn, strict=True):
             row[rewire.COUNT], row[rewire.TOTAL] = tensor.places.numel(), tensor.total
             row[rewire.REBORN], row[rewire.SIZE] = reborn.data_ptr(), size
             self.work += tensor.places.numel()
-        self.arguments = (ctypes.c_int64 * 5)(0, len(tensors), self.fields.ctypes.data, 0, 0)
-        self.known: list[tuple[Any, ...]] = [()] * len(tensors)
+        self.where = self.fields.ctypes.data
+        self.arguments = (ctypes.c_int64 * 6)()
+        # what is in the table, so that only what changes is written; the tensors are kept alive, so that none can take another's place
+        self.known: list[tuple[Any, ...] | None] = [None] * len(tensors)
+        self.changing: list[tuple[Any, ...] | None] = [None] * len(tensors)
+        self.states: list[tuple[Any, ...]] = [()] * len(tensors)
 
     def step(
         self,
@@ -66,64 +68,94 @@ class Table:
         newborn_since: int,
         seed: int,
         step: int,
-    ) -> list[Tensor]:
+    ) -> tuple[list[int], list[int]]:
         """Shrink, diffuse, rewire; places, signs, births, states and orders follow.
 
         Returns:
-            the reborn slots of each tensor, int64 [R_i], valid until the next step.
+            for each tensor how many slots were reborn (the first in its ``self.reborn``), and how many of them had been newborns.
         """
         ordered = False
         for i, (tensor, theta) in enumerate(zip(self.tensors, thetas, strict=True)):
-            row, order = self.fields[i], tensor.order
-            if order is not None and order.is_stale(tensor.places):
-                order = tensor.refresh_order()
-            places, born, signs, exceptions = tensor.places, tensor.born, tensor.signs, tensor.exceptions
-            known = (
-                theta.data_ptr(), places.data_ptr(), born.data_ptr(), signs.data_ptr(), exceptions.data_ptr(), exceptions.numel(),
-                0 if order is None else order.addresses[0], tensor.index, tensor.sign_seed,
-            )  # fmt: skip
-            if known != self.known[i]:
-                self.known[i] = known
-                row[: rewire.COUNT] = known[: rewire.COUNT]
-                row[rewire.COUNTER], row[rewire.SIGN_SEED] = tensor.index << randomness.SLOT_BITS, tensor.sign_seed
-                row[rewire.ROW_START] = 0
-                if order is not None:
-                    row[rewire.ROWS], row[rewire.COLUMNS] = order.rows, order.columns
-                    row[rewire.ROW_START : rewire.ROW_START + 6] = order.addresses
-            ordered = ordered or order is not None
-            numbers = self.numbers[i]
-            numbers[rewire.DECREMENT], numbers[rewire.NOISE] = decrements[i], noises[i]
-            row[rewire.REWIRES], row[rewire.NEWBORN_SINCE] = rewires[i], newborn_since
-            own = states[i]
-            row[rewire.STATES] = len(own)
-            for j, (value, start) in enumerate(own):
-                field = rewire.STATE + 3 * j
-                row[field], row[field + 1], numbers[field + 2] = value.data_ptr(), value.element_size(), start
-        self.counts[:] = 0
-        self.fields[:, rewire.NEWBORN_DEATHS] = 0
+            order = tensor.order
+            if order is not None:
+                ordered = True
+                if order.is_stale(tensor.places):
+                    tensor.refresh_order()
+            self._note(i, tensor, theta, order)
+            changing = (decrements[i], noises[i], rewires[i])
+            if changing != self.changing[i]:
+                self.changing[i] = changing
+                self.numbers[i, rewire.DECREMENT], self.numbers[i, rewire.NOISE] = changing[:2]
+                self.fields[i, rewire.REWIRES] = changing[2]
+            if states[i] or self.states[i]:
+                self._note_states(i, states[i])
         arguments = self.arguments
-        arguments[0], arguments[3], arguments[4] = 0, step, seed
+        arguments[:] = (0, len(self.tensors), self.where, step, seed, newborn_since)
         threads = native.threads_for(self.work) if len(self.tensors) > 1 else 1
         rewire.rewire_kernel(self.size)(arguments, threads)
-        counts = self.counts.tolist()
-        if ordered and any(counts):
-            arguments[0] = 0
-            rewire.update_kernel()(arguments, native.threads_for(self.work, 1 << 14))
-            for tensor, count in zip(self.tensors, counts, strict=True):
-                if count and tensor.order is not None:  # a backward pass through the connections of before would be wrong
-                    torch.autograd.graph.increment_version(tensor.order.buffer)
-        return [reborn[:count] for reborn, count in zip(self.reborn, counts, strict=True)]
+        counts, newborns = self.results.tolist()
+        if any(counts):
+            if ordered:
+                arguments[0] = 0
+                rewire.update_kernel()(arguments, native.threads_for(self.work, 1 << 14))
+            # a backward pass through the connections of before would be wrong, dense or sparse: autograd refuses it
+            changed = [tensor for tensor, count in zip(self.tensors, counts, strict=True) if count]
+            torch.autograd.graph.increment_version(
+                [tensor.places for tensor in changed] + [tensor.order.buffer for tensor in changed if tensor.order is not None]
+            )
+            for tensor in changed:
+                if tensor.order is not None:
+                    tensor.order.note(tensor.places)
+        return counts, newborns
 
-    def newborn_deaths(self) -> list[int]:
-        return self.fields[:, rewire.NEWBORN_DEATHS].tolist()  # type: ignore[no-any-return]
+    def _note(self, i: int, tensor: Slots, theta: Tensor, order: Any) -> None:
+        """Write down where the tensors lie, if they are others than in the last step."""
+        known = self.known[i]
+        buffer = None if order is None else order.buffer
+        if (
+            known is not None
+            and known[0] is tensor.places
+            and known[1] is tensor.signs
+            and known[2] is buffer
+            and known[3] is tensor.exceptions
+            and known[4:] == (theta.data_ptr(), tensor.index, tensor.sign_seed)
+        ):
+            return
+        self.known[i] = (tensor.places, tensor.signs, buffer, tensor.exceptions, theta.data_ptr(), tensor.index, tensor.sign_seed)
+        row = self.fields[i]
+        row[: rewire.COUNT] = [t.data_ptr() for t in (theta, tensor.places, tensor.born, tensor.signs, tensor.exceptions)] + [
+            tensor.exceptions.numel()
+        ]
+        row[rewire.COUNTER], row[rewire.SIGN_SEED] = tensor.index << randomness.SLOT_BITS, tensor.sign_seed
+        row[rewire.ROW_START] = 0
+        if order is not None:
+            row[rewire.ROWS], row[rewire.COLUMNS] = order.rows, order.columns
+            row[rewire.ROW_START : rewire.ROW_START + 6] = order.addresses
+
+    def _note_states(self, i: int, states: Sequence[State]) -> None:
+        known = tuple((value.data_ptr(), value.element_size(), start) for value, start in states)
+        if known == self.states[i]:
+            return
+        self.states[i] = known
+        row, numbers = self.fields[i], self.numbers[i]
+        row[rewire.STATES] = len(known)
+        for j, (address, size, start) in enumerate(known):
+            field = rewire.STATE + 3 * j
+            row[field], row[field + 1], numbers[field + 2] = address, size, start
 
 
 def all_finite(values: Sequence[Tensor]) -> bool:
-    """Whether every value of contiguous float32 and float64 CPU tensors is finite."""
+    """Whether every value is finite; False also where a tensor is none of the kernels' (contiguous float32 or float64 on the CPU)."""
     flat: list[int] = []
     for value in values:
-        flat += (value.data_ptr(), value.numel(), value.element_size())
+        size = _SIZES.get(value.dtype, 0)
+        if size == 0 or not value.is_cpu or not value.is_contiguous():
+            return False
+        flat += (value.data_ptr(), value.numel(), size)
     table = (ctypes.c_int64 * len(flat))(*flat)
     arguments = (ctypes.c_int64 * 3)(0, len(values), ctypes.addressof(table))
     rewire.finite_kernel()(arguments)
-    return bool(arguments[0])
+    return arguments[0] == 1
+
+
+_SIZES = {torch.float32: 4, torch.float64: 8}

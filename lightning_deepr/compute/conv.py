@@ -1,0 +1,442 @@
+"""Sparse compute of 2-d convolutions: the dense weight is never built, in no pass.
+
+``lightning_deepr::conv2d`` and ``lightning_deepr::conv2d_backward`` are operators with fake and autograd rules, for compilers, shape
+propagation and profilers; an ordinary eager call takes a shorter way to the same kernels.
+
+There is a kernel for float32 and float64 on the CPU, one group and zeros as padding; :func:`suits` tells, and the rest stays with
+dense compute, whose error messages are those of ``nn.Conv2d``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d as torch_conv2d
+
+from lightning_deepr import kernels
+from lightning_deepr.compute.gather import TWICE
+from lightning_deepr.compute.order import addresses
+from lightning_deepr.compute.sparse import _is_plain
+
+CACHE = 1 << 20  # bytes of planes that a band may go through: what the second-level cache is sure to keep
+MOST_BANDS = 8  # in the backward pass, where each band has its own K sums
+
+Pair = tuple[int, int]
+
+
+def _kernels() -> Any:
+    from lightning_deepr.kernels import conv
+
+    return conv
+
+
+def _native() -> Any:
+    from lightning_deepr.kernels import native
+
+    return native
+
+
+# -- geometry -------------------------------------------------------------------------------------------------------------
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _block_of(rows: int, columns: int, most: int) -> Pair:
+    """(across, down): pixels that are computed at a time, at most ``most``, with little left over at the edges."""
+    across = -(-columns // -(-columns // most))
+    down = min(most // across, rows)
+    return across, -(-rows // -(-rows // down))
+
+
+class Geometry:
+    """How the kernels see one convolution: sizes of planes and blocks, and the shift that belongs to each kernel position.
+
+    Args:
+        image: (C, H, W).
+        weight: (O, C, KH, KW).
+        stride: (down, across).
+        padding: (top, bottom, left, right).
+        dilation: (down, across).
+        lanes: batch elements of a tile.
+        size: bytes of a float.
+    """
+
+    def __init__(
+        self,
+        image: tuple[int, ...],
+        weight: tuple[int, ...],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        lanes: int,
+        size: int,
+    ) -> None:
+        most, pixel = _kernels().BLOCK, lanes * size
+        inputs, height, width = image
+        outputs, _, *kernel = weight
+        self.out_height, self.out_width = output_size(image[1:], kernel, stride, padding, dilation)
+        self.forward_block = across, down = _block_of(self.out_height, self.out_width, most)
+        last, columns = _up(self.out_height, down), _up(self.out_width, across)
+        # the backward pass: the pixels of x of one phase
+        phase_rows, phase_columns = -(-height // stride[0]), -(-width // stride[1])
+        self.backward_block = back_across, back_down = _block_of(phase_rows, phase_columns, most)
+        back_last, back_columns = _up(phase_rows, back_down), _up(phase_columns, back_across)
+
+        top, _, left, _ = padding
+        x_rows = max((last - 1) * stride[0] + (kernel[0] - 1) * dilation[0] + 1, top + back_last * stride[0])
+        x_columns = max((columns - 1) * stride[1] + (kernel[1] - 1) * dilation[1] + 1, left + back_columns * stride[1])
+        # pixel phase + stride * j of x meets, at kernel position k, pixel j + move of y
+        reach = [[k * dilation[i] for k in range(kernel[i])] for i in (0, 1)]
+        phases = [[(r - start) % s for r in reach[i]] for i, (s, start) in enumerate(zip(stride, (top, left), strict=True))]
+        moves = [
+            [(p + start - r) // s for p, r in zip(phases[i], reach[i], strict=True)]
+            for i, (s, start) in enumerate(zip(stride, (top, left), strict=True))
+        ]
+        least = [min(move) for move in moves]
+        y_rows = max(moves[0]) - least[0] + back_last
+        y_columns = max(moves[1]) - least[1] + back_columns
+
+        channel = torch.arange(inputs).view(-1, 1, 1) * x_rows
+        shift = (channel + torch.tensor(reach[0]).view(-1, 1)) * x_columns + torch.tensor(reach[1])
+        self._forward_shift = (shift * pixel).flatten().contiguous()
+        shift = (torch.tensor(moves[0]).view(-1, 1) - least[0]) * y_columns + torch.tensor(moves[1]) - least[1]
+        self._backward_shift = (shift * pixel).flatten().contiguous()
+        self._meets = (torch.tensor(phases[0]).view(-1, 1) * stride[1] + torch.tensor(phases[1])).flatten().contiguous()
+
+        self.planes = inputs * x_rows * x_columns * lanes, outputs * y_rows * y_columns * lanes  # floats of one tile
+        sizes = [
+            height,
+            width,
+            x_rows,
+            x_columns,
+            top,
+            left,
+            self.out_height,
+            self.out_width,
+            y_rows,
+            y_columns,
+            -least[0],
+            -least[1],
+        ]
+        sizes += [math.prod(kernel), *stride]
+        # (sums of a band: columns, bytes), rows and bands
+        band = _band(last, down, inputs * stride[0] * x_columns * pixel, last)
+        self.scratch = band * columns * lanes
+        self.forward_sizes = sizes, [columns, self.scratch * size, last, band, -(-last // band)]
+        band = _band(back_last, back_down, outputs * y_columns * pixel, MOST_BANDS)
+        self.bands = -(-back_last // band)
+        self.back_scratch = band * stride[0] * back_columns * stride[1] * lanes
+        self.backward_sizes = sizes, [back_columns * stride[1], self.back_scratch * size, back_last, band, self.bands]
+        self.forward_shift, self.backward_shift = self._forward_shift.data_ptr(), self._backward_shift.data_ptr()
+        self.meets = self._meets.data_ptr()
+
+
+def _band(rows: int, step: int, row_bytes: int, most: int) -> int:
+    """Rows of a band: all where their planes fit in the cache."""
+    if rows * row_bytes <= 3 * CACHE // 2:
+        return rows
+    return max(_up(max(CACHE // row_bytes, 1), step), _up(-(-rows // most), step))
+
+
+_geometry = lru_cache(maxsize=512)(Geometry)
+
+
+def output_size(
+    image: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Pair:
+    """(H', W')."""
+    around = padding[0] + padding[1], padding[2] + padding[3]
+    height, width = ((image[i] + around[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
+    return height, width
+
+
+def _lanes_of(batch: int, size: int) -> int:
+    lanes = 64 // size
+    return lanes // 2 if batch <= lanes // 2 else lanes
+
+
+# -- kernels --------------------------------------------------------------------------------------------------------------
+
+_ARGUMENTS = ctypes.c_int64 * 48
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _run(kernel: Any, arguments: Any, phases: Sequence[int], threads: int) -> None:
+    for phase in phases:
+        arguments[0], arguments[1], arguments[2] = 0, 0, phase
+        kernel(arguments, threads)
+
+
+def _forward(
+    x: Tensor, theta: Tensor, bias: Tensor | None, order: list[int], weight: tuple[int, ...], how: tuple[tuple[int, ...], ...]
+) -> tuple[Tensor, Tensor]:
+    """y [B, O, H', W'] and x in planes; x is [B, C, H, W] and contiguous."""
+    conv = _kernels()
+    batch, size = x.shape[0], x.element_size()
+    lanes = _lanes_of(batch, size)
+    tiles = -(-batch // lanes)
+    geometry = _geometry(tuple(x.shape[1:]), weight, *how, lanes, size)
+    y = x.new_empty((batch, weight[0], geometry.out_height, geometry.out_width))
+    planes = x.new_empty(tiles * geometry.planes[0])
+    work = theta.numel() * geometry.out_height * geometry.out_width + x.numel() // batch + y.numel() // batch
+    threads = _native().threads_for(work * tiles * lanes, 1 << 18)
+    scratch = x.new_empty(threads * geometry.scratch)
+    sizes, bands = geometry.forward_sizes
+    arguments = _ARGUMENTS(
+        0, 0, 0, batch, tiles, theta.numel(), weight[1], weight[0], x.data_ptr(), planes.data_ptr(), y.data_ptr(), 0, theta.data_ptr(),
+        _address(bias), *order, 0, 0, 0, *sizes, scratch.data_ptr(), *bands, geometry.forward_shift, 0, 0, 0
+    )  # fmt: skip
+    kernel = conv.forward_kernel(size, lanes, *geometry.forward_block, how[0][1])
+    _run(kernel, arguments, (conv.LAYOUT, conv.MULTIPLY), threads)
+    return y, planes
+
+
+def _backward(
+    dy: Tensor, planes: Tensor | None, theta: Tensor, order: list[int], image: tuple[int, ...], weight: tuple[int, ...],
+    how: tuple[tuple[int, ...], ...], need_x: bool, need_theta: bool, need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    conv = _kernels()
+    batch, size = dy.shape[0], dy.element_size()
+    lanes = _lanes_of(batch, size)
+    tiles = -(-batch // lanes)
+    if not (need_x or need_theta):
+        return None, None, dy.sum((0, 2, 3)) if need_bias else None
+    geometry = _geometry(image, weight, *how, lanes, size)
+    dy_planes = dy.new_empty(tiles * geometry.planes[1])
+    dx = dy.new_empty((batch, *image)) if need_x else None
+    dtheta = torch.empty_like(theta) if need_theta else None
+    dbias = dy.new_empty(weight[0]) if need_bias else None
+    partial = dy.new_empty(tiles * geometry.bands * theta.numel()) if need_theta else None
+    partial_bias = dy.new_empty(tiles * weight[0]) if need_bias else None
+    work = 2 * theta.numel() * geometry.out_height * geometry.out_width + math.prod(image) + dy.numel() // batch
+    threads = _native().threads_for(work * tiles * lanes, 1 << 18)
+    scratch = dy.new_empty(threads * geometry.back_scratch)
+    sizes, bands = geometry.backward_sizes
+    arguments = _ARGUMENTS(
+        0, 0, 0, batch, tiles, theta.numel(), weight[1], weight[0], 0, _address(planes), dy.data_ptr(), dy_planes.data_ptr(),
+        theta.data_ptr(), 0, *order, _address(dx), _address(dtheta), _address(dbias), *sizes, scratch.data_ptr(), *bands,
+        geometry.backward_shift, geometry.meets, _address(partial), _address(partial_bias)
+    )  # fmt: skip
+    kernel = conv.backward_kernel(size, lanes, *geometry.backward_block, need_x, need_theta)
+    _run(kernel, arguments, (conv.LAYOUT, conv.MULTIPLY, conv.REDUCE), threads)
+    return dx, dtheta, dbias
+
+
+class ConvFunction(torch.autograd.Function):
+    """The short way: eager mode, ordinary tensors."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, theta: Tensor, bias: Tensor | None, buffer: Tensor, order: Any, weight: tuple[int, ...], how: Any
+    ) -> Tensor:
+        y, planes = _forward(x, theta, bias, order.addresses, weight, how)
+        ctx.save_for_backward(planes, theta, buffer)
+        ctx.order, ctx.image, ctx.weight, ctx.how = order, tuple(x.shape[1:]), weight, how
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(TWICE)
+        planes, theta, _ = ctx.saved_tensors  # raises if connections were rewired since
+        need = ctx.needs_input_grad[:3]
+        found = _backward(dy.contiguous(), planes, theta, ctx.order.addresses, ctx.image, ctx.weight, ctx.how, *need)
+        return *found, None, None, None, None
+
+
+# -- operators ------------------------------------------------------------------------------------------------------------
+
+
+def _places(order: Tensor, theta: Tensor, weight: Sequence[int]) -> list[int]:
+    return addresses(order, weight[0], math.prod(weight[1:]), theta.numel())
+
+
+@torch.library.custom_op("lightning_deepr::conv2d", mutates_args=())
+def conv2d_op(
+    x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, weight: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """x [B, C, H, W] -> [B, O, H', W'].
+
+    ``order`` is the buffer of a :class:`lightning_deepr.compute.order.Order`, ``weight`` the shape (O, C, KH, KW), ``padding`` (top,
+    bottom, left, right).
+    """
+    if x.shape[0] == 0:
+        return x.new_empty((0, weight[0], *output_size(x.shape[2:], weight[2:], stride, padding, dilation)))
+    how = tuple(stride), tuple(padding), tuple(dilation)
+    return _forward(x.contiguous(), theta, bias, _places(order, theta, weight), tuple(weight), how)[0]
+
+
+@conv2d_op.register_fake
+def _(
+    x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, weight: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], weight[0], *output_size(x.shape[2:], weight[2:], stride, padding, dilation)))
+
+
+@torch.library.custom_op("lightning_deepr::conv2d_backward", mutates_args=())
+def conv2d_backward_op(
+    dy: Tensor, x: Tensor, theta: Tensor, order: Tensor, weight: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], need_x: bool, need_theta: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, theta and bias; empty tensors for those not needed."""
+    if dy.shape[0] == 0:
+        dx = x.new_zeros(x.shape if need_x else (0,))
+        return dx, theta.new_zeros(theta.shape if need_theta else (0,)), dy.new_zeros(weight[0] if need_bias else 0)
+    how, places = (tuple(stride), tuple(padding), tuple(dilation)), _places(order, theta, weight)
+    # (a graph keeps x, not its planes: the layout is made again, with the first phase of the forward kernel)
+    planes = _planes(x.contiguous(), tuple(weight), how) if need_theta else None
+    image = tuple(x.shape[1:])
+    found = _backward(dy.contiguous(), planes, theta, places, image, tuple(weight), how, need_x, need_theta, need_bias)
+    dx, dtheta, dbias = (dy.new_empty(0) if gradient is None else gradient for gradient in found)
+    return dx, dtheta, dbias
+
+
+def _planes(x: Tensor, weight: tuple[int, ...], how: tuple[tuple[int, ...], ...]) -> Tensor:
+    conv = _kernels()
+    batch, size = x.shape[0], x.element_size()
+    lanes = _lanes_of(batch, size)
+    tiles = -(-batch // lanes)
+    geometry = _geometry(tuple(x.shape[1:]), weight, *how, lanes, size)
+    planes = x.new_empty(tiles * geometry.planes[0])
+    sizes, bands = geometry.forward_sizes
+    arguments = _ARGUMENTS(
+        0, 0, 0, batch, tiles, 0, weight[1], weight[0], x.data_ptr(), planes.data_ptr(), 0, 0, 0, 0, *[0] * 9, *sizes, 0, *bands, 0, 0, 0, 0
+    )  # fmt: skip
+    kernel = conv.forward_kernel(size, lanes, *geometry.forward_block, how[0][1])
+    _run(kernel, arguments, (conv.LAYOUT,), _native().threads_for(planes.numel(), 1 << 18))
+    return planes
+
+
+@conv2d_backward_op.register_fake
+def _(
+    dy: Tensor, x: Tensor, theta: Tensor, order: Tensor, weight: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], need_x: bool, need_theta: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        dy.new_empty(x.shape if need_x else (0,)),
+        dy.new_empty(theta.shape if need_theta else (0,)),
+        dy.new_empty(weight[0] if need_bias else 0),
+    )
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, theta, bias, order, *ctx.how = inputs
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, theta, order)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> Any:
+    x, theta, order = ctx.saved_tensors
+    need = *ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]
+    found = conv2d_backward_op(dy, x, theta, order, *ctx.how, *need)
+    return *(gradient if needed else None for gradient, needed in zip(found, need, strict=True)), *[None] * 5
+
+
+def _refuse_twice(ctx: Any, *gradients: Tensor) -> Any:
+    raise RuntimeError(TWICE)
+
+
+conv2d_op.register_autograd(_differentiate, setup_context=_setup)
+conv2d_backward_op.register_autograd(_refuse_twice)
+
+
+# -- what layers call -----------------------------------------------------------------------------------------------------
+
+
+def suits(module: nn.Module, x: Tensor) -> bool:
+    """Whether :func:`conv2d` can compute this converted layer for x [B, C, H, W]; where it can't, dense compute does.
+
+    Args:
+        module: an ``nn.Conv2d`` whose weight is converted.
+        x: its input.
+    """
+    if not isinstance(module, nn.Conv2d) or module.groups != 1 or module.padding_mode != "zeros" or x.dim() != 4:
+        return False
+    theta: Tensor = module.parametrizations["weight"].original  # type: ignore[union-attr, index, assignment]
+    if not kernels.suits(theta) or x.device.type != "cpu" or x.shape[1] != module.in_channels:
+        return False
+    if x.dtype != theta.dtype and not torch.is_autocast_enabled("cpu"):
+        return False
+    around = _around(module.padding, module.kernel_size, module.dilation)
+    return (
+        min(x.shape[2:]) > 0 and min(output_size(x.shape[2:], module.kernel_size, module.stride, around, module.dilation)) > 0
+    )
+
+
+def _pair(value: int | Sequence[int]) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _around(padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right)."""
+    if padding == "valid":
+        return 0, 0, 0, 0
+    if padding == "same":  # an odd one goes to the bottom and to the right, as in torch
+        down, across = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
+        return down // 2, down - down // 2, across // 2, across - across // 2
+    assert not isinstance(padding, str)
+    down, across = _pair(padding)
+    return down, down, across, across
+
+
+def conv2d(
+    x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any, stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
+) -> Tensor:  # fmt: skip
+    """``F.conv2d`` with a converted weight of K connections. Ask :func:`suits` first.
+
+    Args:
+        x: [B, C, H, W].
+        theta: [K].
+        bias: [O] or None.
+        slots: the :class:`lightning_deepr.connections.KSlots` of the weight of shape (O, C, KH, KW).
+        stride, padding, dilation: as in ``F.conv2d``.
+
+    Returns:
+        [B, O, H', W'], of x's dtype (under autocast of the autocast dtype; the sums are taken in theta's dtype).
+
+    Raises:
+        RuntimeError: the channels, the size or the dtype of x do not fit; a second derivative is asked for.
+    """
+    weight = tuple(slots.shape)
+    stride, dilation = _pair(stride), _pair(dilation)
+    around = _around(padding, weight[2:], dilation)
+    if x.dim() != 4:
+        raise RuntimeError(f"Expected input[B, {weight[1]}, H, W] to a sparse convolution, but got {list(x.shape)}")
+    autocast = (
+        torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and torch.float64 not in (x.dtype, theta.dtype)
+    )
+    size = output_size(x.shape[2:], weight[2:], stride, around, dilation)
+    if x.device != theta.device or x.shape[1] != weight[1] or min(size) <= 0 or not (autocast or x.dtype == theta.dtype):
+        # what torch says to arguments that don't fit: one number stands for the weight
+        return torch_conv2d(x, theta.sum().expand(weight), bias, stride, padding, dilation)
+    if theta.numel() != slots.count:
+        raise RuntimeError(f"Expected theta of K = {slots.count} connections, found {theta.numel()} values.")
+    cast = None
+    if autocast:
+        cast = torch.get_autocast_dtype(x.device.type)
+        x = x.to(theta.dtype)
+        bias = bias if bias is None else bias.to(theta.dtype)
+    theta = theta.contiguous()  # kernels know addresses, not strides
+    bias = bias if bias is None else bias.contiguous()
+    order = slots.ordered()
+    if torch.compiler.is_compiling() or not _is_plain(x) or x.shape[0] == 0:
+        y: Tensor = conv2d_op(x, theta, bias, order.buffer, weight, stride, around, dilation)
+    elif torch.is_grad_enabled():
+        y = ConvFunction.apply(x.contiguous(), theta, bias, order.buffer, order, weight, (stride, around, dilation))
+    else:
+        y = _forward(x.contiguous(), theta, bias, order.addresses, weight, (stride, around, dilation))[0]
+    return y if cast is None else y.to(cast)
