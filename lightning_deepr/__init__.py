@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_deepr.checkpoint import load_state_dict, save_sparse
 from lightning_deepr.conversion import connections, densify, sparsify
+from lightning_deepr.layers import SparseLinear
 from lightning_deepr.report import connectivity_report
 from lightning_deepr.schedules import LinearDecay, LrPower
 
@@ -21,6 +22,7 @@ __all__ = [
     "DeepR",
     "LinearDecay",
     "LrPower",
+    "SparseLinear",
     "SparseTraining",
     "connections",
     "connectivity_report",

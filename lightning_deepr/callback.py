@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_deepr import fabric_hooks, guards
-from lightning_deepr.connections import converted_tensors, follow
+from lightning_deepr.connections import KSlots, converted_tensors, follow
 from lightning_deepr.conversion import check_compute, check_seed, convert, nothing_to_convert
 from lightning_deepr.schedules import (
     LinearDecay,
@@ -46,6 +46,16 @@ from lightning_deepr.stepping import Stepper, TrackedTensor
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+
+def _keep_draws_apart(tensors: list[KSlots]) -> None:
+    """Layers that were converted one by one have the same index, and would draw alike."""
+    taken: set[int] = set()
+    following = 1 + max((slots.index for slots in tensors), default=0)
+    for slots in tensors:
+        if slots.index in taken:
+            slots.index, following = following, following + 1
+        taken.add(slots.index)
 
 
 @dataclass
@@ -212,6 +222,7 @@ class SparseTraining(Stepper, Callback):
             tensor.converted, tensor.alpha = converted, alphas[converted.name]
             converted.slots.owner = weakref.ref(self)
             taken.append(tensor)
+        _keep_draws_apart([tensor.slots for tensor in taken])
         self._tensors = taken
         self._matches.clear()
         self._apply_loaded()

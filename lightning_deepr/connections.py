@@ -158,7 +158,9 @@ class KSlots(nn.Module):
             self.refresh_order()
 
     def prefers_sparse(self, batch: int, device: str) -> bool:
-        return kernels.available() and choice.prefers_sparse(self.rows, self.columns, self.count, batch, self.signs.dtype, device)
+        return kernels.available() and choice.prefers_sparse(
+            self.rows, self.columns, self.count, batch, self.signs.dtype, device
+        )
 
     def uses_sparse(self, x: Tensor) -> bool:
         """Whether a product with x [..., columns] shall be sparse."""
@@ -175,10 +177,12 @@ class KSlots(nn.Module):
 
     def has_kernel(self, theta: Tensor) -> bool:
         """Whether a compiled kernel can compute with this theta; says once on which device or dtype it can't."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.order is not None  # made when the tensor was converted, loaded or moved
         if theta.device.type == "cpu" and theta.dtype in _KERNEL_TYPES and kernels.available():
             return True
         kind = f"{theta.device.type}, {theta.dtype}"
-        if not torch.compiler.is_dynamo_compiling() and kind not in _told:
+        if kind not in _told:
             _told.add(kind)
             warnings.warn(
                 f"Sparse compute has no kernel for {kind}: it runs in plain PyTorch, which is slower. Kernels are there for float32 and "
@@ -406,7 +410,9 @@ def linear_forward(self: Any, input: Tensor) -> Tensor:
     holder = self._modules["parametrizations"]._modules["weight"]
     slots, theta = holder._modules["0"], holder._parameters.get("original")
     if len(holder._modules) == 1 and theta is not None and slots.uses_sparse(input):
-        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        bias = self._parameters.get("bias", False)
+        if bias is False:  # parametrized itself
+            bias = self.bias
         if not torch.compiler.is_dynamo_compiling():
             y = quick_linear(input, theta, bias, slots)
             if y is not None:

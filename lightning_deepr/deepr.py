@@ -116,10 +116,10 @@ class DeepR(SparseTraining):
         )
         reborn = [Reborn(*found) for found in zip(counts, newborns, table.reborn, strict=True)]
         for item, born, found, done in zip(stepped, reborn, states, within, strict=True):
-            if born.count and len(done) < len(found):
+            if born.births and len(done) < len(found):
                 for value, start in found:
                     value.index_fill_(0, born.slots, start)
-            if born.count and item.tensor.slots.averages:
+            if born.births and item.tensor.slots.averages:
                 restart_averages(item.tensor.slots, born.slots)
         return reborn
 

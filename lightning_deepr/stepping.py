@@ -63,13 +63,13 @@ class Stepped:
 class Reborn(NamedTuple):
     """What a step did to a tensor."""
 
-    count: int
-    newborns: int  # how many of them had been reborn in the rewiring before, too
-    numbers: Tensor  # int64: the first ``count`` are the slots that were reborn; valid until the next step
+    births: int
+    newborns: int  # how many of the slots had been reborn in the rewiring before, too
+    numbers: Tensor  # int64: the first ``births`` are the slots that were reborn; valid until the next step
 
     @property
     def slots(self) -> Tensor:
-        return self.numbers[: self.count]
+        return self.numbers[: self.births]
 
 
 class _Tables(dict[Any, Any]):
@@ -149,7 +149,7 @@ class Stepper(ABC):
             if self.check_invariants:
                 guards.check_invariants(tensor, item, born.slots, optimizer, self._starting_state)
             tensor.step += 1
-            if tensor.turnover.add(born.count, born.newborns, item.rewires):
+            if tensor.turnover.add(born.births, born.newborns, item.rewires):
                 rank_zero_warn(collapse_message(tensor.name, item.alpha))
 
     def _stepped(self, tensor: TrackedTensor, theta: Tensor, optimizer: Optimizer, group_index: int) -> Stepped:

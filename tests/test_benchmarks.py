@@ -16,14 +16,61 @@ from lightning_deepr.cli import find_recipe
 SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-def test_step_time(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / "step_time.py"), "--rounds", "1", "--steps", "4", "--out", str(tmp_path)]
+def run(script: str, out: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:
+    """The rows that a script leaves and what it prints."""
+    command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--rounds", "1", "--out", str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    with (tmp_path / "step_time.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert {(row["batch"], row["arm"]) for row in rows} >= {("10", "dense"), ("10", "DeepR, Trainer"), ("128", "masked dense")}
-    assert (tmp_path / "step_time.png").is_file()
+    assert (out / f"{script}.png").is_file()
+    with (out / f"{script}.csv").open() as file:
+        return list(csv.DictReader(file)), done.stdout
+
+
+def test_step_time(tmp_path: Path) -> None:
+    rows, _ = run("step_time", tmp_path, "--steps", "2", "--only", "lenet")
+    found = {(row["batch"], row["arm"]) for row in rows}
+    assert found >= {("10", "dense"), ("10", "DeepR, Trainer"), ("128", "masked dense"), ("128", "DeepR, sparse")}
+    ours = [row for row in rows if row["arm"].startswith("DeepR")]
+    assert all(float(row["reborn_per_step"].rstrip("%")) >= 10 for row in ours), ours
+
+
+@pytest.mark.slow
+def test_step_time_of_the_large_networks(tmp_path: Path) -> None:
+    rows, _ = run("step_time", tmp_path, "--steps", "2", "--only", "mlp,cifar")
+    assert {row["arm"] for row in rows if row["network"].startswith("CIFAR")} == {"dense", "DeepR, auto", "DeepR, dense"}
+    assert {row["arm"] for row in rows} >= {"masked dense", "deep_rewire"}
+
+
+def test_linear_layer(tmp_path: Path) -> None:
+    rows, printed = run("linear_layer", tmp_path, "--only", "300x784", "--densities", "0.05", "--budget", "0.01")
+    assert [row["arm"] for row in rows] == ["dense", "ours", "SparseProp", "CSR"]
+    assert all(row["arm"] in printed for row in rows)
+    assert all(float(row["ms"]) > 0 for row in rows if row["arm"] != "SparseProp")
+
+
+def test_rewiring_cost(tmp_path: Path) -> None:
+    rows, _ = run("rewiring_cost", tmp_path, "--largest", "1e5")
+    by_count = [row for row in rows if row["series"] != "by N"]
+    assert [row["K"] for row in by_count] == 2 * ["10000", "31623", "100000"]
+    assert all(float(row["reborn_per_step"].rstrip("%")) >= 10 for row in rows)
+    assert {row["N"] for row in rows if row["series"] == "by N"} == {"1e+07", "1e+08", "1e+09", "1e+10"}
+
+
+@pytest.mark.slow
+def test_memory(tmp_path: Path) -> None:
+    rows, _ = run("memory", tmp_path, "--steps", "2", "--only", "million,mlp")
+    taken = {row["training"]: float(row["peak_MB_above_imports"]) for row in rows}
+    assert taken["MLP, dense"] > 4 * 20e6 * 4 / 1e6 * 0.9  # weight, gradient and Adam's two moments: the figure is one
+    assert taken["MLP, DeepR"] < taken["MLP, dense"]
+
+
+def test_break_even(tmp_path: Path) -> None:
+    arguments = ("--sizes", "64x64,256x256", "--densities", "0.01,0.5", "--batches", "1,128", "--budget", "0.003", "--fit")
+    rows, printed = run("break_even", tmp_path, *arguments)
+    assert len(rows) == 8
+    assert all(float(row["sparse_us"]) > 0 and float(row["dense_us"]) > 0 for row in rows)
+    assert "| 256x256 | 128 |" in printed
+    assert "SPARSE = (" in printed
 
 
 def test_the_table_of_the_mnist_results_is_printed_from_the_recorded_runs() -> None:

@@ -396,7 +396,7 @@ def conv2d(
     x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any, stride: int | Sequence[int] = 1,
     padding: str | int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
 ) -> Tensor:  # fmt: skip
-    """``F.conv2d`` with a converted weight of K connections. Ask :func:`suits` first.
+    """``F.conv2d`` with a converted weight of K connections. Where there is no kernel for theta, the dense weight is built.
 
     Args:
         x: [B, C, H, W].
@@ -420,8 +420,10 @@ def conv2d(
         torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and torch.float64 not in (x.dtype, theta.dtype)
     )
     size = output_size(x.shape[2:], weight[2:], stride, around, dilation)
-    if x.device != theta.device or x.shape[1] != weight[1] or min(size) <= 0 or not (autocast or x.dtype == theta.dtype):
-        # what torch says to arguments that don't fit: one number stands for the weight
+    fits = x.device == theta.device and x.shape[1] == weight[1] and min(size) > 0 and (autocast or x.dtype == theta.dtype)
+    if bias is not None:
+        fits = fits and bias.device == theta.device and bias.shape == weight[:1] and (autocast or bias.dtype == theta.dtype)
+    if not fits:  # what torch says to arguments that don't fit: one number stands for the weight
         return torch_conv2d(x, theta.sum().expand(weight), bias, stride, padding, dilation)
     if theta.numel() != slots.count:
         raise RuntimeError(f"Expected theta of K = {slots.count} connections, found {theta.numel()} values.")
@@ -432,9 +434,12 @@ def conv2d(
         bias = bias if bias is None else bias.to(theta.dtype)
     theta = theta.contiguous()  # kernels know addresses, not strides
     bias = bias if bias is None else bias.contiguous()
+    if not kernels.suits(theta):
+        y: Tensor = torch_conv2d(x, slots.dense(theta), bias, stride, padding, dilation)
+        return y if cast is None else y.to(cast)
     order = slots.ordered()
     if torch.compiler.is_compiling() or not _is_plain(x) or x.shape[0] == 0:
-        y: Tensor = conv2d_op(x, theta, bias, order.buffer, weight, stride, around, dilation)
+        y = conv2d_op(x, theta, bias, order.buffer, weight, stride, around, dilation)
     elif torch.is_grad_enabled():
         y = ConvFunction.apply(x.contiguous(), theta, bias, order.buffer, order, weight, (stride, around, dilation))
     else:

@@ -23,9 +23,7 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, theta: Tensor, signs: Tensor, places: Tensor, rows: int, columns: int
-    ) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, theta: Tensor, signs: Tensor, places: Tensor, rows: int, columns: int) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, theta, signs, places)
         ctx.columns = columns
         y = x.new_zeros((x.shape[0], rows))

@@ -32,7 +32,9 @@ class Order:
     def __init__(self, places: Tensor, signs: Tensor, shape: torch.Size) -> None:
         self.rows, self.columns = shape[0], math.prod(shape[1:])
         self.count = places.numel()
-        with torch.inference_mode(False):  # a validation may be the first to need it, and training saves it for its backward pass
+        with torch.inference_mode(
+            False
+        ):  # a validation may be the first to need it, and training saves it for its backward pass
             self.buffer = torch.zeros(size_of(self.rows, self.columns, self.count), dtype=torch.int32)
         self.addresses = addresses(self.buffer, self.rows, self.columns, self.count)
         self.build(places, signs)

@@ -33,22 +33,23 @@ class _Plan(NamedTuple):
     tiled_x: int  # entries
     tiled_y: int
     work: int
+    backward: bool
 
 
 @lru_cache(maxsize=512)
 def _plan(batch: int, rows: int, columns: int, count: int, size: int, backward: bool) -> _Plan:
     from lightning_deepr.kernels import linear
 
-    lanes, vectors = linear.tile_of(batch, size)
+    lanes, vectors = linear.tile_of(batch, size, max(rows, columns))
     width = lanes * vectors
     tiles = -(-batch // width)
     work = (rows + columns + (2 if backward else 1) * count) * width * tiles
     kernel = (linear.backward_kernel if backward else linear.forward_kernel)(size, lanes, vectors)
-    return _Plan(kernel, size, lanes, vectors, tiles, tiles * columns * width, tiles * rows * width, work)
+    return _Plan(kernel, size, lanes, vectors, tiles, tiles * columns * width, tiles * rows * width, work, backward)
 
 
 _ARGUMENTS, _pack = ctypes.c_int64 * 22, struct.Struct("22q").pack
-_ALL, _TRANSPOSE, _MULTIPLY = 0, 1, 2  # the kernels' phases
+_ALL, _TRANSPOSE, _MULTIPLY, _TILE = 0, 1, 2, 11  # the kernels' phases; the argument that says which tile
 _KERNEL_TYPES = (torch.float32, torch.float64)
 _SMALL = 1 << 18  # multiplications that one thread does
 
@@ -102,8 +103,13 @@ def _run(plan: _Plan, arguments: tuple[int, ...]) -> None:
         plan.kernel.alone(_pack(*arguments))
         return
     several = _ARGUMENTS(*arguments)
-    for phase in (_TRANSPOSE, _MULTIPLY):
-        several[0], several[1] = 0, phase
+    several[1] = _TRANSPOSE
+    plan.kernel(several, threads)
+    several[1] = _MULTIPLY
+    for tile in range(plan.tiles if plan.backward else 1):
+        several[0] = 0
+        if plan.backward:
+            several[_TILE] = tile
         plan.kernel(several, threads)
 
 
@@ -145,7 +151,15 @@ def _(x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, rows: int, c
 
 @torch.library.custom_op("lightning_deepr::linear_backward", mutates_args=())
 def linear_backward_op(
-    dy: Tensor, x: Tensor, theta: Tensor, order: Tensor, rows: int, columns: int, need_x: bool, need_theta: bool, need_bias: bool
+    dy: Tensor,
+    x: Tensor,
+    theta: Tensor,
+    order: Tensor,
+    rows: int,
+    columns: int,
+    need_x: bool,
+    need_theta: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, theta and bias; empty tensors for those not needed."""
     if dy.shape[0] == 0:
@@ -162,7 +176,15 @@ def linear_backward_op(
 
 @linear_backward_op.register_fake
 def _(
-    dy: Tensor, x: Tensor, theta: Tensor, order: Tensor, rows: int, columns: int, need_x: bool, need_theta: bool, need_bias: bool
+    dy: Tensor,
+    x: Tensor,
+    theta: Tensor,
+    order: Tensor,
+    rows: int,
+    columns: int,
+    need_x: bool,
+    need_theta: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         dy.new_empty(x.shape if need_x else (0,)),
@@ -180,7 +202,9 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate(ctx: Any, dy: Tensor) -> Any:
     x, theta, order = ctx.saved_tensors
     need = ctx.needs_input_grad
-    dx, dtheta, dbias = linear_backward_op(dy, x, theta, order, ctx.rows, ctx.columns, need[0], need[1], ctx.has_bias and need[2])
+    dx, dtheta, dbias = linear_backward_op(
+        dy, x, theta, order, ctx.rows, ctx.columns, need[0], need[1], ctx.has_bias and need[2]
+    )
     return (dx if need[0] else None, dtheta if need[1] else None, dbias if ctx.has_bias and need[2] else None, None, None, None)
 
 
@@ -194,12 +218,7 @@ linear_backward_op.register_autograd(_refuse_twice)
 
 def _is_plain(x: Tensor) -> bool:
     """Whether nobody watches or transforms operators: no fake or functional tensors, transforms or profiler."""
-    return (
-        type(x) is Tensor
-        and _modes() == 0
-        and _transforms() is None
-        and not torch.autograd._profiler_enabled()
-    )
+    return type(x) is Tensor and _modes() == 0 and _transforms() is None and not torch.autograd._profiler_enabled()
 
 
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
@@ -227,7 +246,9 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> T
         or type(theta) is not torch.nn.Parameter
     ):
         return None
-    if bias is not None and (bias.dtype is not x.dtype or bias.shape != (order.rows,) or not bias.is_contiguous() or not bias.is_cpu):
+    if bias is not None and (
+        bias.dtype is not x.dtype or bias.shape != (order.rows,) or not bias.is_contiguous() or not bias.is_cpu
+    ):
         return None
     shape = x.shape
     if len(shape) != 2 or shape[1] != order.columns or shape[0] == 0:
@@ -280,9 +301,11 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
         from lightning_deepr.compute import gather
 
         y = gather.linear(flat, theta, bias, slots)
-    elif torch.compiler.is_dynamo_compiling() or not _is_plain(x):
-        y = linear_op(flat, theta, bias, slots.ordered().buffer, rows, columns)
-    elif flat.shape[0] == 0:
+    elif not torch.compiler.is_dynamo_compiling() and _transforms() is not None:
+        from lightning_deepr.compute.transforms import TransformedLinear
+
+        y = TransformedLinear.apply(flat, theta, bias, slots.ordered().buffer, rows, columns)
+    elif torch.compiler.is_dynamo_compiling() or not _is_plain(x) or flat.shape[0] == 0:
         y = linear_op(flat, theta, bias, slots.ordered().buffer, rows, columns)
     else:
         if not flat.is_contiguous():

@@ -16,25 +16,25 @@ LARGEST = np.uint64(randomness.LARGEST)
 
 
 @njit(inline="always")
-def mix(word):  # type: ignore[no-untyped-def]
+def mix(word):
     word = (word ^ (word >> np.uint64(30))) * FIRST
     word = (word ^ (word >> np.uint64(27))) * SECOND
     return word ^ (word >> np.uint64(31))
 
 
 @njit(inline="always")
-def extend(state, coordinate):  # type: ignore[no-untyped-def]
+def extend(state, coordinate):
     """One more coordinate of a key. ``randomness.key`` starts with the number of coordinates."""
     return mix(state + GOLDEN + mix(coordinate))
 
 
 @njit(inline="always")
-def bits(key, counter):  # type: ignore[no-untyped-def]
+def bits(key, counter):
     return mix(counter * GOLDEN + key)
 
 
 @njit(inline="always")
-def normal(word):  # type: ignore[no-untyped-def]
+def normal(word):
     """A standard normal deviate from 64 bits (``randomness.normal``)."""
     first = (np.float64(word >> np.uint64(32)) + 0.5) * 2.0**-32
     second = (np.float64(word & np.uint64(0xFFFFFFFF)) + 0.5) * (2.0 * math.pi * 2.0**-32)

@@ -12,30 +12,33 @@ from __future__ import annotations
 
 from functools import cache
 
+from numba import njit
+
 from lightning_deepr.kernels.native import (
     Kernel,
     accumulate_and_dot,
     accumulate_rows,
     dot_rows,
-    fill_row,
     fetch_add,
+    fill_row,
     load_float,
     load_int32,
     load_int64,
     stack_space,
     store_float,
     store_int64,
+    sum_row,
     transpose_block,
     transpose_edge,
 )
-from numba import njit
 
 CHUNK = 256  # connections whose values are gathered at a time
 SLOT = 0x7FFFFFFF
+CACHE = 3 << 19  # bytes
 
 
 @njit(inline="never")
-def to_tiles(x, tiled, batch, features, first, last, tile, vectors, size, lanes):  # type: ignore[no-untyped-def]
+def to_tiles(x, tiled, batch, features, first, last, tile, vectors, size, lanes):
     """Columns first ... last of one batch tile of x [batch, features] -> tiled [features, W], 0 beyond the batch."""
     width = lanes * vectors
     start = tile * width
@@ -52,25 +55,48 @@ def to_tiles(x, tiled, batch, features, first, last, tile, vectors, size, lanes)
 
 
 @njit(inline="never")
-def from_block(block, y, batch, features, first, count, tile, vectors, size, lanes):  # type: ignore[no-untyped-def]
+def from_block(block, y, batch, features, first, count, tile, vectors, size, lanes):
     """``count`` finished rows of W floats -> y [batch, features], columns first ... first + count."""
     width = lanes * vectors
     for part in range(vectors):
         b = tile * width + part * lanes
         if count == lanes and b + lanes <= batch:
-            transpose_block(block + part * lanes * size, width * size, y + (b * features + first) * size, features * size, size, lanes)
+            transpose_block(
+                block + part * lanes * size, width * size, y + (b * features + first) * size, features * size, size, lanes
+            )
         else:
             transpose_edge(
-                block + part * lanes * size, width * size, count, lanes, y + (b * features + first) * size, features * size, batch - b, count, size, lanes
+                block + part * lanes * size,
+                width * size,
+                count,
+                lanes,
+                y + (b * features + first) * size,
+                features * size,
+                batch - b,
+                count,
+                size,
+                lanes,
             )
 
 
 @njit(inline="always")
-def gather_values(theta, slots, count, values, size):  # type: ignore[no-untyped-def]
+def gather_values(theta, slots, count, values, size):
     for i in range(count):
         slot = load_int32(slots + i * 4)
         value = load_float(theta + (slot & SLOT) * size, size)
         store_float(values + i * size, -value if slot < 0 else value, size)
+
+
+@njit(inline="always")
+def scatter_dots(dtheta, slots, count, dots, add, size):
+    for i in range(count):
+        slot = load_int32(slots + i * 4)
+        value = load_float(dots + i * size, size)
+        value = -value if slot < 0 else value
+        where = dtheta + (slot & SLOT) * size
+        if add:
+            value += load_float(where, size)
+        store_float(where, value, size)
 
 
 # The number of vectors in a tile is PARTS where a constant would only make the compiler unroll what need not be unrolled.
@@ -78,6 +104,7 @@ def gather_values(theta, slots, count, values, size):  # type: ignore[no-untyped
 TASK, PHASE, BATCH, TILES, ROWS, COLUMNS, X, XT, Y, YT, THETA, BIAS = range(12)
 ROW_START, ROW_COLUMN, ROW_SLOT, COLUMN_START, COLUMN_ROW, COLUMN_SLOT, DX, DTHETA, DBIAS, PARTS = range(12, 22)
 ARGUMENTS = 22
+TILE = BIAS  # in the backward pass: the tile to multiply (the first of all, for one thread)
 ALL, TRANSPOSE, MULTIPLY = 0, 1, 2  # phases; ALL: one thread does everything in one call
 
 
@@ -87,7 +114,7 @@ def forward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     width = lanes * vectors
     block_bytes, chunk_bytes = lanes * width * size, CHUNK * size
 
-    def forward(a):  # type: ignore[no-untyped-def]
+    def forward(a):
         phase, batch, tiles = load_int64(a + 8 * PHASE), load_int64(a + 8 * BATCH), load_int64(a + 8 * TILES)
         rows, columns, parts = load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS), load_int64(a + 8 * PARTS)
         xt, y, theta, bias = load_int64(a + 8 * XT), load_int64(a + 8 * Y), load_int64(a + 8 * THETA), load_int64(a + 8 * BIAS)
@@ -108,7 +135,11 @@ def forward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
             return
         if phase == ALL:
             store_int64(counter, 0)
-        row_start, row_column, row_slot = load_int64(a + 8 * ROW_START), load_int64(a + 8 * ROW_COLUMN), load_int64(a + 8 * ROW_SLOT)
+        row_start, row_column, row_slot = (
+            load_int64(a + 8 * ROW_START),
+            load_int64(a + 8 * ROW_COLUMN),
+            load_int64(a + 8 * ROW_SLOT),
+        )
         block, values = stack_space(block_bytes), stack_space(chunk_bytes)
         groups = (rows + lanes - 1) // lanes
         while True:
@@ -144,7 +175,7 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     width = lanes * vectors
     block_bytes, chunk_bytes = lanes * width * size, CHUNK * size
 
-    def backward(a):  # type: ignore[no-untyped-def]
+    def backward(a):
         phase, batch, tiles = load_int64(a + 8 * PHASE), load_int64(a + 8 * BATCH), load_int64(a + 8 * TILES)
         rows, columns, parts = load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS), load_int64(a + 8 * PARTS)
         x, xt, dy, yt = load_int64(a + 8 * X), load_int64(a + 8 * XT), load_int64(a + 8 * Y), load_int64(a + 8 * YT)
@@ -172,29 +203,28 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
                     to_tiles(dy, yt, batch, rows, first, last, tile, parts, size, lanes)
                 if dbias != 0:
                     for r in range(first, last):
-                        total = load_float(yt + r * width * size, size) * 0.0
-                        for tile in range(tiles):
-                            row = yt + (tile * rows + r) * width * size
-                            for j in range(lanes * parts):
-                                total += load_float(row + j * size, size)
+                        total = sum_row(yt + r * width * size, size, lanes, vectors)
+                        for tile in range(1, tiles):
+                            total += sum_row(yt + (tile * rows + r) * width * size, size, lanes, vectors)
                         store_float(dbias + r * size, total, size)
         if phase == TRANSPOSE:
             return
-        if phase == ALL:
-            store_int64(counter, 0)
         column_start, column_row = load_int64(a + 8 * COLUMN_START), load_int64(a + 8 * COLUMN_ROW)
         column_slot = load_int64(a + 8 * COLUMN_SLOT)
         block, values, dots = stack_space(block_bytes), stack_space(chunk_bytes), stack_space(chunk_bytes)
         groups = (columns + lanes - 1) // lanes
-        while True:
-            task = fetch_add(counter, 4)
-            if task >= groups:
-                break
-            for group in range(task, min(task + 4, groups)):
-                first = group * lanes
-                count = min(lanes, columns - first)
-                for tile in range(tiles):
-                    source = yt + tile * rows * width * size
+        # One tile after the other: a tile of dy fits a nearer cache than all, and no two threads add to one dtheta.
+        for tile in range(load_int64(a + 8 * TILE), tiles if phase == ALL else load_int64(a + 8 * TILE) + 1):
+            if phase == ALL:
+                store_int64(counter, 0)
+            source = yt + tile * rows * width * size
+            while True:
+                task = fetch_add(counter, 4)
+                if task >= groups:
+                    break
+                for group in range(task, min(task + 4, groups)):
+                    first = group * lanes
+                    count = min(lanes, columns - first)
                     begin = load_int32(column_start + first * 4)
                     for c in range(count):
                         sums = block + c * width * size
@@ -214,14 +244,7 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
                                 else:
                                     accumulate_and_dot(sums, n, index, values, source, own, dots, size, lanes, vectors)
                             if dtheta != 0:
-                                for i in range(n):
-                                    slot = load_int32(slots + i * 4)
-                                    value = load_float(dots + i * size, size)
-                                    value = -value if slot < 0 else value
-                                    where = dtheta + (slot & SLOT) * size
-                                    if tile != 0:
-                                        value += load_float(where, size)
-                                    store_float(where, value, size)
+                                scatter_dots(dtheta, slots, n, dots, tile != 0, size)
                             begin += n
                     if dx != 0:
                         from_block(block, dx, batch, columns, first, count, tile, parts, size, lanes)
@@ -229,12 +252,20 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     return Kernel(backward)
 
 
-def tile_of(batch: int, size: int) -> tuple[int, int]:
-    """(lanes, vectors) of the tile for a batch: the smallest that holds it, at most 8 vectors of 64 bytes."""
+def tile_of(batch: int, size: int, features: int = 0) -> tuple[int, int]:
+    """(lanes, vectors) of the tile for a batch: the smallest that holds it, at most 8 vectors of 64 bytes.
+
+    Args:
+        batch: number of rows of x.
+        size: of a float in bytes.
+        features: the larger of rows and columns. Where a tile would take more than a core's own cache, its half is better.
+    """
     lanes = 64 // size
     if batch <= lanes // 2:
         return lanes // 2, 1
     vectors = 1
     while vectors < 8 and lanes * vectors < batch:
         vectors *= 2
+    while vectors > 4 and features * vectors * 64 > CACHE:
+        vectors //= 2
     return lanes, vectors

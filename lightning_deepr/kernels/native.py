@@ -73,7 +73,9 @@ def _announce() -> None:
     global _announced
     if not _announced:
         _announced = True
-        log.warning("lightning_deepr compiles its CPU kernels (some seconds, once on this machine; NUMBA_CACHE_DIR keeps them).")
+        log.warning(
+            "lightning_deepr compiles its CPU kernels (some seconds, once on this machine; NUMBA_CACHE_DIR keeps them)."
+        )
 
 
 def _openmp() -> Any:
@@ -140,22 +142,22 @@ def _scalar(size: int) -> tuple[Any, Any]:
 
 
 @intrinsic(prefer_literal=True)
-def load_float(typingctx, address, size):  # type: ignore[no-untyped-def]
+def load_float(typingctx, address, size):
     """The float of ``size`` bytes (a literal, 4 or 8) at an address."""
     value_type, kind = _scalar(size.literal_value)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.load(builder.inttoptr(args[0], value_type.as_pointer()))
 
     return kind(types.int64, size), codegen
 
 
 @intrinsic(prefer_literal=True)
-def store_float(typingctx, address, value, size):  # type: ignore[no-untyped-def]
+def store_float(typingctx, address, value, size):
     """Store a float of ``size`` bytes (a literal) at an address."""
     value_type, kind = _scalar(size.literal_value)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         builder.store(args[1], builder.inttoptr(args[0], value_type.as_pointer()))
         return context.get_dummy_value()
 
@@ -163,20 +165,20 @@ def store_float(typingctx, address, value, size):  # type: ignore[no-untyped-def
 
 
 @intrinsic
-def pointer(typingctx, address):  # type: ignore[no-untyped-def]
+def pointer(typingctx, address):
     """An address as what ``numba.carray`` takes."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), codegen
 
 
 @intrinsic
-def fetch_add(typingctx, address, value):  # type: ignore[no-untyped-def]
+def fetch_add(typingctx, address, value):
     """Add to the int64 at an address in one indivisible step; the value before. It hands out tasks to threads."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.atomic_rmw("add", builder.inttoptr(args[0], _INT64.as_pointer()), args[1], "monotonic")
 
     return types.int64(types.int64, types.int64), codegen
@@ -193,10 +195,10 @@ def _prefetch(builder: Any, address: Any) -> None:
 
 
 @intrinsic
-def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+def prefetch(typingctx, address):
     """Ask for the cache line at an address."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         _prefetch(builder, args[0])
         return context.get_dummy_value()
 
@@ -204,11 +206,11 @@ def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
 
 
 @intrinsic(prefer_literal=True)
-def stack_space(typingctx, size):  # type: ignore[no-untyped-def]
+def stack_space(typingctx, size):
     """The address of ``size`` bytes (a literal) on the stack, aligned to a cache line; valid until the function returns."""
     count = size.literal_value
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         with builder.goto_entry_block():  # (cgutils.alloca_once would fill it with zeros, byte by byte)
             space = builder.alloca(ir.ArrayType(ir.IntType(8), count))
         space.align = 64
@@ -251,7 +253,9 @@ class _Tile:
             width //= 2
             undefined = ir.Constant(value.type, ir.Undefined)
             halves = [
-                self.builder.shuffle_vector(value, undefined, ir.Constant(ir.VectorType(_INT32, width), list(range(s, s + width))))
+                self.builder.shuffle_vector(
+                    value, undefined, ir.Constant(ir.VectorType(_INT32, width), list(range(s, s + width)))
+                )
                 for s in (0, width)
             ]
             value = self.builder.fadd(*halves, flags=("fast",))
@@ -259,11 +263,11 @@ class _Tile:
 
 
 @intrinsic(prefer_literal=True)
-def accumulate_rows(typingctx, sums, count, indices, values, source, size, lanes, vectors):  # type: ignore[no-untyped-def]
+def accumulate_rows(typingctx, sums, count, indices, values, source, size, lanes, vectors):
     """sums[:] += sum over i < count of values[i] * source[indices[i], :], rows of W floats."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         into, number, index, value, origin = args[:5]
         tile = _Tile(builder, *shape)
         held = [cgutils.alloca_once_value(builder, tile.load(into, i)) for i in range(tile.vectors)]
@@ -280,11 +284,11 @@ def accumulate_rows(typingctx, sums, count, indices, values, source, size, lanes
 
 
 @intrinsic(prefer_literal=True)
-def accumulate_and_dot(typingctx, sums, count, indices, values, source, own, dots, size, lanes, vectors):  # type: ignore[no-untyped-def]
+def accumulate_and_dot(typingctx, sums, count, indices, values, source, own, dots, size, lanes, vectors):
     """As :func:`accumulate_rows`, and dots[i] = source[indices[i], :] . own[:] in the same pass."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         into, number, index, value, origin, mine, products = args[:7]
         tile = _Tile(builder, *shape)
         held = [cgutils.alloca_once_value(builder, tile.load(into, i)) for i in range(tile.vectors)]
@@ -309,11 +313,11 @@ def accumulate_and_dot(typingctx, sums, count, indices, values, source, own, dot
 
 
 @intrinsic(prefer_literal=True)
-def dot_rows(typingctx, count, indices, source, own, dots, size, lanes, vectors):  # type: ignore[no-untyped-def]
+def dot_rows(typingctx, count, indices, source, own, dots, size, lanes, vectors):
     """dots[i] = source[indices[i], :] . own[:] for i < count."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         number, index, origin, mine, products = args[:5]
         tile = _Tile(builder, *shape)
         held = [tile.load(mine, i) for i in range(tile.vectors)]
@@ -359,11 +363,11 @@ def _store_dot(builder: Any, tile: _Tile, partial: list[Any], products: Any, i: 
 
 
 @intrinsic(prefer_literal=True)
-def fill_row(typingctx, address, value, size, lanes, vectors):  # type: ignore[no-untyped-def]
+def fill_row(typingctx, address, value, size, lanes, vectors):
     """W floats at an address become ``value``."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         tile = _Tile(builder, *shape)
         vector = tile.broadcast(args[1])
         for i in range(tile.vectors):
@@ -371,6 +375,21 @@ def fill_row(typingctx, address, value, size, lanes, vectors):  # type: ignore[n
         return context.get_dummy_value()
 
     return types.void(types.int64, _scalar(shape[0])[1], size, lanes, vectors), codegen
+
+
+@intrinsic(prefer_literal=True)
+def sum_row(typingctx, address, size, lanes, vectors):
+    """The sum of the W floats at an address."""
+    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
+
+    def codegen(context, builder, signature, args):
+        tile = _Tile(builder, *shape)
+        total = tile.load(args[0], 0)
+        for i in range(1, tile.vectors):
+            total = builder.fadd(total, tile.load(args[0], i), flags=("fast",))
+        return tile.sum(total)
+
+    return _scalar(shape[0])[1](types.int64, size, lanes, vectors), codegen
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
@@ -385,11 +404,11 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
 
 
 @intrinsic(prefer_literal=True)
-def transpose_block(typingctx, source, source_stride, target, target_stride, size, lanes):  # type: ignore[no-untyped-def]
+def transpose_block(typingctx, source, source_stride, target, target_stride, size, lanes):
     """Transpose a block of lanes x lanes floats; strides between rows in bytes. The block is in registers in between."""
     shape = (size.literal_value, lanes.literal_value, 1)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         tile = _Tile(builder, *shape)
 
         def row(base: Any, stride: Any, i: int) -> Any:
@@ -405,11 +424,11 @@ def transpose_block(typingctx, source, source_stride, target, target_stride, siz
 
 
 @intrinsic(prefer_literal=True)
-def transpose_edge(typingctx, source, source_stride, rows_in, columns_in, target, target_stride, rows_out, columns_out, size, lanes):  # type: ignore[no-untyped-def]  # fmt: skip
+def transpose_edge(typingctx, source, source_stride, rows_in, columns_in, target, target_stride, rows_out, columns_out, size, lanes):  # fmt: skip
     """As :func:`transpose_block` at an edge: reads rows_in x columns_in floats (0 beyond them), writes rows_out x columns_out."""
     shape = (size.literal_value, lanes.literal_value, 1)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         tile = _Tile(builder, *shape)
         count, bit = tile.lanes, ir.IntType(1)
         lane = ir.Constant(ir.VectorType(_INT64, count), list(range(count)))

@@ -53,12 +53,12 @@ BATCH = 32  # draws whose cells are asked for before they are looked at
 
 
 @njit
-def birth_key(seed, step, attempt):  # type: ignore[no-untyped-def]
+def birth_key(seed, step, attempt):
     return extend(extend(extend(extend(np.uint64(4), np.uint64(seed)), BIRTH), np.uint64(step)), np.uint64(attempt))
 
 
 @njit(inline="always")
-def find(table, mask, shift, place):  # type: ignore[no-untyped-def]
+def find(table, mask, shift, place):
     """The cell of a place in the table, or the empty one where it belongs."""
     cell = np.int64((np.uint64(place) * GOLDEN) >> shift)
     while load_int64(table + cell * 8) != -1 and load_int64(table + cell * 8) != place:
@@ -67,14 +67,36 @@ def find(table, mask, shift, place):  # type: ignore[no-untyped-def]
 
 
 @njit
-def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counter, seed, step, chosen):  # type: ignore[no-untyped-def]
+def is_active(place, columns, order, row_column, row_slot, theta, size):
+    """Whether an active connection is at a place, by the order of the rows from before the step."""
+    row = np.int64(np.uint64(place) // np.uint64(columns))
+    across = place - row * columns
+    low, high = np.int64(load_int32(order + 4 * row)), np.int64(load_int32(order + 4 * (row + 1)))
+    end = high
+    while low < high:
+        middle = (low + high) >> 1
+        if load_int32(row_column + 4 * middle) < across:
+            low = middle + 1
+        else:
+            high = middle
+    if low == end or load_int32(row_column + 4 * low) != across:
+        return False
+    return load_float(theta + (load_int32(row_slot + 4 * low) & SLOT) * size, size) >= 0
+
+
+@njit
+def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counter, seed, step, chosen, t):
     """New places for the dormant slots of a tensor that is at most half full; see ``rewiring.first_free`` for the rule.
 
     Args:
         theta, places: addresses; theta < 0 marks the slots that have gone dormant.
         dormant: array of ``reborn`` slots, ascending.
         chosen: array [reborn], the result.
+        t: address of the tensor's fields. Where its connections are kept in order, a few draws are looked up there: cheaper than
+            another pass over all places.
     """
+    order, row_column, row_slot = load_int64(t + 8 * ROW_START), load_int64(t + 8 * ROW_COLUMN), load_int64(t + 8 * ROW_SLOT)
+    columns = load_int64(t + 8 * COLUMNS)
     places_total = np.uint64(total)
     limit = LARGEST - (LARGEST % places_total + np.uint64(1)) % places_total
     bits_of_table = 8
@@ -92,7 +114,8 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
     where = np.empty(max(reborn, 64) + 64, np.int64)
     drawn = np.empty(BATCH, np.int64)
     while waiting > 0:
-        ahead = 1 if attempt == 0 else max(1, min(64, max(reborn, 64) // waiting))
+        look_up = order != 0 and 32 * waiting < count
+        ahead = 1 if attempt == 0 or look_up else max(1, min(64, max(reborn, 64) // waiting))
         if inserted + ahead * waiting > capacity // 2:
             # what is only known to be free or active is forgotten; the accepted draws stay
             cells[:] = -1
@@ -106,7 +129,8 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
                 cell = find(table, mask, shift, chosen[i])
                 cells[cell], status[cell] = chosen[i], CLAIMED
                 inserted += 1
-        words[:] = np.uint64(0)
+        if not look_up:
+            words[:] = np.uint64(0)
         for a in range(ahead):
             key = birth_key(seed, step, attempt + a)
             for begin in range(0, waiting, BATCH):
@@ -127,10 +151,14 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
                     if load_int64(table + cell * 8) == -1:
                         store_int64(table + cell * 8, place)
                         inserted += 1
+                        if look_up:
+                            if is_active(place, columns, order, row_column, row_slot, theta, size):
+                                status[cell] = ACTIVE
+                            continue
                         bit = np.int64((np.uint64(place) * GOLDEN) >> filter_shift)
                         word = filter_at + (bit >> 6) * 8
                         store_int64(word, load_int64(word) | (np.int64(1) << (bit & 63)))
-        for k in range(count):
+        for k in range(0 if look_up else count):
             place = load_int64(places + k * 8)
             bit = np.int64((np.uint64(place) * GOLDEN) >> filter_shift)
             if (load_int64(filter_at + (bit >> 6) * 8) >> (bit & 63)) & 1 and load_float(theta + k * size, size) >= 0:
@@ -161,7 +189,7 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
 
 
 @njit
-def sort_with(keys, payload, largest):  # type: ignore[no-untyped-def]
+def sort_with(keys, payload, largest):
     """Sort uint64 keys up to ``largest``, and an int32 payload with them: by digits, the lowest first. Stable, O(R)."""
     count = len(keys)
     # as few passes as digits of at most 9 (11) bits allow, of equal width
@@ -198,7 +226,7 @@ def sort_with(keys, payload, largest):  # type: ignore[no-untyped-def]
 
 
 @njit
-def draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen):  # type: ignore[no-untyped-def]
+def draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen):
     """New places in a tensor more than half full: its dormant places in a random order, the first R."""
     taken = np.zeros(total, np.uint8)
     active = 0
@@ -220,7 +248,7 @@ def draw_from_list(theta, size, places, count, total, reborn, counter, seed, ste
 
 
 @njit(inline="always")
-def negative_at(place, sign_seed, exceptions, exception_count):  # type: ignore[no-untyped-def]
+def negative_at(place, sign_seed, exceptions, exception_count):
     """Whether the constant sign of a place is -1 (``KSlots.signs_at``)."""
     negative = np.int64(bits(np.uint64(sign_seed), np.uint64(place))) < 0
     if exception_count > 0:
@@ -241,7 +269,7 @@ def rewire_kernel(size: int) -> Kernel:
     """One step of all tensors in the table; a task is a tensor. ``size`` is that of theta's floats in bytes."""
     real = np.float32 if size == 4 else np.float64
 
-    def rewire(a):  # type: ignore[no-untyped-def]
+    def rewire(a):
         tensors, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
         step, seed = load_int64(a + 8 * STEP), load_int64(a + 8 * SEED)
         while True:
@@ -279,7 +307,7 @@ def rewire_kernel(size: int) -> Kernel:
                 continue
             dormant, chosen = carray(pointer(dormant_at), reborn, np.int64), np.empty(reborn, np.int64)
             if 2 * count <= total:
-                draw_by_rejection(theta, size, places, count, total, dormant, reborn, counter, seed, step, chosen)
+                draw_by_rejection(theta, size, places, count, total, dormant, reborn, counter, seed, step, chosen, t)
             else:
                 draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen)
             born, signs = load_int64(t + 8 * BORN), load_int64(t + 8 * SIGNS)
@@ -309,7 +337,7 @@ def rewire_kernel(size: int) -> Kernel:
 
 
 @njit
-def follow_side(start, other, slots, lines, width, count, flags, keys, born_slots, births):  # type: ignore[no-untyped-def]
+def follow_side(start, other, slots, lines, width, count, flags, keys, born_slots, births):
     """One order (by rows or by columns) follows a rewiring, in place.
 
     Args:
@@ -363,7 +391,7 @@ def follow_side(start, other, slots, lines, width, count, flags, keys, born_slot
 def update_kernel() -> Kernel:
     """The orders of all tensors in the table follow their rewiring; a task is one side of one tensor."""
 
-    def update(a):  # type: ignore[no-untyped-def]
+    def update(a):
         tensors, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
         while True:
             task = fetch_add(a, 1)
@@ -406,7 +434,7 @@ def update_kernel() -> Kernel:
 def finite_kernel() -> Kernel:
     """Argument 0 becomes 0 if some value in the table (address, number, bytes per value) is not finite."""
 
-    def finite(a):  # type: ignore[no-untyped-def]
+    def finite(a):
         number, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
         fine = np.int64(1)
         for i in range(number):

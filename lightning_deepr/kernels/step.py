@@ -90,7 +90,7 @@ class Table:
             if states[i] or self.states[i]:
                 self._note_states(i, states[i])
         arguments = self.arguments
-        arguments[:] = (0, len(self.tensors), self.where, step, seed, newborn_since)
+        arguments[:] = [0, len(self.tensors), self.where, step, seed, newborn_since]
         threads = native.threads_for(self.work) if len(self.tensors) > 1 else 1
         rewire.rewire_kernel(self.size)(arguments, threads)
         counts, newborns = self.results.tolist()
@@ -121,7 +121,15 @@ class Table:
             and known[4:] == (theta.data_ptr(), tensor.index, tensor.sign_seed)
         ):
             return
-        self.known[i] = (tensor.places, tensor.signs, buffer, tensor.exceptions, theta.data_ptr(), tensor.index, tensor.sign_seed)
+        self.known[i] = (
+            tensor.places,
+            tensor.signs,
+            buffer,
+            tensor.exceptions,
+            theta.data_ptr(),
+            tensor.index,
+            tensor.sign_seed,
+        )
         row = self.fields[i]
         row[: rewire.COUNT] = [t.data_ptr() for t in (theta, tensor.places, tensor.born, tensor.signs, tensor.exceptions)] + [
             tensor.exceptions.numel()

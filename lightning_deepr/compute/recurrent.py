@@ -1,0 +1,329 @@
+"""Sparse compute of LSTMs: whole sequences from the connections alone, layer by layer and direction by direction.
+
+The cell's arithmetic is a share of the time that no sparsity saves; what is saved are the products, and a copy of dense weights into the
+layout of the dense library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from lightning_deepr import kernels
+from lightning_deepr.compute.gather import TWICE
+from lightning_deepr.compute.sparse import _is_plain
+
+State = tuple[Tensor, Tensor]
+
+
+class _Plan(NamedTuple):
+    """What depends on the sizes alone. Parts of W elements of the batch, tiles of V rows (see :mod:`lightning_deepr.kernels.lstm`)."""
+
+    threads: int
+    part: tuple[int, int, int]  # bytes per float, lanes, vectors
+    parts: int
+    padded: int  # batch
+    tile: tuple[int, int, int]
+    tiles: int
+
+    @property
+    def width(self) -> int:
+        return self.part[1] * self.part[2]
+
+    @property
+    def tile_width(self) -> int:
+        return self.tile[1] * self.tile[2]
+
+
+@lru_cache(maxsize=512)
+def _plan(steps: int, batch: int, columns: int, hidden: int, count: int, size: int, most: int) -> _Plan:
+    from lightning_deepr.kernels import linear, lstm
+
+    work = steps * batch * (count + 20 * hidden + columns)
+    threads = max(1, min(most, work >> 18))
+    parts, *part = lstm.parts_of(batch, threads, size)
+    padded = parts * part[0] * part[1]
+    tile = linear.tile_of(steps * padded, size)
+    return _Plan(threads, (size, *part), parts, padded, (size, *tile), -(-steps * padded // (tile[0] * tile[1])))
+
+
+def _run(kernel: Any, fields: dict[int, int], threads: int) -> None:
+    arguments = (ctypes.c_int64 * 32)()
+    for position, value in fields.items():
+        arguments[position] = value
+    kernel(arguments, threads)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _of_steps(plan: _Plan, steps: int, batch: int, hidden: int, reverse: bool, cell_step: int) -> dict[int, int]:
+    from lightning_deepr.kernels import lstm
+
+    return {
+        lstm.PHASE: lstm.RUN, lstm.STEPS: steps, lstm.BATCH: batch, lstm.PARTS: plan.parts, lstm.HIDDEN: hidden,
+        lstm.REVERSE: int(reverse), lstm.V: plan.tile_width, lstm.VECTORS: plan.part[2], lstm.CELL_STEP: cell_step,
+    }  # fmt: skip
+
+
+def _gathered(kernel: Any, theta: Tensor, where: list[int], threads: int) -> tuple[Tensor, dict[int, int]]:
+    """The connections' signed values in the order of starts, indices and slots at ``where``."""
+    from lightning_deepr.kernels import lstm
+
+    values = torch.empty_like(theta)
+    fields = {lstm.COUNT: theta.numel(), lstm.VALUES: values.data_ptr(), lstm.THETA: theta.data_ptr()}
+    fields.update(zip((lstm.START, lstm.INDEX, lstm.SLOTS), where, strict=True))
+    _run(kernel, {lstm.PHASE: lstm.GATHER, **fields}, threads if theta.numel() > 20_000 else 1)
+    return values, fields
+
+
+def _forward(
+    x: Tensor, theta_ih: Tensor, theta_hh: Tensor, bias: Tensor | None, h: Tensor | None, c: Tensor | None,
+    ih: Any, hh: Any, reverse: bool, keep: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:  # fmt: skip
+    """(y, last h, last c), and what the backward pass needs: x in tiles, gates, cell states, h before each step in tiles."""
+    from lightning_deepr.kernels import linear, lstm
+
+    steps, batch, columns = x.shape
+    hidden, size = hh.columns, x.element_size()
+    plan = _plan(steps, batch, columns, hidden, ih.count + hh.count, size, torch.get_num_threads())
+    rows, wide, count = 4 * hidden, plan.tile_width, steps * plan.padded
+    if plan.padded != batch:
+        x = torch.nn.functional.pad(x, (0, 0, 0, plan.padded - batch))
+    x = x.contiguous()
+    tiled, gates = x.new_empty(plan.tiles * columns * wide), x.new_empty(plan.tiles * rows * wide)
+    product = {
+        linear.BATCH: count, linear.TILES: plan.tiles, linear.ROWS: rows, linear.COLUMNS: columns, linear.X: x.data_ptr(),
+        linear.XT: tiled.data_ptr(), linear.Y: gates.data_ptr(), linear.THETA: theta_ih.data_ptr(), linear.BIAS: _address(bias),
+        linear.ROW_START: ih.addresses[0], linear.ROW_COLUMN: ih.addresses[1], linear.ROW_SLOT: ih.addresses[2],
+        linear.PARTS: plan.tile[2], linear.PHASE: linear.TRANSPOSE,
+    }  # fmt: skip
+    _run(linear.forward_kernel(*plan.tile), product, plan.threads)
+    _run(lstm.product_kernel(*plan.tile), product, plan.threads)
+
+    kernel = lstm.forward_kernel(*plan.part)
+    values, fields = _gathered(kernel, theta_hh, hh.addresses[:3], plan.threads)
+    state = hidden * plan.width
+    cells = x.new_empty(plan.parts * (steps + 1 if keep else 1) * state)
+    kept = x.new_empty(plan.tiles * hidden * wide) if keep else None
+    if kept is not None:
+        _clear_rest(kept, plan, hidden, count)
+    scratch = x.new_empty(plan.parts * 2 * state)
+    y, last_h, last_c = x.new_empty((steps, batch, hidden)), x.new_empty((batch, hidden)), x.new_empty((batch, hidden))
+    fields |= _of_steps(plan, steps, batch, hidden, reverse, state * size if keep else 0)
+    fields |= {
+        lstm.GATES: gates.data_ptr(), lstm.CELLS: cells.data_ptr(), lstm.SCRATCH: scratch.data_ptr(), lstm.H_FIRST: _address(h),
+        lstm.C_FIRST: _address(c), lstm.H_LAST: last_h.data_ptr(), lstm.C_LAST: last_c.data_ptr(), lstm.Y: y.data_ptr(),
+        lstm.KEPT: _address(kept),
+    }  # fmt: skip
+    _run(kernel, fields, min(plan.threads, plan.parts))
+    return (y, last_h, last_c), (tiled, gates, cells, kept) if kept is not None else ()
+
+
+def _clear_rest(tiles: Tensor, plan: _Plan, features: int, count: int) -> None:
+    """Zeros in the rows of the last tile that belong to no step."""
+    rest = plan.tiles * plan.tile_width - count
+    if rest:
+        tiles.view(plan.tiles, features, plan.tile_width)[-1, :, -rest:] = 0
+
+
+def _backward(
+    gradients: tuple[Tensor, Tensor, Tensor], saved: tuple[Tensor, ...], theta_ih: Tensor, theta_hh: Tensor,
+    ih: Any, hh: Any, reverse: bool, need: list[bool], threads: int,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of x, theta of both weights, the biases' sum, h and c before the first step, where needed."""
+    from lightning_deepr.kernels import linear, lstm
+
+    (dy, dh, dc), (tiled, gates, cells, kept) = (tuple(one.contiguous() for one in gradients), saved)
+    (steps, batch, hidden), size, columns = dy.shape, dy.element_size(), ih.columns
+    plan = _plan(steps, batch, columns, hidden, ih.count + hh.count, size, threads)
+    rows, count, state = 4 * hidden, steps * plan.padded, hidden * plan.width
+
+    kernel = lstm.backward_kernel(*plan.part)
+    values, fields = _gathered(kernel, theta_hh, hh.addresses[3:], plan.threads)
+    dgates, scratch = torch.empty_like(gates), dy.new_empty(plan.parts * 7 * state)
+    _clear_rest(dgates, plan, rows, count)
+    first_dh, first_dc = (dy.new_empty((batch, hidden)) if needed else None for needed in need[4:])
+    fields |= _of_steps(plan, steps, batch, hidden, reverse, state * size)
+    fields |= {
+        lstm.GATES: gates.data_ptr(), lstm.CELLS: cells.data_ptr(), lstm.SCRATCH: scratch.data_ptr(), lstm.Y: dy.data_ptr(),
+        lstm.H_LAST: dh.data_ptr(), lstm.C_LAST: dc.data_ptr(), lstm.H_FIRST: _address(first_dh), lstm.C_FIRST: _address(first_dc),
+        lstm.KEPT: dgates.data_ptr(),
+    }  # fmt: skip
+    _run(kernel, fields, min(plan.threads, plan.parts))
+
+    common = {
+        linear.PHASE: linear.MULTIPLY, linear.BATCH: count, linear.TILES: plan.tiles, linear.ROWS: rows,
+        linear.YT: dgates.data_ptr(), linear.PARTS: plan.tile[2],
+    }  # fmt: skip
+
+    def of_weight(theta: Tensor, order: Any, source: Tensor, need_x: bool, need_theta: bool) -> tuple[Tensor | None, Tensor | None]:
+        if not (need_x or need_theta):
+            return None, None
+        dx = dy.new_empty((count, order.columns)) if need_x else None
+        dtheta = torch.empty_like(theta) if need_theta else None
+        names = (linear.COLUMN_START, linear.COLUMN_ROW, linear.COLUMN_SLOT)
+        mine = {
+            linear.COLUMNS: order.columns, linear.XT: source.data_ptr(), linear.THETA: theta.data_ptr(), linear.DX: _address(dx),
+            linear.DTHETA: _address(dtheta), **dict(zip(names, order.addresses[3:], strict=True)),
+        }  # fmt: skip
+        _run(linear.backward_kernel(*plan.tile), {**common, **mine}, plan.threads)
+        return dx, dtheta
+
+    dx, dtheta_ih = of_weight(theta_ih, ih, tiled, need[0], need[1])
+    _, dtheta_hh = of_weight(theta_hh, hh, kept, False, need[2])
+    dbias = dy.new_empty(rows) if need[3] else None
+    if dbias is not None:
+        _run(lstm.bias_kernel(*plan.tile), {**common, linear.DBIAS: dbias.data_ptr()}, plan.threads)
+    if dx is not None:
+        dx = dx.view(steps, plan.padded, columns)[:, :batch]
+    return [dx, dtheta_ih, dtheta_hh, dbias, first_dh, first_dc]
+
+
+class LSTMFunction(torch.autograd.Function):
+    """One layer in one direction. x [T, B, columns] -> y [T, B, hidden], last h and c [B, hidden]."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, theta_ih: Tensor, theta_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None,
+        h: Tensor | None, c: Tensor | None, buffer_ih: Tensor, buffer_hh: Tensor, ih: Any, hh: Any, reverse: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        found, saved = _forward(x, theta_ih, theta_hh, _sum(bias_ih, bias_hh), h, c, ih, hh, reverse, True)
+        ctx.save_for_backward(*saved, theta_ih, theta_hh, buffer_ih, buffer_hh)
+        ctx.ih, ctx.hh, ctx.reverse = ih, hh, reverse
+        ctx.threads = torch.get_num_threads()
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(TWICE)
+        *saved, theta_ih, theta_hh, _, _ = ctx.saved_tensors  # raises if connections were rewired since
+        asked = ctx.needs_input_grad
+        need = [*asked[:3], asked[3] or asked[4], *asked[5:7]]
+        dx, dtheta_ih, dtheta_hh, dbias, dh, dc = _backward(
+            gradients, tuple(saved), theta_ih, theta_hh, ctx.ih, ctx.hh, ctx.reverse, need, ctx.threads
+        )  # fmt: skip
+        both = asked[3] and asked[4]  # gradients are accumulated in place: each needs its own
+        return (
+            dx, dtheta_ih, dtheta_hh, dbias if asked[3] else None, (dbias.clone() if both else dbias) if asked[4] else None,
+            dh, dc, None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else a + b
+
+
+# -- the module ---------------------------------------------------------------------------------------------------------------
+
+
+def capable(module: nn.Module, tensor_name: str) -> bool:
+    """Whether sparse compute may take a tensor of a recurrent layer: a weight of an LSTM without projections."""
+    return isinstance(module, nn.LSTM) and module.proj_size == 0 and tensor_name.startswith(("weight_ih_l", "weight_hh_l"))
+
+
+def lstm_forward(module: Any, input: Any, hx: Any = None) -> tuple[Tensor, State] | None:
+    """``nn.LSTM.forward`` by sparse compute; None where the dense weights have to be built."""
+    layers = _layers(module)
+    if layers is None or not _suits(module, input, hx, layers) or not _prefers_sparse(input, layers):
+        for slots in [] if layers is None else [slots for layer in layers for _, slots in layer.weights]:
+            slots.compute = "dense" if slots.policy == "auto" else slots.compute
+        return None
+    for layer in layers:
+        for _, slots in layer.weights:
+            slots.compute = "sparse"
+    batched = input.dim() == 3
+    x = (input.transpose(0, 1) if module.batch_first else input) if batched else input.unsqueeze(1)
+    states = None if hx is None else [(one if batched else one.unsqueeze(1)).unbind(0) for one in hx]
+    directions = 2 if module.bidirectional else 1
+    last: list[State] = []
+    for number in range(module.num_layers):
+        if number > 0 and module.dropout > 0:
+            x = dropout(x, module.dropout, module.training)
+        outputs = []
+        for direction in range(directions):
+            at = number * directions + direction
+            h, c = (None, None) if states is None else (states[0][at].contiguous(), states[1][at].contiguous())
+            y, *state = _direction(x, layers[at], h, c, direction == 1)
+            outputs.append(y)
+            last.append((state[0], state[1]))
+        x = outputs[0] if directions == 1 else torch.cat(outputs, 2)
+    h, c = (torch.stack(one) for one in zip(*last, strict=True))
+    if not batched:
+        return x.squeeze(1), (h.squeeze(1), c.squeeze(1))
+    return (x.transpose(0, 1) if module.batch_first else x), (h, c)
+
+
+class _Layer(NamedTuple):
+    """One layer in one direction: theta and slots of the weights of its input and of its hidden state; biases."""
+
+    weights: list[tuple[Tensor, Any]]
+    biases: tuple[Tensor | None, Tensor | None]
+
+
+def _layers(module: Any) -> list[_Layer] | None:
+    """All layers and directions of an LSTM, or None where some weight has no connections to compute from."""
+    if not isinstance(module, nn.LSTM) or module.proj_size:
+        return None
+    holders, found = module._modules.get("parametrizations", {}), []
+    for number in range(module.num_layers):
+        for suffix in ("", "_reverse") if module.bidirectional else ("",):
+            weights = []
+            for kind in ("ih", "hh"):
+                name = f"weight_{kind}_l{number}{suffix}"
+                if name not in holders or len(holders[name]) != 1 or not hasattr(holders[name][0], "policy"):
+                    return None
+                weights.append((holders[name].original, holders[name][0]))
+            biases = [getattr(module, f"bias_{kind}_l{number}{suffix}") if module.bias else None for kind in ("ih", "hh")]
+            found.append(_Layer(weights, (biases[0], biases[1])))
+    return found
+
+
+def _suits(module: Any, x: Any, hx: Any, layers: list[_Layer]) -> bool:
+    """Whether kernels can take these arguments; what doesn't fit is left to torch, which says so."""
+    if torch.compiler.is_dynamo_compiling() or not isinstance(x, Tensor) or not _is_plain(x):
+        return False
+    if x.dim() not in (2, 3) or x.shape[-1] != module.input_size or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
+        return False
+    tensors = [x]
+    if hx is not None:
+        batch = () if x.dim() == 2 else (x.shape[0 if module.batch_first else 1],)
+        shape = (len(layers), *batch, module.hidden_size)
+        if not isinstance(hx, (tuple, list)) or len(hx) != 2 or any(not isinstance(h, Tensor) or h.shape != shape for h in hx):
+            return False
+        tensors += hx
+    for layer in layers:
+        tensors += [bias for bias in layer.biases if bias is not None]
+        for theta, slots in layer.weights:
+            if slots.policy == "dense" or theta.dtype != x.dtype or theta.numel() != slots.count or not kernels.suits(theta):
+                return False
+    return all(type(one) in (Tensor, nn.Parameter) and one.dtype == x.dtype and one.is_cpu for one in tensors)
+
+
+def _prefers_sparse(x: Tensor, layers: list[_Layer]) -> bool:
+    return all(
+        slots.policy == "sparse" or prefers_sparse(x.numel() // x.shape[-1], slots.columns, slots.count / slots.total)
+        for layer in layers
+        for _, slots in layer.weights[1:]
+    )
+
+
+def _direction(x: Tensor, layer: _Layer, h: Tensor | None, c: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    (theta_ih, ih), (theta_hh, hh) = ((theta, slots.ordered()) for theta, slots in layer.weights)
+    if torch.is_grad_enabled():
+        return LSTMFunction.apply(  # type: ignore[no-any-return]
+            x, theta_ih, theta_hh, *layer.biases, h, c, ih.buffer, hh.buffer, ih, hh, reverse
+        )
+    return _forward(x, theta_ih, theta_hh, _sum(*layer.biases), h, c, ih, hh, reverse, False)[0]
+
+
+def prefers_sparse(rows: int, hidden: int, density: float) -> bool:
+    return True
