@@ -118,6 +118,8 @@ def main() -> None:
         axis.set(
             title=f"{layer.title}\nbatch {batch}", xlabel="connectivity in %", ylabel="forward + backward / dense", xscale="log"
         )
+        axis.set_xticks(percent, labels=[f"{value:g}" for value in percent])
+        axis.minorticks_off()
         axis.title.set_fontsize(9)
         axis.set_ylim(bottom=0)
     panels[0].legend(fontsize=8)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_deepr.compute import check_compute
+from lightning_deepr.compute import check_compute, recurrent
+from lightning_deepr.compute.buffers import give_back
 from lightning_deepr.connections import Converted, Notice, converted_tensors, install, remove
 from lightning_deepr.materialize import materialize, refuse_unmaterializable
 from lightning_deepr.selection import (
@@ -125,6 +126,8 @@ def convert(
         slots.choose_compute(policy, multiplies_like_linear(candidate))
         install(candidate.module, candidate.tensor_name, theta, slots, candidate.name)
     materialize(root, seed, device)
+    if any(candidate.total > 1 << 28 for candidate in chosen):
+        give_back()  # what making the connections took
     if device is not None:
         root.to(device)
     names = {candidate.name for candidate in chosen}
@@ -132,9 +135,11 @@ def convert(
 
 
 def multiplies_like_linear(candidate: Candidate) -> bool:
-    """Whether sparse compute may take a tensor: a matrix that its module gives to ``F.linear``, or may give to it."""
+    """Whether sparse compute may take a tensor: a matrix that its module gives to ``F.linear``, or may give to it; or one of an LSTM."""
     module = candidate.module
-    if len(candidate.shape) != 2 or isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)):
+    if isinstance(module, nn.RNNBase):
+        return recurrent.capable(module, candidate.tensor_name)
+    if len(candidate.shape) != 2 or isinstance(module, (nn.RNNCellBase, nn.MultiheadAttention)):
         return False
     return isinstance(module, nn.Linear) or not type(module).__module__.startswith("torch.nn")
 

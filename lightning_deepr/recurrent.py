@@ -1,4 +1,5 @@
-"""LSTM, GRU and RNN with converted weights: each tensor is built once per forward, and the layer stays copyable.
+"""LSTM, GRU and RNN with converted weights: each tensor is built once per forward or, where an LSTM is computed from its connections
+(:mod:`lightning_deepr.compute.recurrent`), never; and the layer stays copyable.
 
 ``nn.RNNBase`` keeps a list of its weights between forwards (for cuDNN) and compares it with the attributes at each forward.
 With a parametrized weight every read builds the tensor anew, so that torch builds each about 2.5 times per forward; and
@@ -11,6 +12,9 @@ import copy
 from typing import Any
 
 from torch import nn
+
+from lightning_deepr.compute.recurrent import lstm_forward
+from lightning_deepr.compute.weight import SparseWeight
 
 _NAMES = ("_update_flat_weights", "forward", "_init_flat_weights", "__deepcopy__")
 
@@ -25,13 +29,17 @@ def take_over(module: nn.RNNBase) -> None:
 
     def update_flat_weights(self: Any) -> None:
         # (torch's own _init_flat_weights asks hasattr before each getattr, and so reads every weight twice)
-        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        self._flat_weights = [weight.build() if isinstance(weight, SparseWeight) else weight for weight in weights]
         self.flatten_parameters()
 
     def init_flat_weights(self: Any) -> None:
         _release(self)  # called by `.to`: nothing to keep between forwards
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = lstm_forward(self, *args, **kwargs) if isinstance(self, nn.LSTM) else None
+        if found is not None:
+            return found
         try:
             return plain.forward(self, *args, **kwargs)
         finally:

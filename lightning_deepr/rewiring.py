@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_deepr import randomness
+from lightning_deepr import kernels, randomness
 
 
 class SlotTensor(Protocol):
@@ -247,6 +247,8 @@ def random_places(total: int, count: int, index: int, seed: int, device: torch.d
     stream = randomness.key(seed, randomness.START_PLACES)
     if 2 * count > total:
         return shuffled(stream, index, torch.arange(total, device=device))[:count].contiguous()
+    if torch.device(device).type == "cpu" and kernels.available():
+        return kernels.random_places(total, count, index, seed)
     slots = torch.arange(count, device=device)
     whole = torch.full_like(slots, total)
     return first_free(

@@ -18,7 +18,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 def run(script: str, out: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:
     """The rows that a script leaves and what it prints."""
-    command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--rounds", "1", "--out", str(out), *arguments]
+    command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--rounds", "1", "--threads", "1", "--out", str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (out / f"{script}.png").is_file()

@@ -9,8 +9,8 @@ import torch
 NOMINAL_BATCH = 128  # until the first batch has been seen
 
 # Microseconds per unit of work, in the order of the terms below: what `benchmarks/break_even.py --fit` prints.
-SPARSE = (30.0, 1.5e-4, 6e-4, 1e-3)
-DENSE = (60.0, 4e-4, 3e-5, 6e-3)
+SPARSE = (55.0, 2.7e-4, 8.2e-4, 4.8e-3)
+DENSE = (90.0, 8.8e-4, 8.4e-5, 5.6e-3)
 
 
 def prefers_sparse(rows: int, columns: int, count: int, batch: int, dtype: torch.dtype, device: str) -> bool:

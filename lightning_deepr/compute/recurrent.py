@@ -7,7 +7,6 @@ layout of the dense library.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -49,12 +48,12 @@ def _plan(steps: int, batch: int, columns: int, hidden: int, count: int, size: i
     threads = max(1, min(most, work >> 18))
     parts, *part = lstm.parts_of(batch, threads, size)
     padded = parts * part[0] * part[1]
-    tile = linear.tile_of(steps * padded, size)
+    tile = linear.tile_of(steps * padded, size, max(4 * hidden, columns))
     return _Plan(threads, (size, *part), parts, padded, (size, *tile), -(-steps * padded // (tile[0] * tile[1])))
 
 
 def _run(kernel: Any, fields: dict[int, int], threads: int) -> None:
-    arguments = (ctypes.c_int64 * 32)()
+    arguments = (ctypes.c_int64 * 36)()
     for position, value in fields.items():
         arguments[position] = value
     kernel(arguments, threads)
@@ -62,6 +61,12 @@ def _run(kernel: Any, fields: dict[int, int], threads: int) -> None:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _ordered(where: list[int]) -> dict[int, int]:
+    from lightning_deepr.kernels import lstm
+
+    return {lstm.START: where[0], lstm.INDEX: where[1], lstm.SLOTS: where[2]}
 
 
 def _of_steps(plan: _Plan, steps: int, batch: int, hidden: int, reverse: bool, cell_step: int) -> dict[int, int]:
@@ -79,7 +84,7 @@ def _gathered(kernel: Any, theta: Tensor, where: list[int], threads: int) -> tup
 
     values = torch.empty_like(theta)
     fields = {lstm.COUNT: theta.numel(), lstm.VALUES: values.data_ptr(), lstm.THETA: theta.data_ptr()}
-    fields.update(zip((lstm.START, lstm.INDEX, lstm.SLOTS), where, strict=True))
+    fields |= _ordered(where)
     _run(kernel, {lstm.PHASE: lstm.GATHER, **fields}, threads if theta.numel() > 20_000 else 1)
     return values, fields
 
@@ -89,7 +94,7 @@ def _forward(
     ih: Any, hh: Any, reverse: bool, keep: bool,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:  # fmt: skip
     """(y, last h, last c), and what the backward pass needs: x in tiles, gates, cell states, h before each step in tiles."""
-    from lightning_deepr.kernels import linear, lstm
+    from lightning_deepr.kernels import lstm
 
     steps, batch, columns = x.shape
     hidden, size = hh.columns, x.element_size()
@@ -100,16 +105,15 @@ def _forward(
     x = x.contiguous()
     tiled, gates = x.new_empty(plan.tiles * columns * wide), x.new_empty(plan.tiles * rows * wide)
     product = {
-        linear.BATCH: count, linear.TILES: plan.tiles, linear.ROWS: rows, linear.COLUMNS: columns, linear.X: x.data_ptr(),
-        linear.XT: tiled.data_ptr(), linear.Y: gates.data_ptr(), linear.THETA: theta_ih.data_ptr(), linear.BIAS: _address(bias),
-        linear.ROW_START: ih.addresses[0], linear.ROW_COLUMN: ih.addresses[1], linear.ROW_SLOT: ih.addresses[2],
-        linear.PARTS: plan.tile[2], linear.PHASE: linear.TRANSPOSE,
+        lstm.COUNT: count, lstm.TILES: plan.tiles, lstm.ROWS: rows, lstm.COLUMNS: columns, lstm.X: x.data_ptr(),
+        lstm.XT: tiled.data_ptr(), lstm.YT: gates.data_ptr(), lstm.THETA: theta_ih.data_ptr(), lstm.BIAS: _address(bias),
+        **_ordered(ih.addresses[:3]),
     }  # fmt: skip
-    _run(linear.forward_kernel(*plan.tile), product, plan.threads)
-    _run(lstm.product_kernel(*plan.tile), product, plan.threads)
+    for phase in (lstm.TRANSPOSE, lstm.MULTIPLY):
+        _run(lstm.product_kernel(*plan.tile), {**product, lstm.PHASE: phase}, plan.threads)
 
     kernel = lstm.forward_kernel(*plan.part)
-    values, fields = _gathered(kernel, theta_hh, hh.addresses[:3], plan.threads)
+    held, fields = _gathered(kernel, theta_hh, hh.addresses[:3], plan.threads)
     state = hidden * plan.width
     cells = x.new_empty(plan.parts * (steps + 1 if keep else 1) * state)
     kept = x.new_empty(plan.tiles * hidden * wide) if keep else None
@@ -139,7 +143,7 @@ def _backward(
     ih: Any, hh: Any, reverse: bool, need: list[bool], threads: int,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of x, theta of both weights, the biases' sum, h and c before the first step, where needed."""
-    from lightning_deepr.kernels import linear, lstm
+    from lightning_deepr.kernels import lstm
 
     (dy, dh, dc), (tiled, gates, cells, kept) = (tuple(one.contiguous() for one in gradients), saved)
     (steps, batch, hidden), size, columns = dy.shape, dy.element_size(), ih.columns
@@ -147,7 +151,7 @@ def _backward(
     rows, count, state = 4 * hidden, steps * plan.padded, hidden * plan.width
 
     kernel = lstm.backward_kernel(*plan.part)
-    values, fields = _gathered(kernel, theta_hh, hh.addresses[3:], plan.threads)
+    held, fields = _gathered(kernel, theta_hh, hh.addresses[3:], plan.threads)
     dgates, scratch = torch.empty_like(gates), dy.new_empty(plan.parts * 7 * state)
     _clear_rest(dgates, plan, rows, count)
     first_dh, first_dc = (dy.new_empty((batch, hidden)) if needed else None for needed in need[4:])
@@ -160,30 +164,21 @@ def _backward(
     _run(kernel, fields, min(plan.threads, plan.parts))
 
     common = {
-        linear.PHASE: linear.MULTIPLY, linear.BATCH: count, linear.TILES: plan.tiles, linear.ROWS: rows,
-        linear.YT: dgates.data_ptr(), linear.PARTS: plan.tile[2],
+        lstm.COUNT: count, lstm.TILES: plan.tiles, lstm.SHARES: plan.threads, lstm.ROWS: rows, lstm.YT: dgates.data_ptr()
     }  # fmt: skip
-
-    def of_weight(theta: Tensor, order: Any, source: Tensor, need_x: bool, need_theta: bool) -> tuple[Tensor | None, Tensor | None]:
-        if not (need_x or need_theta):
-            return None, None
-        dx = dy.new_empty((count, order.columns)) if need_x else None
-        dtheta = torch.empty_like(theta) if need_theta else None
-        names = (linear.COLUMN_START, linear.COLUMN_ROW, linear.COLUMN_SLOT)
-        mine = {
-            linear.COLUMNS: order.columns, linear.XT: source.data_ptr(), linear.THETA: theta.data_ptr(), linear.DX: _address(dx),
-            linear.DTHETA: _address(dtheta), **dict(zip(names, order.addresses[3:], strict=True)),
-        }  # fmt: skip
-        _run(linear.backward_kernel(*plan.tile), {**common, **mine}, plan.threads)
-        return dx, dtheta
-
-    dx, dtheta_ih = of_weight(theta_ih, ih, tiled, need[0], need[1])
-    _, dtheta_hh = of_weight(theta_hh, hh, kept, False, need[2])
+    dtheta_ih, dtheta_hh = (torch.empty_like(one) if needed else None for one, needed in zip((theta_ih, theta_hh), need[1:3], strict=True))
+    dx = dy.new_empty((steps, plan.padded, columns)) if need[0] else None
     dbias = dy.new_empty(rows) if need[3] else None
-    if dbias is not None:
-        _run(lstm.bias_kernel(*plan.tile), {**common, linear.DBIAS: dbias.data_ptr()}, plan.threads)
+    of_hidden = {lstm.COLUMNS: hidden, lstm.XT: kept.data_ptr(), lstm.DTHETA: _address(dtheta_hh), lstm.DBIAS: _address(dbias)}
+    if dtheta_hh is not None or dbias is not None:
+        _run(lstm.theta_kernel(*plan.tile), {**common, **of_hidden, **_ordered(hh.addresses[:3])}, plan.threads)
+    of_input = {lstm.COLUMNS: columns, lstm.XT: tiled.data_ptr(), lstm.THETA: theta_ih.data_ptr(), lstm.DTHETA: _address(dtheta_ih)}
     if dx is not None:
-        dx = dx.view(steps, plan.padded, columns)[:, :batch]
+        of_input[lstm.DX] = dx.data_ptr()
+        _run(lstm.input_kernel(*plan.tile), {**common, **of_input, **_ordered(ih.addresses[3:])}, plan.threads)
+        dx = dx[:, :batch]
+    elif dtheta_ih is not None:
+        _run(lstm.theta_kernel(*plan.tile), {**common, **of_input, **_ordered(ih.addresses[:3])}, plan.threads)
     return [dx, dtheta_ih, dtheta_hh, dbias, first_dh, first_dc]
 
 
@@ -325,5 +320,5 @@ def _direction(x: Tensor, layer: _Layer, h: Tensor | None, c: Tensor | None, rev
     return _forward(x, theta_ih, theta_hh, _sum(*layer.biases), h, c, ih, hh, reverse, False)[0]
 
 
-def prefers_sparse(rows: int, hidden: int, density: float) -> bool:
+def prefers_sparse(batch: int, columns: int, hidden: int, density: float) -> bool:
     return True

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from lightning_deepr.compute.gather import TWICE
+from lightning_deepr.compute.buffers import LARGE, empty
 from lightning_deepr.compute.order import addresses
 
 
@@ -33,7 +34,6 @@ class _Plan(NamedTuple):
     tiled_x: int  # entries
     tiled_y: int
     work: int
-    backward: bool
 
 
 @lru_cache(maxsize=512)
@@ -45,7 +45,7 @@ def _plan(batch: int, rows: int, columns: int, count: int, size: int, backward: 
     tiles = -(-batch // width)
     work = (rows + columns + (2 if backward else 1) * count) * width * tiles
     kernel = (linear.backward_kernel if backward else linear.forward_kernel)(size, lanes, vectors)
-    return _Plan(kernel, size, lanes, vectors, tiles, tiles * columns * width, tiles * rows * width, work, backward)
+    return _Plan(kernel, size, lanes, vectors, tiles, tiles * columns * width, tiles * rows * width, work)
 
 
 _ARGUMENTS, _pack = ctypes.c_int64 * 22, struct.Struct("22q").pack
@@ -58,7 +58,7 @@ def _forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: list[int], ro
     """y [B, rows] and x in tiles; x is [B, columns] and contiguous."""
     batch = x.shape[0]
     plan = _plan(batch, rows, columns, theta.shape[0], x.element_size(), False)
-    y, tiled = x.new_empty((batch, rows)), x.new_empty(plan.tiled_x)
+    y, tiled = empty((batch, rows), x), empty((plan.tiled_x,), x)
     arguments = (
         0, _ALL, batch, plan.tiles, rows, columns, x.data_ptr(), tiled.data_ptr(), y.data_ptr(), 0, theta.data_ptr(),
         0 if bias is None else bias.data_ptr(), *order, 0, 0, 0, plan.vectors
@@ -76,12 +76,12 @@ def _backward(
         return None, None, dy.sum(0) if need_bias else None
     batch = dy.shape[0]
     plan = _plan(batch, rows, columns, theta.shape[0], dy.element_size(), True)
-    dy_tiled = dy.new_empty(plan.tiled_y)
+    dy_tiled = empty((plan.tiled_y if need_x else 0,), dy)
     source = 0
     if tiled is None:
         assert x is not None
-        tiled, source = dy.new_empty(plan.tiled_x), x.data_ptr()
-    dx = dy.new_empty((batch, columns)) if need_x else None
+        tiled, source = empty((plan.tiled_x,), dy), x.data_ptr()
+    dx = empty((batch, columns), dy) if need_x else None
     dtheta = torch.empty_like(theta) if need_theta else None
     dbias = dy.new_empty(rows) if need_bias else None
     arguments = (
@@ -89,11 +89,11 @@ def _backward(
         0, *order, 0 if dx is None else dx.data_ptr(), 0 if dtheta is None else dtheta.data_ptr(),
         0 if dbias is None else dbias.data_ptr(), plan.vectors
     )  # fmt: skip
-    _run(plan, arguments)
+    _run(plan, arguments, plan.tiles if need_x else 1)
     return dx, dtheta, dbias
 
 
-def _run(plan: _Plan, arguments: tuple[int, ...]) -> None:
+def _run(plan: _Plan, arguments: tuple[int, ...], passes: int = 1) -> None:
     threads = 1
     if plan.work > _SMALL:
         from lightning_deepr.kernels.native import threads_for
@@ -106,9 +106,9 @@ def _run(plan: _Plan, arguments: tuple[int, ...]) -> None:
     several[1] = _TRANSPOSE
     plan.kernel(several, threads)
     several[1] = _MULTIPLY
-    for tile in range(plan.tiles if plan.backward else 1):
+    for tile in range(passes):
         several[0] = 0
-        if plan.backward:
+        if passes > 1:
             several[_TILE] = tile
         plan.kernel(several, threads)
 
@@ -119,7 +119,9 @@ class LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, theta: Tensor, bias: Tensor | None, buffer: Tensor, order: Any) -> Tensor:  # type: ignore[override]
         y, tiled = _forward(x, theta, bias, order.addresses, order.rows, order.columns)
-        ctx.save_for_backward(tiled, theta, buffer)
+        # x itself costs nothing where its maker keeps it too; its tiles save the time to make them again
+        ctx.tiled = tiled.nbytes < LARGE
+        ctx.save_for_backward(tiled if ctx.tiled else x, theta, buffer)
         ctx.order = order
         return y
 
@@ -127,10 +129,11 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(TWICE)
-        tiled, theta, _ = ctx.saved_tensors  # raises if connections were rewired since
+        kept, theta, _ = ctx.saved_tensors  # raises if connections were rewired since
+        x, tiled = (None, kept) if ctx.tiled else (kept, None)
         order, need = ctx.order, ctx.needs_input_grad
         dx, dtheta, dbias = _backward(
-            dy.contiguous(), None, tiled, theta, order.addresses, order.rows, order.columns, need[0], need[1], need[2]
+            dy.contiguous(), x, tiled, theta, order.addresses, order.rows, order.columns, need[0], need[1], need[2]
         )
         return dx, dtheta, dbias, None, None
 

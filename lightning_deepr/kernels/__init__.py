@@ -36,6 +36,12 @@ def all_finite(values: Sequence[Tensor]) -> bool:
     return available() and bool(_step().all_finite(values))
 
 
+def random_places(total: int, count: int, index: int, seed: int) -> Tensor:
+    """K of at least 2 K places: see ``rewiring.random_places``."""
+    places: Tensor = _step().random_places(total, count, index, seed)
+    return places
+
+
 @cache
 def _step() -> Any:
     from lightning_deepr.kernels import step

@@ -55,6 +55,19 @@ def to_tiles(x, tiled, batch, features, first, last, tile, vectors, size, lanes)
 
 
 @njit(inline="never")
+def to_block(x, block, batch, features, first, count, tile, vectors, size, lanes):
+    """``count`` columns (at most ``lanes``) of one batch tile of x [batch, features] -> block [count, W], 0 beyond the batch."""
+    width = lanes * vectors
+    for part in range(vectors):
+        b = tile * width + part * lanes
+        source, target = x + (b * features + first) * size, block + part * lanes * size
+        if b + lanes <= batch and count == lanes:
+            transpose_block(source, features * size, target, width * size, size, lanes)
+        else:
+            transpose_edge(source, features * size, batch - b, count, target, width * size, count, lanes, size, lanes)
+
+
+@njit(inline="never")
 def from_block(block, y, batch, features, first, count, tile, vectors, size, lanes):
     """``count`` finished rows of W floats -> y [batch, features], columns first ... first + count."""
     width = lanes * vectors
@@ -166,11 +179,47 @@ def forward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     return Kernel(forward)
 
 
+@njit
+def dots_by_row(a, counter, batch, tiles, rows, columns, parts, xt, dy, dtheta, dbias, block, dots, size, lanes, vectors):
+    """Only dtheta and db, by row: a block of dy at a time is transposed on the stack, and never all of it."""
+    row_start, row_column, row_slot = (
+        load_int64(a + 8 * ROW_START),
+        load_int64(a + 8 * ROW_COLUMN),
+        load_int64(a + 8 * ROW_SLOT),
+    )
+    width = lanes * vectors
+    groups = (rows + lanes - 1) // lanes
+    while True:
+        task = fetch_add(counter, 4)
+        if task >= groups:
+            break
+        for group in range(task, min(task + 4, groups)):
+            first = group * lanes
+            count = min(lanes, rows - first)
+            for tile in range(tiles):
+                source = xt + tile * columns * width * size
+                to_block(dy, block, batch, rows, first, count, tile, parts, size, lanes)
+                begin = load_int32(row_start + first * 4)
+                for r in range(count):
+                    own = block + r * width * size
+                    if dbias != 0:
+                        total = sum_row(own, size, lanes, vectors)
+                        if tile != 0:
+                            total += load_float(dbias + (first + r) * size, size)
+                        store_float(dbias + (first + r) * size, total, size)
+                    end = load_int32(row_start + (first + r + 1) * 4)
+                    while begin < end:
+                        n = min(CHUNK, end - begin)
+                        dot_rows(n, row_column + begin * 4, source, own, dots, size, lanes, vectors)
+                        scatter_dots(dtheta, row_slot + begin * 4, n, dots, tile != 0, size)
+                        begin += n
+
+
 @cache
 def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     """dx [B, columns] = dy W, dtheta [K] = s * (dy^T x) at the places, db [rows] = sum of dy; each where its address is not 0.
 
-    xt is made from x where x is not 0.
+    xt is made from x where x is not 0. Where no dx is asked for, the connections are taken by row.
     """
     width = lanes * vectors
     block_bytes, chunk_bytes = lanes * width * size, CHUNK * size
@@ -186,7 +235,7 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
             counter = stack_space(8)
             store_int64(counter, 0)
         if phase != MULTIPLY:
-            blocks = (rows + 127) // 128
+            blocks = (rows + 127) // 128 if dx != 0 else 0
             more = ((columns + 127) // 128) * tiles if x != 0 else 0
             while True:
                 task = fetch_add(counter, 1)
@@ -209,9 +258,16 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
                         store_float(dbias + r * size, total, size)
         if phase == TRANSPOSE:
             return
+        if phase == ALL:
+            store_int64(counter, 0)
+        block, values, dots = stack_space(block_bytes), stack_space(chunk_bytes), stack_space(chunk_bytes)
+        if dx == 0:
+            dots_by_row(
+                a, counter, batch, tiles, rows, columns, parts, xt, dy, dtheta, dbias, block, dots, size, lanes, vectors
+            )
+            return
         column_start, column_row = load_int64(a + 8 * COLUMN_START), load_int64(a + 8 * COLUMN_ROW)
         column_slot = load_int64(a + 8 * COLUMN_SLOT)
-        block, values, dots = stack_space(block_bytes), stack_space(chunk_bytes), stack_space(chunk_bytes)
         groups = (columns + lanes - 1) // lanes
         # One tile after the other: a tile of dy fits a nearer cache than all, and no two threads add to one dtheta.
         for tile in range(load_int64(a + 8 * TILE), tiles if phase == ALL else load_int64(a + 8 * TILE) + 1):
@@ -229,25 +285,19 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
                     for c in range(count):
                         sums = block + c * width * size
                         own = xt + (tile * columns + first + c) * width * size
-                        if dx != 0:
-                            fill_row(sums, 0.0, size, lanes, vectors)
+                        fill_row(sums, 0.0, size, lanes, vectors)
                         end = load_int32(column_start + (first + c + 1) * 4)
                         while begin < end:
                             n = min(CHUNK, end - begin)
                             index, slots = column_row + begin * 4, column_slot + begin * 4
-                            if dx == 0:
-                                dot_rows(n, index, source, own, dots, size, lanes, vectors)
+                            gather_values(theta, slots, n, values, size)
+                            if dtheta == 0:
+                                accumulate_rows(sums, n, index, values, source, size, lanes, vectors)
                             else:
-                                gather_values(theta, slots, n, values, size)
-                                if dtheta == 0:
-                                    accumulate_rows(sums, n, index, values, source, size, lanes, vectors)
-                                else:
-                                    accumulate_and_dot(sums, n, index, values, source, own, dots, size, lanes, vectors)
-                            if dtheta != 0:
+                                accumulate_and_dot(sums, n, index, values, source, own, dots, size, lanes, vectors)
                                 scatter_dots(dtheta, slots, n, dots, tile != 0, size)
                             begin += n
-                    if dx != 0:
-                        from_block(block, dx, batch, columns, first, count, tile, parts, size, lanes)
+                    from_block(block, dx, batch, columns, first, count, tile, parts, size, lanes)
 
     return Kernel(backward)
 

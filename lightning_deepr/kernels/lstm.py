@@ -17,13 +17,14 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lightning_deepr.kernels import linear
-from lightning_deepr.kernels.linear import CHUNK, from_block, gather_values, to_tiles
+from lightning_deepr.kernels.linear import CHUNK, from_block, gather_values, scatter_dots, to_tiles
 from lightning_deepr.kernels.native import (
     Kernel,
     _Tile,
+    accumulate_and_dot,
     accumulate_rows,
     dot_rows,
     fetch_add,
@@ -33,7 +34,7 @@ from lightning_deepr.kernels.native import (
     load_int64,
     stack_space,
     store_float,
-    store_int32,
+    sum_row,
 )
 
 # -- the cell -----------------------------------------------------------------------------------------------------------------
@@ -162,6 +163,45 @@ def _gates(builder: Any, address: Any, stride: Any) -> list[Any]:
 
 
 @intrinsic(prefer_literal=True)
+def accumulate_near(typingctx, sums, count, indices, values, source, size, lanes, vectors):
+    """As :func:`.native.accumulate_rows` for a source in a near cache: nothing is asked for ahead (which takes as many loads as
+    the work itself), and every other connection goes to a second sum (a multiplication need not wait for the one before)."""
+    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
+
+    def codegen(context, builder, signature, args):
+        into, number, index, value, origin = args[:5]
+        tile, int32, int64 = _Tile(builder, *shape), ir.IntType(32), ir.IntType(64)
+        zero = ir.Constant(tile.vector, [0.0] * tile.lanes)
+        held = [[cgutils.alloca_once_value(builder, tile.load(into, v)) for v in range(tile.vectors)]]
+        held.append([cgutils.alloca_once_value(builder, zero) for _ in range(tile.vectors)])
+
+        def scaled(base: Any, i: Any, factor: int) -> Any:
+            return builder.add(base, builder.mul(i, ir.Constant(int64, factor)))
+
+        def take(i: Any, registers: list[Any]) -> None:
+            row = builder.load(builder.inttoptr(scaled(index, i, 4), int32.as_pointer()))
+            row = scaled(origin, builder.zext(row, int64), tile.size * tile.lanes * tile.vectors)
+            factor = builder.load(builder.inttoptr(scaled(value, i, tile.size), tile.scalar.as_pointer()))
+            factor = tile.broadcast(factor)
+            for v, register in enumerate(registers):
+                builder.store(tile.multiply_add(factor, tile.load(row, v), builder.load(register)), register)
+
+        one = ir.Constant(int64, 1)
+        with cgutils.for_range(builder, builder.lshr(number, one)) as loop:
+            i = builder.shl(loop.index, one)
+            take(i, held[0])
+            take(builder.add(i, one), held[1])
+        with builder.if_then(builder.icmp_signed("!=", builder.and_(number, one), ir.Constant(int64, 0))):
+            take(builder.sub(number, one), held[0])
+        for v, (a, b) in enumerate(zip(*held, strict=True)):
+            tile.store(builder.fadd(builder.load(a), builder.load(b)), into, v)
+        return context.get_dummy_value()
+
+    int64 = types.int64
+    return types.void(int64, int64, int64, int64, int64, size, lanes, vectors), codegen
+
+
+@intrinsic(prefer_literal=True)
 def copy_row(typingctx, source, target, size, lanes, vectors):
     """W floats from one address to another."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
@@ -176,20 +216,30 @@ def copy_row(typingctx, source, target, size, lanes, vectors):
 
 
 # -- before and after the steps -----------------------------------------------------------------------------------------------
-# These two take the arguments of the kernels in linear.py, with x in tiles.
+# Arguments of these kernels, by position. ORDER: starts, indices and slots by row or by column.
+TASK, PHASE, COUNT, TILES, SHARES, ROWS, COLUMNS, X, XT, YT, THETA, BIAS, START, INDEX, SLOTS, DX, DTHETA, DBIAS = range(18)
+TRANSPOSE, MULTIPLY = 0, 1  # phases
 
 
 @cache
 def product_kernel(size: int, lanes: int, vectors: int) -> Kernel:
-    """x W^T + b for x in tiles of V = lanes * vectors rows, left in tiles at Y."""
+    """x W^T + b by row, for x [COUNT, COLUMNS]; x and the result stay in tiles of V = lanes * vectors rows."""
     row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
 
     def product(a):
-        tiles, rows, columns = load_int64(a + 8 * linear.TILES), load_int64(a + 8 * linear.ROWS), load_int64(a + 8 * linear.COLUMNS)
-        xt, yt = load_int64(a + 8 * linear.XT), load_int64(a + 8 * linear.Y)
-        theta, bias = load_int64(a + 8 * linear.THETA), load_int64(a + 8 * linear.BIAS)
-        row_start, row_column = load_int64(a + 8 * linear.ROW_START), load_int64(a + 8 * linear.ROW_COLUMN)
-        row_slot = load_int64(a + 8 * linear.ROW_SLOT)
+        tiles, rows, columns = load_int64(a + 8 * TILES), load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS)
+        x, xt, yt, count = load_int64(a + 8 * X), load_int64(a + 8 * XT), load_int64(a + 8 * YT), load_int64(a + 8 * COUNT)
+        if load_int64(a + 8 * PHASE) == TRANSPOSE:
+            blocks = (columns + 127) // 128
+            while True:
+                task = fetch_add(a, 1)
+                if task >= blocks * tiles:
+                    break
+                first = (task % blocks) * 128
+                to_tiles(x, xt, count, columns, first, min(first + 128, columns), task // blocks, vectors, size, lanes)
+            return
+        theta, bias = load_int64(a + 8 * THETA), load_int64(a + 8 * BIAS)
+        start, index, slots = load_int64(a + 8 * START), load_int64(a + 8 * INDEX), load_int64(a + 8 * SLOTS)
         values = stack_space(chunk_bytes)
         groups = (rows + 63) // 64
         while True:
@@ -197,51 +247,104 @@ def product_kernel(size: int, lanes: int, vectors: int) -> Kernel:
             if task >= groups * tiles:
                 break
             tile, first = task // groups, (task % groups) * 64
+            source = xt + tile * columns * row_bytes
             for r in range(first, min(first + 64, rows)):
                 sums = yt + (tile * rows + r) * row_bytes
                 fill_row(sums, load_float(bias + r * size, size) if bias != 0 else 0.0, size, lanes, vectors)
-                begin, end = load_int32(row_start + r * 4), load_int32(row_start + r * 4 + 4)
+                begin, end = load_int32(start + r * 4), load_int32(start + r * 4 + 4)
                 while begin < end:
                     n = min(CHUNK, end - begin)
-                    gather_values(theta, row_slot + begin * 4, n, values, size)
-                    source = xt + tile * columns * row_bytes
-                    accumulate_rows(sums, n, row_column + begin * 4, values, source, size, lanes, vectors)
+                    gather_values(theta, slots + begin * 4, n, values, size)
+                    accumulate_rows(sums, n, index + begin * 4, values, source, size, lanes, vectors)
                     begin += n
 
     return Kernel(product)
 
 
+# Each of SHARES tasks has its rows or columns, and takes one tile after the other: the tile stays in a near cache, and nobody
+# else adds to the same gradients.
+
+
 @cache
-def bias_kernel(size: int, lanes: int, vectors: int) -> Kernel:
-    """The sum of dy, in tiles at YT, over all its rows: the gradient of the biases."""
-    row_bytes, chunk_bytes = lanes * vectors * size, 64 * size
+def theta_kernel(size: int, lanes: int, vectors: int) -> Kernel:
+    """dtheta = s * (dy^T x) at the places and, where asked for, db = sum of dy, both in tiles; by row."""
+    row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
 
-    def sum_rows(a):
-        tiles, rows = load_int64(a + 8 * linear.TILES), load_int64(a + 8 * linear.ROWS)
-        yt, dbias = load_int64(a + 8 * linear.YT), load_int64(a + 8 * linear.DBIAS)
-        ones, sums, index = stack_space(row_bytes), stack_space(chunk_bytes), stack_space(512)
-        fill_row(ones, 1.0, size, lanes, vectors)
-        for i in range(64 + 8):
-            store_int32(index + i * 4, i)
+    def of_theta(a):
+        tiles, rows, columns = load_int64(a + 8 * TILES), load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS)
+        xt, yt, shares = load_int64(a + 8 * XT), load_int64(a + 8 * YT), load_int64(a + 8 * SHARES)
+        start, index, slots = load_int64(a + 8 * START), load_int64(a + 8 * INDEX), load_int64(a + 8 * SLOTS)
+        dtheta, dbias = load_int64(a + 8 * DTHETA), load_int64(a + 8 * DBIAS)
+        dots = stack_space(chunk_bytes)
         while True:
-            first = 64 * fetch_add(a, 1)
-            if first >= rows:
+            share = fetch_add(a, 1)
+            if share >= shares:
                 break
-            n = min(64, rows - first)
             for tile in range(tiles):
-                dot_rows(n, index, yt + (tile * rows + first) * row_bytes, ones, sums, size, lanes, vectors)
-                for i in range(n):
-                    where, total = dbias + (first + i) * size, load_float(sums + i * size, size)
-                    store_float(where, total if tile == 0 else total + load_float(where, size), size)
+                source = xt + tile * columns * row_bytes
+                for r in range(rows * share // shares, rows * (share + 1) // shares):
+                    own = yt + (tile * rows + r) * row_bytes
+                    if dbias != 0:
+                        total, where = sum_row(own, size, lanes, vectors), dbias + r * size
+                        store_float(where, total if tile == 0 else total + load_float(where, size), size)
+                    begin, end = load_int32(start + r * 4), load_int32(start + r * 4 + 4)
+                    while begin < end and dtheta != 0:
+                        n = min(CHUNK, end - begin)
+                        dot_rows(n, index + begin * 4, source, own, dots, size, lanes, vectors)
+                        scatter_dots(dtheta, slots + begin * 4, n, dots, tile != 0, size)
+                        begin += n
 
-    return Kernel(sum_rows)
+    return Kernel(of_theta)
+
+
+@cache
+def input_kernel(size: int, lanes: int, vectors: int) -> Kernel:
+    """dx [COUNT, COLUMNS] = dy W for dy in tiles and, where asked for, dtheta in the same pass; by column."""
+    row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
+    block_bytes = lanes * row_bytes
+
+    def of_input(a):
+        tiles, rows, columns = load_int64(a + 8 * TILES), load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS)
+        xt, yt, shares = load_int64(a + 8 * XT), load_int64(a + 8 * YT), load_int64(a + 8 * SHARES)
+        start, index, slots = load_int64(a + 8 * START), load_int64(a + 8 * INDEX), load_int64(a + 8 * SLOTS)
+        theta, dtheta = load_int64(a + 8 * THETA), load_int64(a + 8 * DTHETA)
+        dx, count = load_int64(a + 8 * DX), load_int64(a + 8 * COUNT)
+        block, values, dots = stack_space(block_bytes), stack_space(chunk_bytes), stack_space(chunk_bytes)
+        groups = (columns + lanes - 1) // lanes
+        while True:
+            share = fetch_add(a, 1)
+            if share >= shares:
+                break
+            for tile in range(tiles):
+                source = yt + tile * rows * row_bytes
+                for group in range(groups * share // shares, groups * (share + 1) // shares):
+                    first = group * lanes
+                    last = min(first + lanes, columns)
+                    for c in range(first, last):
+                        sums = block + (c - first) * row_bytes
+                        own = xt + (tile * columns + c) * row_bytes
+                        fill_row(sums, 0.0, size, lanes, vectors)
+                        begin, end = load_int32(start + c * 4), load_int32(start + c * 4 + 4)
+                        while begin < end:
+                            n = min(CHUNK, end - begin)
+                            where = index + begin * 4
+                            gather_values(theta, slots + begin * 4, n, values, size)
+                            if dtheta == 0:
+                                accumulate_rows(sums, n, where, values, source, size, lanes, vectors)
+                            else:
+                                accumulate_and_dot(sums, n, where, values, source, own, dots, size, lanes, vectors)
+                                scatter_dots(dtheta, slots + begin * 4, n, dots, tile != 0, size)
+                            begin += n
+                    from_block(block, dx, count, columns, first, last - first, tile, vectors, size, lanes)
+
+    return Kernel(of_input)
 
 
 # -- the steps ----------------------------------------------------------------------------------------------------------------
-# Arguments of both kernels, by position. V is that of the tiles, W = lanes * vectors that of the parts.
-TASK, PHASE, STEPS, BATCH, PARTS, HIDDEN, REVERSE, V, VECTORS, THETA, COUNT, VALUES, START, INDEX, SLOTS = range(15)
-GATES, CELLS, CELL_STEP, SCRATCH, H_FIRST, C_FIRST, H_LAST, C_LAST, Y, KEPT = range(15, 25)
-ARGUMENTS = 25
+# Further arguments, of both kernels. V is that of the tiles, W = lanes * vectors that of the parts; COUNT: of the connections.
+STEPS, BATCH, PARTS, HIDDEN, REVERSE, V, VECTORS, VALUES = range(18, 26)
+GATES, CELLS, CELL_STEP, SCRATCH, H_FIRST, C_FIRST, H_LAST, C_LAST, Y, KEPT = range(26, 36)
+ARGUMENTS = 36
 GATHER, RUN = 0, 1  # phases
 
 
@@ -324,7 +427,7 @@ def forward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
                             row = gate * hidden + unit
                             begin = load_int32(start + row * 4)
                             number = load_int32(start + row * 4 + 4) - begin
-                            accumulate_rows(
+                            accumulate_near(
                                 here + row * stride, number, index + begin * 4, values + begin * size, h, size, lanes, vectors
                             )
                         cell(
@@ -389,7 +492,7 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
                     number = load_int32(start + unit * 4 + 4) - begin
                     into = dh + unit * row_bytes
                     fill_row(into, 0.0, size, lanes, vectors)
-                    accumulate_rows(into, number, index + begin * 4, values + begin * size, dgates, size, lanes, vectors)
+                    accumulate_near(into, number, index + begin * 4, values + begin * size, dgates, size, lanes, vectors)
                 c -= cell_step
             write_part(dh, part, load_int64(a + 8 * H_FIRST), batch, hidden, runtime_vectors, size, lanes)
             write_part(dc, part, load_int64(a + 8 * C_FIRST), batch, hidden, runtime_vectors, size, lanes)

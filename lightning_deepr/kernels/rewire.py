@@ -47,14 +47,16 @@ FIELDS = STATE + 3 * MOST_STATES
 
 FREE, ACTIVE, CLAIMED = 0, 1, 2
 BIRTH, NOISE_STREAM = np.uint64(randomness.BIRTH), np.uint64(randomness.NOISE)
+START_PLACES = np.uint64(randomness.START_PLACES)
 SLOT = 0x7FFFFFFF
 SIGN_BIT = np.uint64(1 << 63)
 BATCH = 32  # draws whose cells are asked for before they are looked at
 
 
 @njit
-def birth_key(seed, step, attempt):
-    return extend(extend(extend(extend(np.uint64(4), np.uint64(seed)), BIRTH), np.uint64(step)), np.uint64(attempt))
+def birth_stream(seed, step):
+    """The key of a step's births but for its last coordinate, the attempt."""
+    return extend(extend(extend(np.uint64(4), np.uint64(seed)), BIRTH), np.uint64(step))
 
 
 @njit(inline="always")
@@ -85,12 +87,13 @@ def is_active(place, columns, order, row_column, row_slot, theta, size):
 
 
 @njit
-def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counter, seed, step, chosen, t):
+def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counter, stream, chosen, t):
     """New places for the dormant slots of a tensor that is at most half full; see ``rewiring.first_free`` for the rule.
 
     Args:
         theta, places: addresses; theta < 0 marks the slots that have gone dormant.
         dormant: array of ``reborn`` slots, ascending.
+        stream: the key of the draws but for the attempt.
         chosen: array [reborn], the result.
         t: address of the tensor's fields. Where its connections are kept in order, a few draws are looked up there: cheaper than
             another pass over all places.
@@ -100,7 +103,7 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
     places_total = np.uint64(total)
     limit = LARGEST - (LARGEST % places_total + np.uint64(1)) % places_total
     bits_of_table = 8
-    while (1 << bits_of_table) < 4 * reborn:
+    while (1 << bits_of_table) < (4 if reborn < 1 << 20 else 2) * reborn:
         bits_of_table += 1
     capacity, mask, shift = 1 << bits_of_table, (1 << bits_of_table) - 1, np.uint64(64 - bits_of_table)
     cells = np.full(capacity, -1, np.int64)
@@ -132,7 +135,7 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
         if not look_up:
             words[:] = np.uint64(0)
         for a in range(ahead):
-            key = birth_key(seed, step, attempt + a)
+            key = extend(stream, np.uint64(attempt + a))
             for begin in range(0, waiting, BATCH):
                 number = min(BATCH, waiting - begin)
                 for i in range(number):
@@ -235,7 +238,7 @@ def draw_from_list(theta, size, places, count, total, reborn, counter, seed, ste
             taken[load_int64(places + k * 8)] = 1
             active += 1
     candidates, keys = np.empty(total - active, np.int32), np.empty(total - active, np.uint64)
-    key = birth_key(seed, step, 0)
+    key = extend(birth_stream(seed, step), np.uint64(0))
     n = 0
     for place in range(total):
         if taken[place] == 0:
@@ -307,7 +310,7 @@ def rewire_kernel(size: int) -> Kernel:
                 continue
             dormant, chosen = carray(pointer(dormant_at), reborn, np.int64), np.empty(reborn, np.int64)
             if 2 * count <= total:
-                draw_by_rejection(theta, size, places, count, total, dormant, reborn, counter, seed, step, chosen, t)
+                draw_by_rejection(theta, size, places, count, total, dormant, reborn, counter, birth_stream(seed, step), chosen, t)
             else:
                 draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen)
             born, signs = load_int64(t + 8 * BORN), load_int64(t + 8 * SIGNS)
@@ -428,6 +431,26 @@ def update_kernel() -> Kernel:
                 follow_side(start, other, order, columns, rows, count, flags, keys, slots, births)
 
     return Kernel(update)
+
+
+@cache
+def start_kernel() -> Kernel:
+    """K places where nothing is connected yet (``rewiring.random_places``): all slots are reborn.
+
+    Arguments: -, -, address of the result int64 [K], K, seed, N, counter of slot 0.
+    """
+
+    def start(a):
+        count, seed = load_int64(a + 24), load_int64(a + 32)
+        chosen = carray(pointer(load_int64(a + 16)), count, np.int64)
+        stream = extend(extend(np.uint64(3), np.uint64(seed)), START_PLACES)
+        nothing = np.zeros(FIELDS, np.int64)
+        slots = np.arange(count)
+        t = np.int64(nothing.ctypes.data)
+        draw_by_rejection(0, 4, 0, 0, load_int64(a + 40), slots, count, load_int64(a + 48), stream, chosen, t)
+        nothing[0] = 0  # (kept until here)
+
+    return Kernel(start)
 
 
 @cache

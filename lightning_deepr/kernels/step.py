@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_deepr import randomness
+from lightning_deepr.compute.buffers import give_back
 from lightning_deepr.kernels import native, rewire
 
+HUGE = 1 << 30  # bytes of the dense weight
 State = tuple[Tensor, float]  # a state tensor of theta's shape, and what the optimizer starts it with
 
 
@@ -47,6 +49,7 @@ class Table:
         self.reborn = [torch.empty(t.places.numel(), dtype=torch.int64) for t in tensors]
         self.results = self.fields.T[rewire.REBORN_COUNT : rewire.NEWBORN_DEATHS + 1]
         self.work = 0
+        self.huge = any(tensor.total * size > HUGE for tensor in tensors)
         for row, tensor, reborn in zip(self.fields, tensors, self.reborn, strict=True):
             row[rewire.COUNT], row[rewire.TOTAL] = tensor.places.numel(), tensor.total
             row[rewire.REBORN], row[rewire.SIZE] = reborn.data_ptr(), size
@@ -94,6 +97,8 @@ class Table:
         threads = native.threads_for(self.work) if len(self.tensors) > 1 else 1
         rewire.rewire_kernel(self.size)(arguments, threads)
         counts, newborns = self.results.tolist()
+        if self.huge:
+            give_back()
         if any(counts):
             if ordered:
                 arguments[0] = 0
@@ -150,6 +155,14 @@ class Table:
         for j, (address, size, start) in enumerate(known):
             field = rewire.STATE + 3 * j
             row[field], row[field + 1], numbers[field + 2] = address, size, start
+
+
+def random_places(total: int, count: int, index: int, seed: int) -> Tensor:
+    """``rewiring.random_places`` for at most half of the places."""
+    places = torch.empty(count, dtype=torch.int64)
+    arguments = (ctypes.c_int64 * 7)(0, 0, places.data_ptr(), count, seed, total, index << randomness.SLOT_BITS)
+    rewire.start_kernel()(arguments)
+    return places
 
 
 def all_finite(values: Sequence[Tensor]) -> bool:
