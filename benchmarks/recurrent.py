@@ -75,7 +75,8 @@ def measure(columns: int, hidden: int, density: float, batch: int, rounds: int, 
     passes = {name: training_pass(name, layer, x, dy) for name, layer in found.items()}
     check(passes, x)
     took = compare({name: calls(run) for name, run in passes.items()}, rounds, budget)
-    auto = "sparse" if prefers_sparse(batch, columns, hidden, density) else "dense"
+    count = sum(len(places) for _, places, _ in connections(found["converted, sparse"]).values())
+    auto = "sparse" if prefers_sparse(batch, columns, hidden, count) else "dense"
     return [
         {
             "batch": batch,
@@ -100,7 +101,9 @@ def main() -> None:
     asked.add_argument("--budget", type=float, default=0.1, help="seconds per arm and round")
     options = asked.parse_args()
     prepare(options)
-    inputs, sizes, batches = ([int(one) for one in text.split(",")] for text in (options.inputs, options.hidden, options.batches))
+    inputs, sizes, batches = (
+        [int(one) for one in text.split(",")] for text in (options.inputs, options.hidden, options.batches)
+    )
     rows = []
     for batch in batches:
         for columns in inputs:

@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_deepr import kernels, recurrent
-from lightning_deepr.compute import build_weight, choice
+from lightning_deepr.compute import build_weight, choice, forwards
 from lightning_deepr.compute.order import Order
-from lightning_deepr.compute.sparse import linear, quick_linear
 from lightning_deepr.compute.weight import SparseWeight as _SparseWeight
 from lightning_deepr.randomness import signs_of
 
@@ -158,18 +156,25 @@ class KSlots(nn.Module):
             self.refresh_order()
 
     def prefers_sparse(self, batch: int, device: str) -> bool:
-        return kernels.available() and choice.prefers_sparse(
-            self.rows, self.columns, self.count, batch, self.signs.dtype, device
-        )
+        if not kernels.available():
+            return False
+        if len(self.shape) == 4:  # before it has seen an image
+            return choice.prefers_sparse_conv_at_all(self.count / self.total)
+        return choice.prefers_sparse(self.rows, self.columns, self.count, batch, self.signs.dtype, device)
 
-    def uses_sparse(self, x: Tensor) -> bool:
-        """Whether a product with x [..., columns] shall be sparse."""
+    def uses_sparse(self, x: Tensor, prefers: Callable[[Tensor], bool] | None = None) -> bool:
+        """Whether this forward pass shall be sparse.
+
+        Args:
+            x: the layer's input; under ``compute="auto"`` its size decides.
+            prefers: the rule of a layer that is none of ``F.linear``'s.
+        """
         if self.policy != "auto" or torch.compiler.is_dynamo_compiling():
             return self.compute == "sparse"
         size, device = x.numel(), x.device
         if size == self._asked_size and device == self._asked_device:
             return self._asked
-        chosen = self.prefers_sparse(size // max(self.columns, 1), device.type)
+        chosen = prefers(x) if prefers else self.prefers_sparse(size // max(self.columns, 1), device.type)
         self._asked_size, self._asked_device, self._asked = size, device, chosen
         if torch.is_grad_enabled():
             self.compute = "sparse" if chosen else "dense"
@@ -386,8 +391,8 @@ def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: KSlots, n
     parametrize.register_parametrization(module, tensor_name, slots, unsafe=True)
     if isinstance(module, nn.RNNBase):
         recurrent.take_over(module)
-    elif tensor_name == "weight" and type(module).forward is nn.Linear.forward:
-        type(module).forward = linear_forward  # type: ignore[method-assign]
+    elif tensor_name == "weight":
+        forwards.take_over(module)
     _warn_if_nobody_rewires(parameter, slots, name)
 
 
@@ -399,27 +404,9 @@ def remove(converted: Converted) -> None:
     _own_class(converted.module)
     parametrize.remove_parametrizations(converted.module, converted.tensor_name, leave_parametrized=False)
     converted.module._parameters[converted.tensor_name] = nn.Parameter(weight, requires_grad=requires_grad)
-    if type(converted.module).__dict__.get("forward") is linear_forward:  # the bias has a parametrization, and keeps the class
-        del type(converted.module).forward
+    forwards.give_back(converted.module)
     if isinstance(converted.module, nn.RNNBase):
         recurrent.give_back(converted.module)
-
-
-def linear_forward(self: Any, input: Tensor) -> Tensor:
-    """``nn.Linear.forward`` of a converted layer: sparse, or with the transient weight."""
-    holder = self._modules["parametrizations"]._modules["weight"]
-    slots, theta = holder._modules["0"], holder._parameters.get("original")
-    if len(holder._modules) == 1 and theta is not None and slots.uses_sparse(input):
-        bias = self._parameters.get("bias", False)
-        if bias is False:  # parametrized itself
-            bias = self.bias
-        if not torch.compiler.is_dynamo_compiling():
-            y = quick_linear(input, theta, bias, slots)
-            if y is not None:
-                return y
-        return linear(input, theta, bias, slots)
-    weight = self.weight
-    return F.linear(input, weight.build() if type(weight) is _SparseWeight else weight, self.bias)
 
 
 def _own_class(module: nn.Module) -> None:

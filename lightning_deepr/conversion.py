@@ -123,7 +123,7 @@ def convert(
             start(candidate, counts[candidate.name], first + offset, init=init, seed=seed, notice=notice, device=target)
         )
     for candidate, (theta, slots) in zip(chosen, begun, strict=True):
-        slots.choose_compute(policy, multiplies_like_linear(candidate))
+        slots.choose_compute(policy, has_sparse_compute(candidate))
         install(candidate.module, candidate.tensor_name, theta, slots, candidate.name)
     materialize(root, seed, device)
     if any(candidate.total > 1 << 28 for candidate in chosen):
@@ -134,11 +134,13 @@ def convert(
     return [converted for converted in converted_tensors(root) if converted.name in names]
 
 
-def multiplies_like_linear(candidate: Candidate) -> bool:
-    """Whether sparse compute may take a tensor: a matrix that its module gives to ``F.linear``, or may give to it; or one of an LSTM."""
+def has_sparse_compute(candidate: Candidate) -> bool:
+    """Whether sparse compute may take a tensor: one of a convolution or an LSTM, or a matrix that its module gives to ``F.linear``."""
     module = candidate.module
     if isinstance(module, nn.RNNBase):
         return recurrent.capable(module, candidate.tensor_name)
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros"
     if len(candidate.shape) != 2 or isinstance(module, (nn.RNNCellBase, nn.MultiheadAttention)):
         return False
     return isinstance(module, nn.Linear) or not type(module).__module__.startswith("torch.nn")

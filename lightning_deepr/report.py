@@ -106,7 +106,7 @@ def connectivity_report(module: nn.Module) -> ConnectivityReport:
         >>> print(connectivity_report(sparsify(nn.Linear(100, 10), 0.05)))
         name    shape   total  active  connectivity  l1  compute
         --------------------------------------------------------
-        weight  10x100  1,000      50        5.000%  -   dense
+        weight  10x100  1,000      50        5.000%  -   sparse
         --------------------------------------------------------
         total           1,000      50        5.000%
     """

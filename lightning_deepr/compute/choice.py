@@ -41,3 +41,31 @@ def dense_terms(rows: int, columns: int, count: int, batch: int) -> tuple[float,
     """A call; building the weight and its gradient; a multiplication and addition per place; scattering and gathering."""
     total = rows * columns
     return 1, total, batch * total, count
+
+
+# The same for convolutions (`benchmarks/convolution.py`): per call, connection and pixel, pixel of input and output, connection, channel;
+# and per call, place and pixel, pixel of input and output, place.
+SPARSE_CONV = (32.0, 7.9e-5, 1.57e-3, 1.3e-3, 0.29)
+DENSE_CONV = (344.0, 3.94e-5, 1.09e-3, 4e-3)
+
+
+def prefers_sparse_conv(shape: torch.Size, count: int, batch: int, pixels_in: int, pixels_out: int) -> bool:
+    """As :func:`prefers_sparse`, of a two-dimensional convolution.
+
+    Args:
+        shape: the weight's, [channels out, channels in, height, width].
+        count: K.
+        batch: number of images.
+        pixels_in, pixels_out: of one channel.
+    """
+    padded = 10 if batch <= 8 else 16 * math.ceil(batch / 16)
+    both = shape[1] * pixels_in + shape[0] * pixels_out
+    a, b, c, d, e = SPARSE_CONV
+    sparse = a + padded * (b * count * pixels_out + c * both + d * count) + e * (shape[0] + shape[1])
+    a, b, c, d = DENSE_CONV
+    return sparse < a + batch * (b * shape.numel() * pixels_out + c * both) + d * shape.numel()
+
+
+def prefers_sparse_conv_at_all(density: float) -> bool:
+    """A guess before the first image: it was right at a batch of at least 16."""
+    return density <= 0.2

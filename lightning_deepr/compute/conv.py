@@ -376,6 +376,11 @@ def suits(module: nn.Module, x: Tensor) -> bool:
     )
 
 
+def padding_of(module: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Rows above and below, columns left and right."""
+    return _around(module.padding, module.kernel_size, module.dilation)
+
+
 def _pair(value: int | Sequence[int]) -> Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 

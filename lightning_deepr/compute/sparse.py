@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
-from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.buffers import LARGE, empty
+from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses
 
 

@@ -244,6 +244,9 @@ class _Tile:
         return self.builder.shuffle_vector(one, ir.Constant(self.vector, ir.Undefined), mask)
 
     def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
+        """a * b + c; None counts as 0."""
+        if c is None:
+            return self.builder.fmul(a, b, flags=("fast",))
         return self.builder.fadd(self.builder.fmul(a, b, flags=("fast",)), c, flags=("fast",))
 
     def sum(self, value: Any) -> Any:
@@ -292,18 +295,22 @@ def accumulate_and_dot(typingctx, sums, count, indices, values, source, own, dot
         into, number, index, value, origin, mine, products = args[:7]
         tile = _Tile(builder, *shape)
         held = [cgutils.alloca_once_value(builder, tile.load(into, i)) for i in range(tile.vectors)]
-        with cgutils.for_range(builder, number) as loop:
-            row, factor = _entry(builder, tile, loop.index, index, value, origin)
-            partial = [None, None]
+        own_part = [tile.load(mine, i) for i in range(tile.vectors)] if tile.vectors <= 4 else None
+
+        def visit(first: Any, several: int) -> None:
+            entries = [_entry(builder, tile, builder.add(first, _int64(k)), index, value, origin) for k in range(several)]
+            partial: list[Any] = [None] * several
             for i, register in enumerate(held):
-                other = tile.load(row, i)
-                builder.store(tile.multiply_add(factor, other, builder.load(register)), register)
-                previous, own_part = partial[i % 2], tile.load(mine, i)
-                if previous is None:
-                    partial[i % 2] = builder.fmul(other, own_part, flags=("fast",))
-                else:
-                    partial[i % 2] = tile.multiply_add(other, own_part, previous)
-            _store_dot(builder, tile, partial, products, loop.index)
+                mine_now = tile.load(mine, i) if own_part is None else own_part[i]
+                total = builder.load(register)
+                for k, (row, factor) in enumerate(entries):
+                    other = tile.load(row, i)
+                    total = tile.multiply_add(factor, other, total)
+                    partial[k] = tile.multiply_add(other, mine_now, partial[k])
+                builder.store(total, register)
+            _store_dots(builder, tile, partial, products, first)
+
+        _by_fours(builder, number, visit)
         for i, register in enumerate(held):
             tile.store(builder.load(register), into, i)
         return context.get_dummy_value()
@@ -321,20 +328,58 @@ def dot_rows(typingctx, count, indices, source, own, dots, size, lanes, vectors)
         number, index, origin, mine, products = args[:5]
         tile = _Tile(builder, *shape)
         held = [tile.load(mine, i) for i in range(tile.vectors)]
-        with cgutils.for_range(builder, number) as loop:
-            row, _ = _entry(builder, tile, loop.index, index, None, origin)
-            partial = [None, None]
+
+        def visit(first: Any, several: int) -> None:
+            rows = [_entry(builder, tile, builder.add(first, _int64(k)), index, None, origin)[0] for k in range(several)]
+            partial: list[Any] = [None] * several
             for i, own_part in enumerate(held):
-                other, previous = tile.load(row, i), partial[i % 2]
-                if previous is None:
-                    partial[i % 2] = builder.fmul(other, own_part, flags=("fast",))
-                else:
-                    partial[i % 2] = tile.multiply_add(other, own_part, previous)
-            _store_dot(builder, tile, partial, products, loop.index)
+                for k, row in enumerate(rows):
+                    partial[k] = tile.multiply_add(tile.load(row, i), own_part, partial[k])
+            _store_dots(builder, tile, partial, products, first)
+
+        _by_fours(builder, number, visit)
         return context.get_dummy_value()
 
     int64 = types.int64
     return types.void(int64, int64, int64, int64, int64, size, lanes, vectors), codegen
+
+
+def _int64(value: int) -> Any:
+    return ir.Constant(_INT64, value)
+
+
+def _by_fours(builder: Any, number: Any, visit: Callable[[Any, int], None]) -> None:
+    """``visit(first, 4)`` for each four of ``number`` entries, then ``visit(i, 1)`` for each that is left."""
+    fours = builder.lshr(number, _int64(2))
+    with cgutils.for_range(builder, fours) as loop:
+        visit(builder.shl(loop.index, _int64(2)), 4)
+    done = builder.shl(fours, _int64(2))
+    with cgutils.for_range(builder, builder.sub(number, done)) as loop:
+        visit(builder.add(done, loop.index), 1)
+
+
+def _store_dots(builder: Any, tile: _Tile, partial: list[Any], products: Any, first: Any) -> None:
+    """The sums of one vector's lanes, or of four vectors' together, which takes half of the instructions for each."""
+    where = builder.add(products, builder.mul(first, _int64(tile.size)))
+    if len(partial) == 1:
+        builder.store(tile.sum(partial[0]), builder.inttoptr(where, tile.scalar.as_pointer()))
+        return
+    masks = _interleaving(tile.lanes)
+
+    def both(a: Any, b: Any) -> Any:  # a's and b's partial sums in turn
+        return builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks), flags=("fast",))
+
+    together = both(both(partial[0], partial[2]), both(partial[1], partial[3]))  # 0 1 2 3 0 1 2 3 ...
+    width = tile.lanes
+    while width > 4:
+        width //= 2
+        undefined = ir.Constant(together.type, ir.Undefined)
+        halves = [
+            builder.shuffle_vector(together, undefined, ir.Constant(ir.VectorType(_INT32, width), list(range(s, s + width))))
+            for s in (0, width)
+        ]
+        together = builder.fadd(*halves, flags=("fast",))
+    builder.store(together, builder.inttoptr(where, together.type.as_pointer()), align=tile.size)
 
 
 def _entry(builder: Any, tile: _Tile, i: Any, index: Any, value: Any, origin: Any) -> tuple[Any, Any]:
@@ -353,13 +398,6 @@ def _entry(builder: Any, tile: _Tile, i: Any, index: Any, value: Any, origin: An
         return row, None
     where = builder.add(value, builder.mul(i, ir.Constant(_INT64, tile.size)))
     return row, tile.broadcast(builder.load(builder.inttoptr(where, tile.scalar.as_pointer())))
-
-
-def _store_dot(builder: Any, tile: _Tile, partial: list[Any], products: Any, i: Any) -> None:
-    total = partial[0] if partial[1] is None else builder.fadd(partial[0], partial[1], flags=("fast",))
-    i = builder.sext(i, _INT64) if i.type != _INT64 else i
-    where = builder.add(products, builder.mul(i, ir.Constant(_INT64, tile.size)))
-    builder.store(tile.sum(total), builder.inttoptr(where, tile.scalar.as_pointer()))
 
 
 @intrinsic(prefer_literal=True)
@@ -392,12 +430,16 @@ def sum_row(typingctx, address, size, lanes, vectors):
     return _scalar(shape[0])[1](types.int64, size, lanes, vectors), codegen
 
 
+def _interleaving(count: int) -> list[Any]:
+    """The shuffles that interleave the lower, and the upper, halves of two vectors."""
+    low = [position for i in range(count // 2) for position in (i, i + count)]
+    return [ir.Constant(ir.VectorType(_INT32, count), mask) for mask in (low, [position + count // 2 for position in low])]
+
+
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     # Interleaving row i with row i + L/2 moves one bit of the row number into the column number; log2(L) times moves all.
     count = len(rows)
-    low = [position for i in range(count // 2) for position in (i, i + count)]
-    high = [position + count // 2 for position in low]
-    masks = [ir.Constant(ir.VectorType(_INT32, count), mask) for mask in (low, high)]
+    masks = _interleaving(count)
     for _ in range(count.bit_length() - 1):
         rows = [builder.shuffle_vector(rows[i], rows[i + count // 2], mask) for i in range(count // 2) for mask in masks]
     return rows
