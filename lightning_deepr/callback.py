@@ -152,6 +152,7 @@ class SparseTraining(Stepper, Callback):
         self.init = init
         self.compute = compute
         self._at_fabric = False
+        self._state_key: tuple[Any, ...] = ()
         self._stepped_under_fabric: set[int] = set()
         self._loaded: dict[str, Any] | None = None
 
@@ -424,13 +425,20 @@ class SparseTraining(Stepper, Callback):
     @property
     @override
     def state_key(self) -> str:
+        # Lightning asks for it at every hook, to name what it profiles
+        known = self._state_key
+        if known and known[:3] == (id(self.target_modules), id(self.exclude_modules), id(self.connectivity)):
+            return str(known[3])
+
         def text(value: Any) -> Any:
             return getattr(value, "__qualname__", None) or (value if isinstance(value, str) else list(value))
 
         targets = text(self.target_modules)
         if isinstance(self.connectivity, Mapping):  # its keys are the targets
             targets = [targets, *self.connectivity]
-        return self._generate_state_key(target_modules=targets, exclude_modules=text(self.exclude_modules))
+        key = self._generate_state_key(target_modules=targets, exclude_modules=text(self.exclude_modules))
+        self._state_key = (id(self.target_modules), id(self.exclude_modules), id(self.connectivity), key)
+        return key
 
     @override
     def state_dict(self) -> dict[str, Any]:

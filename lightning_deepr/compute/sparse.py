@@ -34,6 +34,7 @@ class _Plan(NamedTuple):
     tiled_x: int  # entries
     tiled_y: int
     work: int
+    large: bool  # some buffer is worth pages of its own
 
 
 @lru_cache(maxsize=512)
@@ -45,7 +46,7 @@ def _plan(batch: int, rows: int, columns: int, count: int, size: int, backward: 
     tiles = -(-batch // width)
     work = (rows + columns + (2 if backward else 1) * count) * width * tiles
     kernel = (linear.backward_kernel if backward else linear.forward_kernel)(size, lanes, vectors)
-    return _Plan(kernel, size, lanes, vectors, tiles, tiles * columns * width, tiles * rows * width, work)
+    return _Plan(kernel, size, lanes, vectors, tiles, tiles * columns * width, tiles * rows * width, work, tiles * width * max(rows, columns) * size >= LARGE)
 
 
 _ARGUMENTS, _pack = ctypes.c_int64 * 22, struct.Struct("22q").pack
@@ -54,11 +55,16 @@ _KERNEL_TYPES = (torch.float32, torch.float64)
 _SMALL = 1 << 18  # multiplications that one thread does
 
 
+def _small(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return like.new_empty(shape)
+
+
 def _forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: list[int], rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """y [B, rows] and x in tiles; x is [B, columns] and contiguous."""
     batch = x.shape[0]
     plan = _plan(batch, rows, columns, theta.shape[0], x.element_size(), False)
-    y, tiled = empty((batch, rows), x), empty((plan.tiled_x,), x)
+    make = empty if plan.large else _small
+    y, tiled = make((batch, rows), x), make((plan.tiled_x,), x)
     arguments = (
         0, _ALL, batch, plan.tiles, rows, columns, x.data_ptr(), tiled.data_ptr(), y.data_ptr(), 0, theta.data_ptr(),
         0 if bias is None else bias.data_ptr(), *order, 0, 0, 0, plan.vectors
@@ -76,12 +82,13 @@ def _backward(
         return None, None, dy.sum(0) if need_bias else None
     batch = dy.shape[0]
     plan = _plan(batch, rows, columns, theta.shape[0], dy.element_size(), True)
-    dy_tiled = empty((plan.tiled_y if need_x else 0,), dy)
+    make = empty if plan.large else _small
+    dy_tiled = make((plan.tiled_y if need_x else 0,), dy)
     source = 0
     if tiled is None:
         assert x is not None
-        tiled, source = empty((plan.tiled_x,), dy), x.data_ptr()
-    dx = empty((batch, columns), dy) if need_x else None
+        tiled, source = make((plan.tiled_x,), dy), x.data_ptr()
+    dx = make((batch, columns), dy) if need_x else None
     dtheta = torch.empty_like(theta) if need_theta else None
     dbias = dy.new_empty(rows) if need_bias else None
     arguments = (
