@@ -202,7 +202,6 @@ def measure(key: str, batch_size: int, rounds: int, steps: int) -> list[Row]:
         if isinstance(arm, str):
             row["over_dense"] = arm
         else:
-            row["ms"] = f"{1e3 * took[name]:.3g}"
             row["over_dense"] = f"{took[name] / took['dense']:.3g}"
             if "dense, Trainer" in took:
                 row["over_dense_trainer"] = f"{took[name] / took['dense, Trainer']:.3g}"

@@ -48,7 +48,7 @@ def sparsify(
         distribution: how the connections are shared out, see :func:`lightning_deepr.selection.allocate`.
         init: "module" | "largest" | "deepr", see :func:`lightning_deepr.start.start`.
         seed: of places, signs and (``init="deepr"``) values. The global generator is not used.
-        compute: "dense" (each weight is built for its forward pass, and thrown away), "sparse" (linear layers are computed from their
+        compute: "dense" (each weight is built for its forward pass, and thrown away), "sparse" (linear layers and LSTMs are computed from their
             connections alone) or "auto" (per tensor and batch size, by a measured break-even).
         device: where to put the module (None: where it is; the CPU for what is on meta).
 
