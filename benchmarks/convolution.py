@@ -87,7 +87,6 @@ def measure(layer: Layer, batch: int, connectivities: list[float], rounds: int, 
             "batch": batch,
             "arm": name,
             "connectivity": f"{connectivity:.0%}",
-            "ms": f"{1e3 * seconds:.3g}",
         }
         row["over_dense"] = f"{seconds / took['dense 1.0']:.3g}"
         rows.append(row)

@@ -114,11 +114,12 @@ def measure(size: str, density: float, rounds: int, budget: float) -> list[Row]:
             "layer": size,
             "density": f"{density:.0%}",
             "arm": name,
-            "ms": "",
+            "ran": "no",
             "over_dense": layer,
             "over_SparseProp": "",
         }
         if name in took:
+            row["ran"] = "yes"
             row["over_dense"] = f"{took[name] / took['dense']:.3g}"
             if "SparseProp" in took:
                 row["over_SparseProp"] = f"{took[name] / took['SparseProp']:.3g}"
@@ -144,7 +145,7 @@ def main() -> None:
     figure, panels = axes(len(sizes))
     for axis, size in zip(panels, sizes, strict=True):
         for name in dict.fromkeys(row["arm"] for row in rows):
-            mine = [row for row in rows if row["layer"] == size and row["arm"] == name and row["ms"]]
+            mine = [row for row in rows if row["layer"] == size and row["arm"] == name and row["ran"] == "yes"]
             axis.plot(
                 [row["density"] for row in mine], [float(row["over_dense"]) for row in mine], "o-", label=name, markersize=4
             )

@@ -84,7 +84,6 @@ def measure(columns: int, hidden: int, density: float, batch: int, rounds: int, 
             "hidden": hidden,
             "density": f"{density:.0%}",
             "arm": name,
-            "ms": f"{1e3 * took[name]:.3g}",
             "over_dense": f"{took[name] / took['dense']:.3g}",
             "auto": auto,
         }

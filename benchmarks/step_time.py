@@ -195,13 +195,14 @@ def measure(key: str, batch_size: int, rounds: int, steps: int) -> list[Row]:
             "network": network.title,
             "batch": batch_size,
             "arm": name,
-            "ms": "",
+            "ran": "no",
             "over_dense": "",
             "over_dense_trainer": "",
         }
         if isinstance(arm, str):
             row["over_dense"] = arm
         else:
+            row["ran"] = "yes"
             row["over_dense"] = f"{took[name] / took['dense']:.3g}"
             if "dense, Trainer" in took:
                 row["over_dense_trainer"] = f"{took[name] / took['dense, Trainer']:.3g}"
@@ -214,7 +215,11 @@ def draw(rows: list[Row], options: argparse.Namespace) -> None:
     settings = list(dict.fromkeys((row["network"], row["batch"]) for row in rows))
     figure, panels = axes(len(settings), columns=2, width=5.5)
     for axis, setting in zip(panels, settings, strict=True):
-        ran = {row["arm"]: float(row["over_dense"]) for row in rows if (row["network"], row["batch"]) == setting and row["ms"]}
+        ran = {
+            row["arm"]: float(row["over_dense"])
+            for row in rows
+            if (row["network"], row["batch"]) == setting and row["ran"] == "yes"
+        }
         bars(axis, ran, f"{setting[0]}, batch {setting[1]}", "step time / dense, plain loop", 1.0)
     figure.savefig(options.out / "step_time.png", dpi=130)
 

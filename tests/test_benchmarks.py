@@ -45,7 +45,7 @@ def test_linear_layer(tmp_path: Path) -> None:
     rows, printed = run("linear_layer", tmp_path, "--only", "300x784", "--densities", "0.05", "--budget", "0.01")
     assert [row["arm"] for row in rows] == ["dense", "ours", "SparseProp", "CSR"]
     assert all(row["arm"] in printed for row in rows)
-    assert all(float(row["ms"]) > 0 for row in rows if row["arm"] != "SparseProp")
+    assert all(row["ran"] == "yes" for row in rows if row["arm"] != "SparseProp")
 
 
 def test_rewiring_cost(tmp_path: Path) -> None:

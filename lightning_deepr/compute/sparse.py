@@ -46,7 +46,17 @@ def _plan(batch: int, rows: int, columns: int, count: int, size: int, backward: 
     tiles = -(-batch // width)
     work = (rows + columns + (2 if backward else 1) * count) * width * tiles
     kernel = (linear.backward_kernel if backward else linear.forward_kernel)(size, lanes, vectors)
-    return _Plan(kernel, size, lanes, vectors, tiles, tiles * columns * width, tiles * rows * width, work, tiles * width * max(rows, columns) * size >= LARGE)
+    return _Plan(
+        kernel,
+        size,
+        lanes,
+        vectors,
+        tiles,
+        tiles * columns * width,
+        tiles * rows * width,
+        work,
+        tiles * width * max(rows, columns) * size >= LARGE,
+    )
 
 
 _ARGUMENTS, _pack = ctypes.c_int64 * 22, struct.Struct("22q").pack

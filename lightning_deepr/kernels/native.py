@@ -11,13 +11,15 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
@@ -182,6 +184,23 @@ def fetch_add(typingctx, address, value):
         return builder.atomic_rmw("add", builder.inttoptr(args[0], _INT64.as_pointer()), args[1], "monotonic")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+if sys.platform.startswith("linux"):
+    _madvise = types.ExternalFunction("madvise", types.int32(types.int64, types.int64, types.int32))
+
+    @njit
+    def advise_huge_pages(address, size):
+        """Large pages for a large array that is about to be accessed at random: most of its cost is looking pages up."""
+        if size >= 1 << 22:
+            start = (address + 4095) & ~np.int64(4095)
+            _madvise(start, address + size - start, 14)  # MADV_HUGEPAGE
+
+else:
+
+    @njit
+    def advise_huge_pages(address, size):
+        pass
 
 
 AHEAD = 4  # connections: how far ahead the row of a later one is asked for

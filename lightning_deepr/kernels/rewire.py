@@ -24,6 +24,7 @@ from lightning_deepr import randomness
 from lightning_deepr.kernels.hashing import GOLDEN, LARGEST, bits, extend, normal
 from lightning_deepr.kernels.native import (
     Kernel,
+    advise_huge_pages,
     fetch_add,
     load_float,
     load_int32,
@@ -69,6 +70,14 @@ def find(table, mask, shift, place):
 
 
 @njit
+def mark_active(table, mask, shift, places, count, status):
+    for i in range(count):
+        cell = find(table, mask, shift, places[i])
+        if load_int64(table + cell * 8) == places[i]:
+            status[cell] = ACTIVE
+
+
+@njit
 def is_active(place, columns, order, row_column, row_slot, theta, size):
     """Whether an active connection is at a place, by the order of the rows from before the step."""
     row = np.int64(np.uint64(place) // np.uint64(columns))
@@ -106,11 +115,14 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
     while (1 << bits_of_table) < (4 if reborn < 1 << 20 else 2) * reborn:
         bits_of_table += 1
     capacity, mask, shift = 1 << bits_of_table, (1 << bits_of_table) - 1, np.uint64(64 - bits_of_table)
-    cells = np.full(capacity, -1, np.int64)
-    status = np.zeros(capacity, np.uint8)
-    # two bits of a filter for each cell: most active connections are dismissed by it, and it fits a nearer cache
-    filter_shift = np.uint64(64 - (bits_of_table + 2))
-    words = np.zeros(capacity // 16, np.uint64)
+    cells, status = np.empty(capacity, np.int64), np.empty(capacity, np.uint8)
+    advise_huge_pages(np.int64(cells.ctypes.data), 8 * capacity)
+    advise_huge_pages(np.int64(status.ctypes.data), capacity)
+    cells[:] = -1
+    status[:] = FREE
+    # A filter of at least 8 bits for each draw, but no larger than 1 MB: most active connections are dismissed by it, and it stays in a
+    # core's own cache.
+    words = np.empty(1 << max(2, min(17, bits_of_table - 4)), np.uint64)
     table, filter_at = np.int64(cells.ctypes.data), np.int64(words.ctypes.data)
     pending = np.arange(reborn)
     waiting, attempt, inserted = reborn, 0, 0
@@ -118,7 +130,14 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
     drawn = np.empty(BATCH, np.int64)
     while waiting > 0:
         look_up = order != 0 and 32 * waiting < count
-        ahead = 1 if attempt == 0 or look_up else max(1, min(64, max(reborn, 64) // waiting))
+        ahead = 1
+        if (
+            attempt > 0 and not look_up
+        ):  # as many attempts as it will probably take, so that this pass over the places is the last
+            left_over = 0.5 * waiting * count / total
+            while left_over > 0.25 and (ahead + 1) * waiting <= max(reborn, 64):
+                left_over *= count / total
+                ahead += 1
         if inserted + ahead * waiting > capacity // 2:
             # what is only known to be free or active is forgotten; the accepted draws stay
             cells[:] = -1
@@ -132,8 +151,12 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
                 cell = find(table, mask, shift, chosen[i])
                 cells[cell], status[cell] = chosen[i], CLAIMED
                 inserted += 1
+        filter_bits = 8
+        while filter_bits < 23 and (1 << filter_bits) < 8 * ahead * waiting and (1 << filter_bits) < 64 * len(words):
+            filter_bits += 1
+        filter_shift = np.uint64(64 - filter_bits)
         if not look_up:
-            words[:] = np.uint64(0)
+            words[: 1 << (filter_bits - 6)] = np.uint64(0)
         for a in range(ahead):
             key = extend(stream, np.uint64(attempt + a))
             for begin in range(0, waiting, BATCH):
@@ -161,13 +184,19 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
                         bit = np.int64((np.uint64(place) * GOLDEN) >> filter_shift)
                         word = filter_at + (bit >> 6) * 8
                         store_int64(word, load_int64(word) | (np.int64(1) << (bit & 63)))
+        suspects = 0  # active connections that pass the filter; their cells are asked for before they are looked at
         for k in range(0 if look_up else count):
             place = load_int64(places + k * 8)
-            bit = np.int64((np.uint64(place) * GOLDEN) >> filter_shift)
+            word = np.uint64(place) * GOLDEN
+            bit = np.int64(word >> filter_shift)
             if (load_int64(filter_at + (bit >> 6) * 8) >> (bit & 63)) & 1 and load_float(theta + k * size, size) >= 0:
-                cell = find(table, mask, shift, place)
-                if load_int64(table + cell * 8) == place:
-                    status[cell] = ACTIVE
+                prefetch(table + np.int64(word >> shift) * 8)
+                drawn[suspects] = place
+                suspects += 1
+                if suspects == BATCH:
+                    mark_active(table, mask, shift, drawn, suspects, status)
+                    suspects = 0
+        mark_active(table, mask, shift, drawn, suspects, status)
         for a in range(ahead):
             left = 0
             for i in range(waiting):
