@@ -137,6 +137,7 @@ load_int32 = _load(_INT32, types.int32)
 load_int64 = _load(_INT64, types.int64)
 store_int32 = _store(_INT32, types.int32)
 store_int64 = _store(_INT64, types.int64)
+store_byte = _store(ir.IntType(8), types.uint8)
 
 
 def _scalar(size: int) -> tuple[Any, Any]:
@@ -181,7 +182,7 @@ def fetch_add(typingctx, address, value):
     """Add to the int64 at an address in one indivisible step; the value before. It hands out tasks to threads."""
 
     def codegen(context, builder, signature, args):
-        return builder.atomic_rmw("add", builder.inttoptr(args[0], _INT64.as_pointer()), args[1], "monotonic")
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], _INT64.as_pointer()), args[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), codegen
 

@@ -31,20 +31,26 @@ from lightning_deepr.kernels.native import (
     load_int64,
     pointer,
     prefetch,
+    store_byte,
     store_float,
     store_int32,
     store_int64,
 )
 
 # Arguments
-TASK, TENSORS, TABLE, STEP, SEED, NEWBORN_SINCE = range(6)
+TASK, TENSORS, TABLE, STEP, SEED, NEWBORN_SINCE, FINISHED = range(7)
 # Fields of a tensor in the table
 THETA, PLACES, BORN, SIGNS, EXCEPTIONS, EXCEPTION_COUNT, COUNT, TOTAL, COUNTER, SIGN_SEED = range(10)
 DECREMENT, NOISE, REWIRES, STATES, REBORN, REBORN_COUNT, NEWBORN_DEATHS = range(10, 17)
 SIZE, ROWS, COLUMNS, ROW_START, ROW_COLUMN, ROW_SLOT, COLUMN_START, COLUMN_ROW, COLUMN_SLOT = range(17, 26)
 STATE = 26  # address, bytes per entry and starting value of each state tensor
 MOST_STATES = 4
-FIELDS = STATE + 3 * MOST_STATES
+# A pass over the places of a large tensor, in which threads without a tensor help
+PASS_OPEN, PASS_CHUNK, PASS_BUSY, PASS_CELLS, PASS_STATUS, PASS_BITS, PASS_FILTER, PASS_FILTER_BITS = range(
+    STATE + 3 * MOST_STATES, STATE + 3 * MOST_STATES + 8
+)
+FIELDS = PASS_FILTER_BITS + 1
+PASS_SIZE = 1 << 15  # slots that a thread takes at a time
 
 FREE, ACTIVE, CLAIMED = 0, 1, 2
 BIRTH, NOISE_STREAM = np.uint64(randomness.BIRTH), np.uint64(randomness.NOISE)
@@ -70,11 +76,54 @@ def find(table, mask, shift, place):
 
 
 @njit
+def look_for_active(t, size):
+    """Mark the draws in a tensor's hash table that active connections have; a task is a piece of its places."""
+    count, places, theta = load_int64(t + 8 * COUNT), load_int64(t + 8 * PLACES), load_int64(t + 8 * THETA)
+    table, status, filter_at = load_int64(t + 8 * PASS_CELLS), load_int64(t + 8 * PASS_STATUS), load_int64(t + 8 * PASS_FILTER)
+    bits_of_table = load_int64(t + 8 * PASS_BITS)
+    mask, shift = (np.int64(1) << bits_of_table) - 1, np.uint64(64 - bits_of_table)
+    filter_shift = np.uint64(64 - load_int64(t + 8 * PASS_FILTER_BITS))
+    drawn = np.empty(BATCH, np.int64)  # of active connections that pass the filter: their cells are asked for before they are looked at
+    while True:
+        first = fetch_add(t + 8 * PASS_CHUNK, PASS_SIZE)
+        if first >= count:
+            break
+        suspects = 0
+        for k in range(first, min(first + PASS_SIZE, count)):
+            place = load_int64(places + k * 8)
+            word = np.uint64(place) * GOLDEN
+            bit = np.int64(word >> filter_shift)
+            if (load_int64(filter_at + (bit >> 6) * 8) >> (bit & 63)) & 1 and load_float(theta + k * size, size) >= 0:
+                prefetch(table + np.int64(word >> shift) * 8)
+                drawn[suspects] = place
+                suspects += 1
+                if suspects == BATCH:
+                    mark_active(table, mask, shift, drawn, suspects, status)
+                    suspects = 0
+        mark_active(table, mask, shift, drawn, suspects, status)
+
+
+@njit
 def mark_active(table, mask, shift, places, count, status):
     for i in range(count):
         cell = find(table, mask, shift, places[i])
         if load_int64(table + cell * 8) == places[i]:
-            status[cell] = ACTIVE
+            store_byte(status + cell, ACTIVE)
+
+
+@njit
+def help_others(a, size):
+    """A thread without a tensor takes part in the passes of the others until all are done."""
+    tensors, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
+    while fetch_add(a + 8 * FINISHED, 0) < tensors:
+        for task in range(tensors):
+            t = table + task * FIELDS * 8
+            if fetch_add(t + 8 * PASS_OPEN, 0) > 0:
+                # first counted, then looked again: whoever opened the pass closes it, and then waits for those that are counted
+                fetch_add(t + 8 * PASS_BUSY, 1)
+                if fetch_add(t + 8 * PASS_OPEN, 0) > 0:
+                    look_for_active(t, size)
+                fetch_add(t + 8 * PASS_BUSY, -1)
 
 
 @njit
@@ -184,19 +233,18 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
                         bit = np.int64((np.uint64(place) * GOLDEN) >> filter_shift)
                         word = filter_at + (bit >> 6) * 8
                         store_int64(word, load_int64(word) | (np.int64(1) << (bit & 63)))
-        suspects = 0  # active connections that pass the filter; their cells are asked for before they are looked at
-        for k in range(0 if look_up else count):
-            place = load_int64(places + k * 8)
-            word = np.uint64(place) * GOLDEN
-            bit = np.int64(word >> filter_shift)
-            if (load_int64(filter_at + (bit >> 6) * 8) >> (bit & 63)) & 1 and load_float(theta + k * size, size) >= 0:
-                prefetch(table + np.int64(word >> shift) * 8)
-                drawn[suspects] = place
-                suspects += 1
-                if suspects == BATCH:
-                    mark_active(table, mask, shift, drawn, suspects, status)
-                    suspects = 0
-        mark_active(table, mask, shift, drawn, suspects, status)
+        if not look_up and count > 0:
+            store_int64(t + 8 * PASS_CELLS, table)
+            store_int64(t + 8 * PASS_STATUS, np.int64(status.ctypes.data))
+            store_int64(t + 8 * PASS_BITS, bits_of_table)
+            store_int64(t + 8 * PASS_FILTER, filter_at)
+            store_int64(t + 8 * PASS_FILTER_BITS, filter_bits)
+            store_int64(t + 8 * PASS_CHUNK, 0)
+            fetch_add(t + 8 * PASS_OPEN, 1)
+            look_for_active(t, size)
+            fetch_add(t + 8 * PASS_OPEN, -1)
+            while fetch_add(t + 8 * PASS_BUSY, 0) > 0:  # who came in time is at its last piece
+                pass
         for a in range(ahead):
             left = 0
             for i in range(waiting):
@@ -304,10 +352,14 @@ def rewire_kernel(size: int) -> Kernel:
     def rewire(a):
         tensors, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
         step, seed = load_int64(a + 8 * STEP), load_int64(a + 8 * SEED)
+        working = False
         while True:
+            if working:
+                fetch_add(a + 8 * FINISHED, 1)
             task = fetch_add(a, 1)
             if task >= tensors:
                 break
+            working = True
             t = table + task * FIELDS * 8
             theta, places, count = load_int64(t + 8 * THETA), load_int64(t + 8 * PLACES), load_int64(t + 8 * COUNT)
             counter, total = load_int64(t + 8 * COUNTER), load_int64(t + 8 * TOTAL)
@@ -366,6 +418,7 @@ def rewire_kernel(size: int) -> Kernel:
                 else:
                     for i in range(reborn):
                         store_float(address + dormant[i] * 8, start, 8)
+        help_others(a, size)
 
     return Kernel(rewire)
 

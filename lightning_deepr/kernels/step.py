@@ -55,7 +55,7 @@ class Table:
             row[rewire.REBORN], row[rewire.SIZE] = reborn.data_ptr(), size
             self.work += tensor.places.numel()
         self.where = self.fields.ctypes.data
-        self.arguments = (ctypes.c_int64 * 6)()
+        self.arguments = (ctypes.c_int64 * 7)()
         # what is in the table, so that only what changes is written; the tensors are kept alive, so that none can take another's place
         self.known: list[tuple[Any, ...] | None] = [None] * len(tensors)
         self.changing: list[tuple[Any, ...] | None] = [None] * len(tensors)
@@ -93,8 +93,8 @@ class Table:
             if states[i] or self.states[i]:
                 self._note_states(i, states[i])
         arguments = self.arguments
-        arguments[:] = [0, len(self.tensors), self.where, step, seed, newborn_since]
-        threads = native.threads_for(self.work) if len(self.tensors) > 1 else 1
+        arguments[:] = [0, len(self.tensors), self.where, step, seed, newborn_since, 0]
+        threads = native.threads_for(self.work)
         rewire.rewire_kernel(self.size)(arguments, threads)
         counts, newborns = self.results.tolist()
         if self.huge:
