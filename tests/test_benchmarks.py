@@ -48,6 +48,17 @@ def test_linear_layer(tmp_path: Path) -> None:
     assert all(row["ran"] == "yes" for row in rows if row["arm"] != "SparseProp")
 
 
+def test_convolution(tmp_path: Path) -> None:
+    rows, _ = run("convolution", tmp_path, "--budget", "0.02", "--only", "second", "--batches", "16")
+    assert {row["arm"] for row in rows} == {"dense", "transient weight", "sparse"}
+
+
+def test_recurrent(tmp_path: Path) -> None:
+    options = ("--inputs", "39", "--hidden", "32", "--densities", "0.05", "--budget", "0.01")
+    rows, _ = run("recurrent", tmp_path, *options)
+    assert {"dense", "converted, dense", "converted, sparse"} <= {row["arm"] for row in rows}
+
+
 def test_rewiring_cost(tmp_path: Path) -> None:
     rows, _ = run("rewiring_cost", tmp_path, "--largest", "1e5")
     by_count = [row for row in rows if row["series"] != "by N"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 24  # bytes
+WIDE = 1 << 19  # rows and columns of a layer whose activations are that large
 
 
 def empty(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def give_back() -> None:
     """Return freed memory to the operating system, where the C library can (glibc).
 
     Aligned blocks of tens of megabytes leave gaps in its heap that the next ones don't fit into, step after step. Called in the training
-    of layers that are too large to be dense, for which it is a small part of a step.
+    of layers as wide as that, for which it is a small part of a step.
     """
     trim = _trim()
     if trim is not None:
@@ -44,9 +45,7 @@ def give_back() -> None:
 def _trim() -> Any:
     if not sys.platform.startswith("linux"):
         return None
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return None
-    trim.argtypes, trim.restype = [ctypes.c_size_t], ctypes.c_int
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim.argtypes = [ctypes.c_size_t]
     return trim

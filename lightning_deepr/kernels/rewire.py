@@ -83,7 +83,9 @@ def look_for_active(t, size):
     bits_of_table = load_int64(t + 8 * PASS_BITS)
     mask, shift = (np.int64(1) << bits_of_table) - 1, np.uint64(64 - bits_of_table)
     filter_shift = np.uint64(64 - load_int64(t + 8 * PASS_FILTER_BITS))
-    drawn = np.empty(BATCH, np.int64)  # of active connections that pass the filter: their cells are asked for before they are looked at
+    drawn = np.empty(
+        BATCH, np.int64
+    )  # of active connections that pass the filter: their cells are asked for before they are looked at
     while True:
         first = fetch_add(t + 8 * PASS_CHUNK, PASS_SIZE)
         if first >= count:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_deepr import randomness
-from lightning_deepr.compute.buffers import give_back
+from lightning_deepr.compute.buffers import WIDE, give_back
 from lightning_deepr.kernels import native, rewire
 
-HUGE = 1 << 30  # bytes of the dense weight
 State = tuple[Tensor, float]  # a state tensor of theta's shape, and what the optimizer starts it with
 
 
@@ -26,6 +25,8 @@ class Slots(Protocol):
     signs: Tensor
     exceptions: Tensor
     total: int
+    rows: int
+    columns: int
     index: int
     sign_seed: int
     order: Any
@@ -49,7 +50,7 @@ class Table:
         self.reborn = [torch.empty(t.places.numel(), dtype=torch.int64) for t in tensors]
         self.results = self.fields.T[rewire.REBORN_COUNT : rewire.NEWBORN_DEATHS + 1]
         self.work = 0
-        self.huge = any(tensor.total * size > HUGE for tensor in tensors)
+        self.wide = any(tensor.rows + tensor.columns >= WIDE for tensor in tensors)
         for row, tensor, reborn in zip(self.fields, tensors, self.reborn, strict=True):
             row[rewire.COUNT], row[rewire.TOTAL] = tensor.places.numel(), tensor.total
             row[rewire.REBORN], row[rewire.SIZE] = reborn.data_ptr(), size
@@ -97,7 +98,7 @@ class Table:
         threads = native.threads_for(self.work)
         rewire.rewire_kernel(self.size)(arguments, threads)
         counts, newborns = self.results.tolist()
-        if self.huge:
+        if self.wide:
             give_back()
         if any(counts):
             if ordered:
