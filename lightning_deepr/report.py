@@ -98,7 +98,7 @@ def connectivity_report(module: nn.Module) -> ConnectivityReport:
 
     Returns:
         rows with name, shape, total (N), active (K), connectivity (K / N), l1 (the value that a callback took, None before) and
-        compute. Print it, iterate over it, or use ``.to_dict()`` and ``.to_pandas()``.
+        compute (before the first batch a guess under "auto", then what training did last). Print it, iterate over it, or use ``.to_dict()`` and ``.to_pandas()``.
 
     Example::
 
