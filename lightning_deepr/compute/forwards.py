@@ -47,7 +47,8 @@ def conv2d_forward(self: Any, input: Tensor) -> Tensor:
     """``nn.Conv2d.forward`` of a converted layer: sparse, or with the transient weight."""
     holder = self._modules["parametrizations"]._modules["weight"]
     slots, theta = holder._modules["0"], holder._parameters.get("original")
-    if len(holder._modules) == 1 and theta is not None and conv.suits(self, input):
+    ready = not torch.compiler.is_dynamo_compiling() or slots.order is not None  # made with the kernels, if there are any
+    if ready and len(holder._modules) == 1 and theta is not None and conv.suits(self, input):
 
         def prefers(x: Tensor) -> bool:
             around = conv.padding_of(self)

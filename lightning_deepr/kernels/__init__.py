@@ -28,7 +28,9 @@ def available() -> bool:
 
 def suits(theta: Tensor) -> bool:
     """Whether the kernels can work on this theta: float32 or float64 on the CPU."""
-    return theta.dtype in TYPES and theta.is_cpu and theta.is_contiguous() and available()
+    if theta.dtype not in TYPES or not theta.is_cpu or not theta.is_contiguous():
+        return False
+    return torch.compiler.is_dynamo_compiling() or available()  # a compiler can't look into a cache
 
 
 def all_finite(values: Sequence[Tensor]) -> bool:
