@@ -393,7 +393,16 @@ def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: KSlots, n
         recurrent.take_over(module)
     elif tensor_name == "weight":
         forwards.take_over(module)
+    type(module).register_parameter = _register_parameter  # type: ignore[method-assign]
     _warn_if_nobody_rewires(parameter, slots, name)
+
+
+def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """``layer.weight = nn.Parameter(...)`` is answered as the assignment of a tensor is, not by torch's KeyError."""
+    slots = slots_of(self, name)
+    if slots is not None and param is not None:
+        slots.right_inverse(param)
+    nn.Module.register_parameter(self, name, param)
 
 
 def remove(converted: Converted) -> None:
