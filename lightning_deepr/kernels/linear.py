@@ -55,19 +55,6 @@ def to_tiles(x, tiled, batch, features, first, last, tile, vectors, size, lanes)
 
 
 @njit(inline="never")
-def to_block(x, block, batch, features, first, count, tile, vectors, size, lanes):
-    """``count`` columns (at most ``lanes``) of one batch tile of x [batch, features] -> block [count, W], 0 beyond the batch."""
-    width = lanes * vectors
-    for part in range(vectors):
-        b = tile * width + part * lanes
-        source, target = x + (b * features + first) * size, block + part * lanes * size
-        if b + lanes <= batch and count == lanes:
-            transpose_block(source, features * size, target, width * size, size, lanes)
-        else:
-            transpose_edge(source, features * size, batch - b, count, target, width * size, count, lanes, size, lanes)
-
-
-@njit(inline="never")
 def from_block(block, y, batch, features, first, count, tile, vectors, size, lanes):
     """``count`` finished rows of W floats -> y [batch, features], columns first ... first + count."""
     width = lanes * vectors
@@ -198,7 +185,19 @@ def dots_by_row(a, counter, batch, tiles, rows, columns, parts, xt, dy, dtheta, 
             count = min(lanes, rows - first)
             for tile in range(tiles):
                 source = xt + tile * columns * width * size
-                to_block(dy, block, batch, rows, first, count, tile, parts, size, lanes)
+                # (an address from which these columns' tiles begin at the block)
+                to_tiles(
+                    dy,
+                    block - (tile * rows + first) * width * size,
+                    batch,
+                    rows,
+                    first,
+                    first + count,
+                    tile,
+                    parts,
+                    size,
+                    lanes,
+                )
                 begin = load_int32(row_start + first * 4)
                 for r in range(count):
                     own = block + r * width * size
