@@ -151,6 +151,65 @@ def test_the_orders_of_sparse_compute_follow_either_way(pytorch: Callable[[Calla
             assert not a.order.is_stale(a.places)
 
 
+# rows, columns, K; none is put in order anew
+LARGE_ORDERS: dict[str, Size] = {
+    "many short lines": (15_000, 12_000, 10_000),
+    "several in a line": (4_000, 5_000, 64 * 300),
+    "one long line": (1, 50_000, 17_000),
+    "few long lines": (60_000, 3, 20_001),
+    "nearly full": (150, 130, 19_000),
+    "more than 2 to the 31 places": (60_000, 50_000, 9_999),
+}
+
+
+def assert_in_order(slots: Any) -> None:
+    """What sparse compute reads is what NumPy makes of the places and signs."""
+    order, places, negative = slots.order, slots.places.numpy(), slots.signs.numpy() < 0
+    base = order.buffer.data_ptr()
+    starts = [(address - base) // 4 for address in order.addresses]
+    rows, columns = places // order.columns, places % order.columns
+    for side, (line, across, lines) in enumerate(((rows, columns, order.rows), (columns, rows, order.columns))):
+        lengths = (lines + 1, order.count, order.count)
+        start, found, slot = (order.buffer[at : at + n].numpy() for at, n in zip(starts[3 * side :], lengths, strict=False))
+        expected = np.lexsort((across, line))
+        np.testing.assert_array_equal(start, np.searchsorted(line[expected], np.arange(lines + 1)))
+        np.testing.assert_array_equal(found, across[expected])
+        np.testing.assert_array_equal(slot & 0x7FFFFFFF, expected)
+        np.testing.assert_array_equal(slot < 0, negative[expected])
+
+
+@pytest.mark.parametrize("size", LARGE_ORDERS.values(), ids=LARGE_ORDERS)
+def test_the_orders_of_a_large_tensor_follow(size: Size) -> None:
+    net = network([size], compute="sparse")
+    optimizer = optim.SGD(net.parameters(), lr=LR)
+    DeepR(l1=0.0, seed=SEED).attach(net, optimizer)
+    (slots,) = all_slots(net)
+    for step, share in enumerate((*SHARES, 15 / size[2], 16 / size[2], 0.002, 0.12)):
+        before = slots.places.clone()
+        let_die(net, share, step)
+        optimizer.step()
+        assert int((slots.born == step).sum()) == (min(size[2], max(1, round(share * size[2]))) if share else 0)
+        assert torch.equal(slots.places, before) == (share == 0.0)
+        assert_in_order(slots)
+
+
+@pytest.mark.parametrize("name", ["last column", "square", "two clusters", "descending"])
+def test_the_orders_of_places_that_are_unevenly_spread(name: str) -> None:
+    """They are sorted by their leading bits first, which tell evenly spread places apart, and these not."""
+    side, count = 30_000, 9_000
+    spread = np.random.default_rng(SEED).permutation(count)
+    places = {
+        "last column": spread * side + side - 1,
+        "square": spread // 100 * side + spread % 100,
+        "two clusters": np.where(spread % 2 == 0, spread, side * side - 1 - spread),
+        "descending": np.arange(count)[::-1] * (side * side // count),
+    }[name]
+    (slots,) = all_slots(network([(side, side, count)], compute="sparse"))
+    slots.places.copy_(torch.from_numpy(places.copy()))
+    slots.refresh_order()
+    assert_in_order(slots)
+
+
 # -- the signs of a pretrained network ----------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 24  # bytes
-WIDE = 1 << 19  # rows and columns of a layer whose activations are that large
+WIDE = 1 << 20  # rows and columns of a layer whose activations are that large
 
 
 def empty(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:

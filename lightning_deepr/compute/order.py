@@ -41,7 +41,7 @@ class Order:
 
     def build(self, places: Tensor, signs: Tensor) -> None:
         """Put all connections in order anew. O(K + rows + columns)."""
-        from lightning_deepr.kernels import rewire
+        from lightning_deepr.kernels import orders, rewire
 
         self.buffer.zero_()  # empty orders, into which every connection is born
         self.note(places)
@@ -57,7 +57,7 @@ class Order:
         table[rewire.ROWS], table[rewire.COLUMNS] = self.rows, self.columns
         table[rewire.ROW_START : rewire.ROW_START + 6] = self.addresses
         arguments = (ctypes.c_int64 * 6)(0, 1, table.ctypes.data, 0, 0, 0)
-        rewire.update_kernel()(arguments, 2 if self.count > 20_000 and torch.get_num_threads() > 1 else 1)
+        orders.update_kernel()(arguments, 2 if self.count > 20_000 and torch.get_num_threads() > 1 else 1)
 
     def is_stale(self, places: Tensor) -> bool:
         """Whether somebody has written other places since the order was made."""

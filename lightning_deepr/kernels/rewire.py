@@ -9,8 +9,7 @@ R of which go dormant:
    passes nearly always suffice;
 3. the reborn slots get theta 0, place, sign, birth and the optimizer's starting state.
 
-:func:`update_kernel` then lets the order by rows and by columns follow (``lightning_deepr.compute.index``): one pass over the order drops what has
-died, one merges in the births, sorted before.
+:mod:`lightning_deepr.kernels.orders` then lets the orders by rows and by columns follow.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from lightning_deepr.kernels.native import (
     prefetch,
     store_byte,
     store_float,
-    store_int32,
     store_int64,
 )
+from lightning_deepr.kernels.sorting import sort_with
 
 # Arguments
 TASK, TENSORS, TABLE, STEP, SEED, NEWBORN_SINCE, FINISHED = range(7)
@@ -271,43 +270,6 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
 
 
 @njit
-def sort_with(keys, payload, largest):
-    """Sort uint64 keys up to ``largest``, and an int32 payload with them: by digits, the lowest first. Stable, O(R)."""
-    count = len(keys)
-    # as few passes as digits of at most 9 (11) bits allow, of equal width
-    length = 0
-    while length < 64 and (largest >> np.uint64(length)) > np.uint64(0):
-        length += 1
-    widest = 9 if count < 2048 else 11
-    passes = max((length + widest - 1) // widest, 1)
-    digit = np.uint64((length + passes - 1) // passes)
-    mask = (np.uint64(1) << digit) - np.uint64(1)
-    other_keys, other_payload = np.empty(count, np.uint64), np.empty(count, np.int32)
-    starts = np.empty(np.int64(mask) + 2, np.int64)
-    start = np.int64(starts.ctypes.data)
-    for turn in range(passes):
-        shift = digit * np.uint64(turn)
-        key, item = np.int64(keys.ctypes.data), np.int64(payload.ctypes.data)
-        into_key, into_item = np.int64(other_keys.ctypes.data), np.int64(other_payload.ctypes.data)
-        starts[:] = 0
-        for i in range(count):
-            cell = start + 8 * (np.int64((np.uint64(load_int64(key + 8 * i)) >> shift) & mask) + 1)
-            store_int64(cell, load_int64(cell) + 1)
-        for d in range(np.int64(mask) + 1):
-            store_int64(start + 8 * (d + 1), load_int64(start + 8 * (d + 1)) + load_int64(start + 8 * d))
-        for i in range(count):
-            word = load_int64(key + 8 * i)
-            cell = start + 8 * np.int64((np.uint64(word) >> shift) & mask)
-            position = load_int64(cell)
-            store_int64(cell, position + 1)
-            store_int64(into_key + 8 * position, word)
-            store_int32(into_item + 4 * position, load_int32(item + 4 * i))
-        keys, other_keys = other_keys, keys
-        payload, other_payload = other_payload, payload
-    return keys, payload
-
-
-@njit
 def draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen):
     """New places in a tensor more than half full: its dormant places in a random order, the first R."""
     taken = np.zeros(total, np.uint8)
@@ -423,164 +385,6 @@ def rewire_kernel(size: int) -> Kernel:
         help_others(a, size)
 
     return Kernel(rewire)
-
-
-@njit
-def follow_side(start, other, slots, lines, width, count, flags, keys, born_slots, births):
-    """One order (by rows or by columns) follows a rewiring, in place.
-
-    Args:
-        start, other, slots: addresses of the order: where each line begins, and for each connection its place across the line and its slot.
-        lines, width: number of lines, and of places in each.
-        flags: array, a bit per slot: reborn. (Not its address: numba frees an array after its last mention.)
-        keys: line * width + place across, sorted; ``born_slots`` belong to them.
-    """
-    written, entry = 0, 0
-    flags_at = np.int64(flags.ctypes.data)
-    for line in range(lines):
-        end = load_int32(start + 4 * (line + 1))
-        while entry < end:
-            slot = load_int32(slots + 4 * entry)
-            number = slot & SLOT
-            store_int32(other + 4 * written, load_int32(other + 4 * entry))
-            store_int32(slots + 4 * written, slot)
-            written += 1 - ((load_int32(flags_at + 4 * (number >> 5)) >> (number & 31)) & 1)
-            entry += 1
-        store_int32(start + 4 * (line + 1), np.int32(written))
-    # from the end, so that nothing is overwritten before it has been moved
-    position, birth = count, births - 1
-    for line in range(lines - 1, -1, -1):
-        if birth < 0:
-            break
-        entry, begin = load_int32(start + 4 * (line + 1)) - 1, load_int32(start + 4 * line)
-        store_int32(start + 4 * (line + 1), np.int32(position))
-        base = line * width
-        while birth >= 0 and np.int64(keys[birth]) >= base:
-            across = np.int32(np.int64(keys[birth]) - base)
-            while entry >= begin and load_int32(other + 4 * entry) > across:
-                position -= 1
-                store_int32(other + 4 * position, load_int32(other + 4 * entry))
-                store_int32(slots + 4 * position, load_int32(slots + 4 * entry))
-                entry -= 1
-            position -= 1
-            store_int32(other + 4 * position, across)
-            store_int32(slots + 4 * position, born_slots[birth])
-            birth -= 1
-        if position != entry + 1:
-            while entry >= begin:
-                position -= 1
-                store_int32(other + 4 * position, load_int32(other + 4 * entry))
-                store_int32(slots + 4 * position, load_int32(slots + 4 * entry))
-                entry -= 1
-        else:
-            position = begin
-
-
-SMALL = 1 << 14  # connections
-
-
-@njit
-def order_anew(t):
-    """Both orders of a small tensor from its places: three stable counting sorts, none of which has to guess where a line ends."""
-    count, rows, columns = load_int64(t + 8 * COUNT), load_int64(t + 8 * ROWS), load_int64(t + 8 * COLUMNS)
-    signs, size = load_int64(t + 8 * SIGNS), load_int64(t + 8 * SIZE)
-    places = carray(pointer(load_int64(t + 8 * PLACES)), count, np.int64)
-    row_of, column_of, by_column = np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, np.int32)
-    inverse = 1.0 / columns
-    for k in range(count):  # a division, by a multiplication that is off by one at most
-        row = np.int64(np.float64(places[k]) * inverse)
-        across = places[k] - row * columns
-        row += np.int64(across >= columns) - np.int64(across < 0)
-        row_of[k] = row
-        column_of[k] = places[k] - row * columns
-    row_start, column_start = load_int64(t + 8 * ROW_START), load_int64(t + 8 * COLUMN_START)
-    row_next, column_next = np.zeros(rows + 1, np.int32), np.zeros(columns + 1, np.int32)
-    rows_at, columns_at = np.int64(row_next.ctypes.data), np.int64(column_next.ctypes.data)
-    row_at, column_at = np.int64(row_of.ctypes.data), np.int64(column_of.ctypes.data)
-    for k in range(count):
-        take_next(rows_at, load_int32(row_at + 4 * k) + 1)
-        take_next(columns_at, load_int32(column_at + 4 * k) + 1)
-    for line in range(rows):
-        row_next[line + 1] += row_next[line]
-    for line in range(columns):
-        column_next[line + 1] += column_next[line]
-    for line in range(rows + 1):
-        store_int32(row_start + 4 * line, row_next[line])
-    for line in range(columns + 1):
-        store_int32(column_start + 4 * line, column_next[line])
-    sorted_at = np.int64(by_column.ctypes.data)
-    for k in range(count):
-        store_int32(sorted_at + 4 * take_next(columns_at, load_int32(column_at + 4 * k)), np.int32(k))
-    other, order = load_int64(t + 8 * ROW_COLUMN), load_int64(t + 8 * ROW_SLOT)
-    for i in range(count):
-        k = load_int32(sorted_at + 4 * i)
-        position = take_next(rows_at, load_int32(row_at + 4 * k))
-        negative = load_int32(signs + (k + 1) * size - 4) < 0
-        store_int32(other + 4 * position, load_int32(column_at + 4 * k))
-        store_int32(order + 4 * position, np.int32(k - (SLOT + 1)) if negative else np.int32(k))
-    for line in range(columns + 1):
-        column_next[line] = load_int32(column_start + 4 * line)
-    across_at, across_order = load_int64(t + 8 * COLUMN_ROW), load_int64(t + 8 * COLUMN_SLOT)
-    for i in range(count):
-        slot = load_int32(order + 4 * i)
-        position = take_next(columns_at, load_int32(other + 4 * i))
-        store_int32(across_at + 4 * position, load_int32(row_at + 4 * (slot & SLOT)))
-        store_int32(across_order + 4 * position, slot)
-    row_next[0] = column_next[0] = row_of[0] = column_of[0] = by_column[0] = 0  # (numba frees an array after its last mention)
-
-
-@njit(inline="always")
-def take_next(counters, line):
-    value = load_int32(counters + 4 * line)
-    store_int32(counters + 4 * line, value + np.int32(1))
-    return value
-
-
-@cache
-def update_kernel() -> Kernel:
-    """The orders of all tensors in the table follow their rewiring; a task is one side of one tensor."""
-
-    def update(a):
-        tensors, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
-        while True:
-            task = fetch_add(a, 1)
-            if task >= 2 * tensors:
-                break
-            t = table + (task // 2) * FIELDS * 8
-            births, start = load_int64(t + 8 * REBORN_COUNT), load_int64(t + 8 * ROW_START)
-            if births == 0 or start == 0:
-                continue
-            rows, columns = load_int64(t + 8 * ROWS), load_int64(t + 8 * COLUMNS)
-            if load_int64(t + 8 * COUNT) <= SMALL and rows + columns <= SMALL:
-                if task % 2 == 0:
-                    order_anew(t)
-                continue
-            count, places, reborn = load_int64(t + 8 * COUNT), load_int64(t + 8 * PLACES), load_int64(t + 8 * REBORN)
-            signs, size = load_int64(t + 8 * SIGNS), load_int64(t + 8 * SIZE)
-            keys, slots = np.empty(births, np.uint64), np.empty(births, np.int32)
-            flags = np.zeros(count // 32 + 1, np.int32)
-            for i in range(births):
-                slot = load_int64(reborn + 8 * i)
-                place = load_int64(places + 8 * slot)
-                if task % 2 == 1:
-                    row = np.int64(np.uint64(place) // np.uint64(columns))
-                    keys[i] = np.uint64((place - row * columns) * rows + row)
-                else:
-                    keys[i] = np.uint64(place)
-                # the sign bit of a little-endian float is the top bit of its last four bytes
-                negative = load_int32(signs + (slot + 1) * size - 4) < 0
-                slots[i] = np.int32(slot - (SLOT + 1)) if negative else np.int32(slot)
-                flags[slot >> 5] |= np.int32(np.int64(1) << (slot & 31))
-            keys, slots = sort_with(keys, slots, np.uint64(rows * columns - 1))
-            if task % 2 == 0:
-                other, order = load_int64(t + 8 * ROW_COLUMN), load_int64(t + 8 * ROW_SLOT)
-                follow_side(start, other, order, rows, columns, count, flags, keys, slots, births)
-            else:
-                start = load_int64(t + 8 * COLUMN_START)
-                other, order = load_int64(t + 8 * COLUMN_ROW), load_int64(t + 8 * COLUMN_SLOT)
-                follow_side(start, other, order, columns, rows, count, flags, keys, slots, births)
-
-    return Kernel(update)
 
 
 @cache

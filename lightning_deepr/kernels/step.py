@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_deepr import randomness
 from lightning_deepr.compute.buffers import WIDE, give_back
-from lightning_deepr.kernels import native, rewire
+from lightning_deepr.kernels import native, orders, rewire
 
 State = tuple[Tensor, float]  # a state tensor of theta's shape, and what the optimizer starts it with
 
@@ -103,7 +103,7 @@ class Table:
         if any(counts):
             if ordered:
                 arguments[0] = 0
-                rewire.update_kernel()(arguments, native.threads_for(self.work, 1 << 14))
+                orders.update_kernel()(arguments, native.threads_for(self.work, 1 << 14))
             # a backward pass through the connections of before would be wrong, dense or sparse: autograd refuses it
             changed = [tensor for tensor, count in zip(self.tensors, counts, strict=True) if count]
             torch.autograd.graph.increment_version(
