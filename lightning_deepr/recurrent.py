@@ -1,5 +1,5 @@
-"""LSTM, GRU and RNN with converted weights: each tensor is built once per forward or, where an LSTM is computed from its connections
-(:mod:`lightning_deepr.compute.recurrent`), never; and the layer stays copyable.
+"""LSTM, GRU and RNN with converted weights: each tensor is built once per forward or, where an LSTM or GRU is computed from its
+connections (:mod:`lightning_deepr.compute.recurrent`), never; and the layer stays copyable.
 
 ``nn.RNNBase`` keeps a list of its weights between forwards (for cuDNN) and compares it with the attributes at each forward.
 With a parametrized weight every read builds the tensor anew, so that torch builds each about 2.5 times per forward; and
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_deepr.compute.recurrent import lstm_forward
+from lightning_deepr.compute.recurrent import sparse_forward
 from lightning_deepr.compute.weight import SparseWeight
 
 _NAMES = ("_update_flat_weights", "forward", "_init_flat_weights", "__deepcopy__")
@@ -37,7 +37,7 @@ def take_over(module: nn.RNNBase) -> None:
         _release(self)  # called by `.to`: nothing to keep between forwards
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        found = lstm_forward(self, *args, **kwargs) if isinstance(self, nn.LSTM) else None
+        found = sparse_forward(plain, self, *args, **kwargs)
         if found is not None:
             return found
         try:

@@ -1,4 +1,4 @@
-"""Sparse compute of LSTMs: the same numbers as torch's own LSTM with the same weights, dense where it can't be sparse."""
+"""Sparse compute of LSTMs and GRUs: the same numbers as torch's own layers with the same weights, dense where it can't be sparse."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ pytestmark = [
     pytest.mark.skipif(not kernels.available(), reason="no kernels here"),
 ]
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+both_layers = pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
 
 
-def layer_and_twin(connectivity: Any = 0.3, compute: str = "sparse", **options: Any) -> tuple[nn.LSTM, nn.LSTM]:
-    """A converted LSTM and an ordinary one with the same weights."""
+def layer_and_twin(cell: Any, connectivity: Any = 0.3, compute: str = "sparse", **options: Any) -> tuple[Any, Any]:
+    """A converted layer and an ordinary one with the same weights."""
     torch.manual_seed(0)
-    layer = sparsify(nn.LSTM(**options), connectivity, compute=compute)
-    return layer, densify(copy.deepcopy(layer))  # type: ignore[return-value]
+    layer = sparsify(cell(**options), connectivity, compute=compute)
+    return layer, densify(copy.deepcopy(layer))
 
 
 @pytest.fixture
@@ -45,11 +46,12 @@ def sparse_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def outcome(layer: nn.LSTM, x: Tensor, states: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+def outcome(layer: nn.RNNBase, x: Tensor, states: Any) -> dict[str, Tensor]:
     """Outputs and all gradients, those of converted weights at the places of their connections."""
-    inputs = [one.detach().clone().requires_grad_() for one in (x, *(states or ()))]
-    output = layer(inputs[0], None if states is None else (inputs[1], inputs[2]))
-    found = dict(zip(("y", "h", "c"), tensors_in(output), strict=True))
+    given = () if states is None else tensors_in(states)
+    inputs = [one.detach().clone().requires_grad_() for one in (x, *given)]
+    output = layer(inputs[0], None if states is None else tuple(inputs[1:]) if isinstance(states, tuple) else inputs[1])
+    found = dict(zip(("y", "h", "c"), tensors_in(output), strict=False))
     torch.manual_seed(1)
     loss = sum((one.double() * torch.randn(one.shape, dtype=torch.float64)).sum() for one in found.values())
     layer.zero_grad()
@@ -66,7 +68,7 @@ def outcome(layer: nn.LSTM, x: Tensor, states: tuple[Tensor, Tensor] | None) -> 
     return found
 
 
-def assert_same(layer: nn.LSTM, twin: nn.LSTM, x: Tensor, states: tuple[Tensor, Tensor] | None = None) -> None:
+def assert_same(layer: Any, twin: Any, x: Tensor, states: Any = None) -> None:
     torch.manual_seed(2)
     ours = outcome(layer, x, states)
     torch.manual_seed(2)
@@ -81,10 +83,12 @@ def assert_same(layer: nn.LSTM, twin: nn.LSTM, x: Tensor, states: tuple[Tensor, 
         torch.testing.assert_close(ours[name], value, rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def some_states(layer: nn.LSTM, batch: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def some_states(layer: nn.RNNBase, batch: int | None, dtype: torch.dtype) -> Any:
+    """h, and c of an LSTM, as the layer takes them."""
     count = layer.num_layers * (2 if layer.bidirectional else 1)
     shape = (count, layer.hidden_size) if batch is None else (count, batch, layer.hidden_size)
-    return torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    h = torch.randn(shape, dtype=dtype)
+    return (h, torch.randn(shape, dtype=dtype)) if isinstance(layer, nn.LSTM) else h
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -95,10 +99,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@both_layers
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_gradients_equal_those_of_torch(kind: str, dtype: torch.dtype, sparse_layers: list[int]) -> None:
-    layer, twin = layer_and_twin(input_size=11, hidden_size=19, dtype=dtype, **KINDS[kind])
+def test_outputs_and_gradients_equal_those_of_torch(kind: str, dtype: torch.dtype, cell: Any, sparse_layers: list[int]) -> None:
+    layer, twin = layer_and_twin(cell, input_size=11, hidden_size=19, dtype=dtype, **KINDS[kind])
     runs = list(itertools.product((1, 3, 16, 17, 32, 70), (1, 7)))
     for number, (batch, steps) in enumerate(runs):
         x = torch.randn((batch, steps, 11) if layer.batch_first else (steps, batch, 11), dtype=dtype)
@@ -106,12 +111,13 @@ def test_outputs_and_gradients_equal_those_of_torch(kind: str, dtype: torch.dtyp
     assert len(sparse_layers) == len(runs) * layer.num_layers * (2 if layer.bidirectional else 1)
 
 
+@both_layers
 @pytest.mark.parametrize("threads", [1, 2])
-def test_several_tiles_parts_and_threads(threads: int, sparse_layers: list[int]) -> None:
+def test_several_tiles_parts_and_threads(threads: int, cell: Any, sparse_layers: list[int]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        layer, twin = layer_and_twin(0.1, input_size=150, hidden_size=90, dtype=torch.float64)
+        layer, twin = layer_and_twin(cell, 0.1, input_size=150, hidden_size=90, dtype=torch.float64)
         for batch in (20, 32, 130):
             assert_same(layer, twin, torch.randn(13, batch, 150, dtype=torch.float64), some_states(layer, batch, torch.float64))
     finally:
@@ -119,23 +125,26 @@ def test_several_tiles_parts_and_threads(threads: int, sparse_layers: list[int])
     assert len(sparse_layers) == 3
 
 
+@both_layers
 @pytest.mark.parametrize("connectivity", [{"weight_ih_l0": 1, "weight_hh_l0": 1}, 1.0], ids=["K = 1", "K = N"])
-def test_one_connection_and_all(connectivity: Any) -> None:
+def test_one_connection_and_all(connectivity: Any, cell: Any) -> None:
     # (more than one chunk of 256 connections in a row, and many rows and columns with none)
-    layer, twin = layer_and_twin(connectivity, input_size=300, hidden_size=33, dtype=torch.float64)
+    layer, twin = layer_and_twin(cell, connectivity, input_size=300, hidden_size=33, dtype=torch.float64)
     assert_same(layer, twin, torch.randn(4, 5, 300, dtype=torch.float64))
 
 
-def test_a_sequence_without_a_batch(sparse_layers: list[int]) -> None:
-    layer, twin = layer_and_twin(input_size=11, hidden_size=19, bidirectional=True, batch_first=True)
+@both_layers
+def test_a_sequence_without_a_batch(cell: Any, sparse_layers: list[int]) -> None:
+    layer, twin = layer_and_twin(cell, input_size=11, hidden_size=19, bidirectional=True, batch_first=True)
     x = torch.randn(6, 11)
     assert_same(layer, twin, x)
     assert_same(layer, twin, x, some_states(layer, None, x.dtype))
     assert sparse_layers == [6] * 4
 
 
-def test_only_the_gradients_asked_for() -> None:
-    layer, _ = layer_and_twin(input_size=11, hidden_size=19)
+@both_layers
+def test_only_the_gradients_asked_for(cell: Any) -> None:
+    layer, _ = layer_and_twin(cell, input_size=11, hidden_size=19)
     x = torch.randn(5, 3, 11)
     expected = outcome(layer, x, None)
     names = [name for name, _ in layer.named_parameters()]
@@ -156,8 +165,9 @@ def test_only_the_gradients_asked_for() -> None:
                 torch.testing.assert_close(parameter.grad, expected[f"d{name}"])
 
 
-def test_output_is_the_same_without_gradients_and_in_validation() -> None:
-    layer, _ = layer_and_twin(input_size=11, hidden_size=19, num_layers=2, bidirectional=True, dropout=0.5)
+@both_layers
+def test_output_is_the_same_without_gradients_and_in_validation(cell: Any) -> None:
+    layer, _ = layer_and_twin(cell, input_size=11, hidden_size=19, num_layers=2, bidirectional=True, dropout=0.5)
     x = torch.randn(5, 3, 11)
     layer.eval()
     expected = layer(x)
@@ -167,8 +177,9 @@ def test_output_is_the_same_without_gradients_and_in_validation() -> None:
                 assert torch.equal(ours, one)
 
 
-def test_dropout_between_layers_is_that_of_torch() -> None:
-    layer, twin = layer_and_twin(input_size=11, hidden_size=19, num_layers=3, dropout=0.4, dtype=torch.float64)
+@both_layers
+def test_dropout_between_layers_is_that_of_torch(cell: Any) -> None:
+    layer, twin = layer_and_twin(cell, input_size=11, hidden_size=19, num_layers=3, dropout=0.4, dtype=torch.float64)
     x = torch.randn(5, 3, 11, dtype=torch.float64)
     assert_same(layer, twin, x)
     assert not torch.equal(layer(x)[0], layer(x)[0])
@@ -200,8 +211,9 @@ def test_sigmoid_and_tanh_from_tiny_to_huge(dtype: torch.dtype) -> None:
         assert bool((apart <= limit * expected[number].abs() + smallest).all()), (column, float(apart.max()))
 
 
-def test_a_second_derivative_and_a_rewired_graph_are_refused() -> None:
-    layer, _ = layer_and_twin(input_size=11, hidden_size=19)
+@both_layers
+def test_a_second_derivative_and_a_rewired_graph_are_refused(cell: Any) -> None:
+    layer, _ = layer_and_twin(cell, input_size=11, hidden_size=19)
     x = torch.randn(5, 3, 11, requires_grad=True)
     with pytest.raises(RuntimeError, match="no double backward"):
         torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
@@ -220,19 +232,22 @@ def test_a_second_derivative_and_a_rewired_graph_are_refused() -> None:
 
 
 class TestDense:
-    """What sparse compute leaves alone runs as torch's own LSTM, with the same numbers."""
+    """What sparse compute leaves alone runs as torch's own layer, with the same numbers."""
 
-    def test_packed_sequences_projections_and_partly_converted_layers(self, sparse_layers: list[int]) -> None:
-        layer, twin = layer_and_twin(input_size=11, hidden_size=19)
+    @both_layers
+    def test_packed_sequences_projections_and_partly_converted_layers(self, cell: Any, sparse_layers: list[int]) -> None:
+        layer, twin = layer_and_twin(cell, input_size=11, hidden_size=19)
         packed = pack_padded_sequence(torch.randn(5, 3, 11), torch.tensor([5, 4, 2]))
         torch.testing.assert_close(layer(packed)[0].data, twin(packed)[0].data)
         x = torch.randn(5, 3, 11)
-        for connectivity, options in (
+        left: list[tuple[Any, dict[str, Any]]] = [
             ({"weight_hh_l0": 0.2}, {}),
             ({"weight_ih_l0": 0.2, "weight_hh_l0": 0.2}, {"num_layers": 2}),
-            (0.2, {"proj_size": 4}),
-        ):
-            other, other_twin = layer_and_twin(connectivity, input_size=11, hidden_size=19, **options)
+        ]
+        if cell is nn.LSTM:
+            left.append((0.2, {"proj_size": 4}))
+        for connectivity, options in left:
+            other, other_twin = layer_and_twin(cell, connectivity, input_size=11, hidden_size=19, **options)
             torch.testing.assert_close(other(x)[0], other_twin(x)[0])
             other(x)[0].sum().backward()
             assert {row["compute"] for row in connectivity_report(other).to_dict()["rows"]} == {"dense"}
@@ -240,34 +255,46 @@ class TestDense:
         layer(x)
         assert sparse_layers == [5]
 
-    @pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
-    def test_other_kinds_of_layers(self, kind: Any, sparse_layers: list[int]) -> None:
-        layer = sparsify(kind(11, 19), 0.2, compute="sparse")
-        twin = densify(copy.deepcopy(layer))
+    def test_other_kinds_of_layers(self, sparse_layers: list[int]) -> None:
+        layer, twin = layer_and_twin(nn.RNN, 0.2, input_size=11, hidden_size=19)
         x = torch.randn(5, 3, 11)
         torch.testing.assert_close(layer(x)[0], twin(x)[0])
         assert sparse_layers == []
 
-    def test_errors_are_those_of_torch(self) -> None:
-        layer, twin = layer_and_twin(input_size=11, hidden_size=19, dtype=torch.float64)
+    @both_layers
+    def test_a_forward_of_the_users_own_is_called(self, cell: Any, sparse_layers: list[int]) -> None:
+        class Doubling(cell):
+            def forward(self, input: Tensor, hx: Any = None) -> Any:
+                y, state = super().forward(input, hx)
+                return 2 * y, state
+
+        layer, twin = layer_and_twin(Doubling, 0.2, input_size=11, hidden_size=19)
+        x = torch.randn(5, 3, 11)
+        y = layer(x)[0]
+        torch.testing.assert_close(y, twin(x)[0])
+        y.sum().backward()
+        assert sparse_layers == []
+        assert {row["compute"] for row in connectivity_report(layer).to_dict()["rows"]} == {"dense"}
+
+    @both_layers
+    def test_errors_are_those_of_torch(self, cell: Any) -> None:
+        layer, twin = layer_and_twin(cell, input_size=11, hidden_size=19, dtype=torch.float64)
         x = torch.randn(5, 3, 11, dtype=torch.float64)
         state = torch.zeros(1, 3, 19, dtype=torch.float64)
-        for arguments in (
-            (x[..., :-1],),
-            (x.float(),),
-            (x, (state[:, :2], state[:, :2])),
-            (x, (state.float(), state.float())),
-            (x.flatten(),),
-        ):
+        others: list[Any] = [state[:, :2], state.float()]
+        if cell is nn.LSTM:
+            others = [(one, one) for one in others]
+        for arguments in ((x[..., :-1],), (x.float(),), (x.flatten(),), *((x, one) for one in others)):
             with pytest.raises((RuntimeError, ValueError)) as expected:
                 twin(*arguments)
             with pytest.raises(expected.type) as found:
                 layer(*arguments)
             assert str(found.value) == str(expected.value)
 
+    @both_layers
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
-    def test_autocast_and_tracing(self, sparse_layers: list[int]) -> None:
-        layer, twin = layer_and_twin(input_size=11, hidden_size=19)
+    def test_autocast_and_tracing(self, cell: Any, sparse_layers: list[int]) -> None:
+        layer, twin = layer_and_twin(cell, input_size=11, hidden_size=19)
         x = torch.randn(5, 3, 11)
         traced = torch.jit.trace(layer, x, check_trace=False)
         assert sparse_layers == []
@@ -276,20 +303,33 @@ class TestDense:
             assert torch.allclose(layer(x)[0].float(), twin(x)[0].float(), atol=0.02)
         assert sparse_layers == []
 
-    def test_auto_takes_what_is_expected_to_be_faster(self, sparse_layers: list[int]) -> None:
-        for connectivity, batch, sparse in ((0.05, 32, True), (0.9, 32, False), (0.3, 1, False)):
-            layer, _ = layer_and_twin(connectivity, "auto", input_size=30, hidden_size=100)
-            del sparse_layers[:]
-            layer(torch.randn(3, batch, 30))
-            assert sparse_layers == [3] * sparse
-            report = connectivity_report(layer).to_dict()["rows"]
-            assert {row["compute"] for row in report} == {"sparse" if sparse else "dense"}
+    @pytest.mark.parametrize(
+        ("cell", "connectivity", "batch", "sizes", "sparse"),
+        [
+            (nn.LSTM, 0.05, 32, (30, 100), True),
+            (nn.LSTM, 0.9, 32, (30, 100), False),
+            (nn.LSTM, 0.3, 1, (30, 100), False),
+            (nn.GRU, 0.05, 32, (30, 100), True),
+            (nn.GRU, 0.3, 1, (30, 100), True),  # torch's own takes long for a step, of however few units
+            (nn.GRU, 0.9, 1, (256, 400), False),
+            (nn.GRU, 0.9, 32, (256, 400), False),
+        ],
+    )
+    def test_auto_takes_what_is_expected_to_be_faster(
+        self, cell: Any, connectivity: float, batch: int, sizes: tuple[int, int], sparse: bool, sparse_layers: list[int]
+    ) -> None:
+        layer, _ = layer_and_twin(cell, connectivity, "auto", input_size=sizes[0], hidden_size=sizes[1])
+        layer(torch.randn(3, batch, sizes[0]))
+        assert sparse_layers == [3] * sparse
+        report = connectivity_report(layer).to_dict()["rows"]
+        assert {row["compute"] for row in report} == {"sparse" if sparse else "dense"}
 
 
-def test_rewiring_equals_that_of_dense_compute(sparse_layers: list[int]) -> None:
-    def trained(compute: str) -> tuple[nn.LSTM, list[dict[str, Tensor]]]:
+@both_layers
+def test_rewiring_equals_that_of_dense_compute(cell: Any, sparse_layers: list[int]) -> None:
+    def trained(compute: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
         torch.manual_seed(0)
-        layer = sparsify(nn.LSTM(12, 20, bidirectional=True, dtype=torch.float64), 0.2, seed=3, compute=compute)
+        layer = sparsify(cell(12, 20, bidirectional=True, dtype=torch.float64), 0.2, seed=3, compute=compute)
         optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
         DeepR(l1=0.5, seed=3).attach(layer, optimizer)
         states = []
@@ -313,8 +353,9 @@ def test_rewiring_equals_that_of_dense_compute(sparse_layers: list[int]) -> None
         torch.testing.assert_close(theta_of(sparse, name), theta_of(dense, name), rtol=1e-9, atol=1e-9)
 
 
-def test_copies_casts_and_densified_layers() -> None:
-    layer, twin = layer_and_twin(input_size=11, hidden_size=19)
+@both_layers
+def test_copies_casts_and_densified_layers(cell: Any) -> None:
+    layer, twin = layer_and_twin(cell, input_size=11, hidden_size=19)
     x = torch.randn(5, 3, 11)
     expected = twin(x)[0]
     replica = copy.deepcopy(layer)

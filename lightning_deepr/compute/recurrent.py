@@ -1,4 +1,4 @@
-"""Sparse compute of LSTMs: whole sequences from the connections alone, layer by layer and direction by direction.
+"""Sparse compute of LSTMs and GRUs: whole sequences from the connections alone, layer by layer and direction by direction.
 
 The cell's arithmetic is a share of the time that no sparsity saves; what is saved are the products, and a copy of dense weights into the
 layout of the dense library.
@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import ctypes
 import math
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_deepr import kernels
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.sparse import _is_plain
 
-State = tuple[Tensor, Tensor]
-
 
 class _Plan(NamedTuple):
-    """What depends on the sizes alone. Parts of W elements of the batch, tiles of V rows (see :mod:`lightning_deepr.kernels.lstm`)."""
+    """What depends on the sizes alone. Parts of W elements of the batch, tiles of V rows (see :mod:`lightning_deepr.kernels.recurrent`)."""
 
     threads: int
     part: tuple[int, int, int]  # bytes per float, lanes, vectors
@@ -43,18 +43,31 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _plan(steps: int, batch: int, columns: int, hidden: int, count: int, size: int, most: int) -> _Plan:
-    from lightning_deepr.kernels import linear, lstm
+    from lightning_deepr.kernels import linear, recurrent
 
     work = steps * batch * (count + 20 * hidden + columns)
     threads = max(1, min(most, work >> 18))
-    parts, lanes, vectors = lstm.parts_of(batch, threads, size)
+    parts, lanes, vectors = recurrent.parts_of(batch, threads, size)
     padded = parts * lanes * vectors
     tile = linear.tile_of(steps * padded, size, max(4 * hidden, columns))
     return _Plan(threads, (size, lanes, vectors), parts, padded, (size, *tile), -(-steps * padded // (tile[0] * tile[1])))
 
 
+@cache
+def _kernels() -> tuple[Any, Any]:
+    """(an import within a function takes a microsecond)"""
+    from lightning_deepr.kernels import products, recurrent
+
+    return products, recurrent
+
+
+@cache
+def _arguments() -> Any:
+    return ctypes.c_int64 * _kernels()[1].ARGUMENTS
+
+
 def _run(kernel: Any, fields: dict[int, int], threads: int) -> None:
-    arguments = (ctypes.c_int64 * 36)()
+    arguments = _arguments()()
     for position, value in fields.items():
         arguments[position] = value
     kernel(arguments, threads)
@@ -65,76 +78,87 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _ordered(where: list[int]) -> dict[int, int]:
-    from lightning_deepr.kernels import lstm
+    products, _ = _kernels()
+    return {products.START: where[0], products.INDEX: where[1], products.SLOTS: where[2]}
 
-    return {lstm.START: where[0], lstm.INDEX: where[1], lstm.SLOTS: where[2]}
 
-
-def _of_steps(plan: _Plan, steps: int, batch: int, hidden: int, reverse: bool, cell_step: int) -> dict[int, int]:
-    from lightning_deepr.kernels import lstm
-
+def _of_products(plan: _Plan, steps: int, sums: Tensor, tiled: Tensor, weight: Any, hidden: int, skip: int) -> dict[int, int]:
+    """Sums of the gates, in 4 blocks, and what they are a product of; a GRU's weight has no rows for the block ``skip``."""
+    products, _ = _kernels()
     return {
-        lstm.PHASE: lstm.RUN, lstm.STEPS: steps, lstm.BATCH: batch, lstm.PARTS: plan.parts, lstm.HIDDEN: hidden,
-        lstm.REVERSE: int(reverse), lstm.V: plan.tile_width, lstm.VECTORS: plan.part[2], lstm.CELL_STEP: cell_step,
+        products.COUNT: steps * plan.padded, products.TILES: plan.tiles, products.SHARES: plan.threads, products.ROWS: 4 * hidden,
+        products.COLUMNS: weight.columns, products.XT: tiled.data_ptr(), products.YT: sums.data_ptr(),
+        products.SKIP: skip * hidden, products.SKIPPED: 4 * hidden - weight.rows,
     }  # fmt: skip
 
 
-def _gather(kernel: Any, theta: Tensor, values: Tensor, where: list[int], threads: int) -> dict[int, int]:
-    """The connections' signed values to ``values``, in the order of starts, indices and slots at ``where``; the fields that say so."""
-    from lightning_deepr.kernels import lstm
+def _of_steps(
+    plan: _Plan, steps: int, batch: int, hidden: int, reverse: bool, cell_step: int,
+    first: Sequence[Tensor | None], last: Sequence[Tensor | None],
+) -> dict[int, int]:  # fmt: skip
+    """``first`` and ``last``: hidden state and, of an LSTM, cell state; or their gradients."""
+    _, recurrent = _kernels()
+    fields = {
+        recurrent.STEPS: steps, recurrent.BATCH: batch, recurrent.PARTS: plan.parts, recurrent.HIDDEN: hidden,
+        recurrent.REVERSE: int(reverse), recurrent.V: plan.tile_width, recurrent.VECTORS: plan.part[2], recurrent.CELL_STEP: cell_step,
+        recurrent.H_FIRST: _address(first[0]), recurrent.H_LAST: _address(last[0]),
+    }  # fmt: skip
+    if len(first) > 1:
+        fields |= {recurrent.C_FIRST: _address(first[1]), recurrent.C_LAST: _address(last[1])}
+    return fields
 
-    fields = {lstm.COUNT: theta.numel(), lstm.VALUES: values.data_ptr(), lstm.THETA: theta.data_ptr()}
+
+def _gather(theta: Tensor, values: Tensor, where: list[int], threads: int) -> dict[int, int]:
+    """The connections' signed values to ``values``, in the order of starts, indices and slots at ``where``; the fields that say so."""
+    products, recurrent = _kernels()
+    fields = {products.COUNT: theta.numel(), recurrent.VALUES: values.data_ptr(), products.THETA: theta.data_ptr()}
     fields |= _ordered(where)
-    _run(kernel, {lstm.PHASE: lstm.GATHER, **fields}, threads if theta.numel() > 20_000 else 1)
+    _run(recurrent.gather_kernel(theta.element_size()), fields, threads if theta.numel() > 20_000 else 1)
     return fields
 
 
 def _forward(
-    x: Tensor, theta_ih: Tensor, theta_hh: Tensor, bias: Tensor | None, h: Tensor | None, c: Tensor | None,
+    x: Tensor, theta_ih: Tensor, theta_hh: Tensor, bias: Tensor | None, states: Sequence[Tensor | None],
     ih: Any, hh: Any, reverse: bool, keep: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:  # fmt: skip
-    """(y, last h, last c), and what the backward pass needs: x in tiles, gates, cell states, h before each step in tiles."""
-    from lightning_deepr.kernels import lstm
-
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
+    """(y, last h and, of an LSTM, c), and what the backward pass needs: x in tiles, gates, h before each step in tiles, cell states."""
+    products, recurrent = _kernels()
     steps, batch, columns = x.shape
-    hidden, size = hh.columns, x.element_size()
+    hidden, size, kind = hh.columns, x.element_size(), hh.rows // hh.columns
     plan = _plan(steps, batch, columns, hidden, ih.count + hh.count, size, torch.get_num_threads())
-    rows, wide, count = 4 * hidden, plan.tile_width, steps * plan.padded
+    wide = plan.tile_width
     if plan.padded != batch:
         x = torch.nn.functional.pad(x, (0, 0, 0, plan.padded - batch))
     x = x.contiguous()
-    tiled, gates = x.new_empty(plan.tiles * columns * wide), x.new_empty(plan.tiles * rows * wide)
-    product = {
-        lstm.COUNT: count, lstm.TILES: plan.tiles, lstm.ROWS: rows, lstm.COLUMNS: columns, lstm.X: x.data_ptr(),
-        lstm.XT: tiled.data_ptr(), lstm.YT: gates.data_ptr(), lstm.THETA: theta_ih.data_ptr(), lstm.BIAS: _address(bias),
-        **_ordered(ih.addresses[:3]),
-    }  # fmt: skip
-    for phase in (lstm.TRANSPOSE, lstm.MULTIPLY):
-        _run(lstm.product_kernel(*plan.tile), {**product, lstm.PHASE: phase}, plan.threads)
+    tiled, gates = x.new_empty(plan.tiles * columns * wide), x.new_empty(plan.tiles * 4 * hidden * wide)
+    product = _of_products(plan, steps, gates, tiled, ih, hidden, 3) | _ordered(ih.addresses[:3])
+    product |= {products.X: x.data_ptr(), products.THETA: theta_ih.data_ptr(), products.BIAS: _address(bias)}
+    for phase in (products.TRANSPOSE, products.MULTIPLY):
+        _run(products.product_kernel(*plan.tile), {**product, products.PHASE: phase}, plan.threads)
 
-    kernel = lstm.forward_kernel(*plan.part)
     values = torch.empty_like(theta_hh)
-    fields = _gather(kernel, theta_hh, values, hh.addresses[:3], plan.threads)
+    fields = _gather(theta_hh, values, hh.addresses[:3], plan.threads)
     state = hidden * plan.width
-    cells = x.new_empty(plan.parts * (steps + 1 if keep else 1) * state)
     kept = x.new_empty(plan.tiles * hidden * wide) if keep else None
     if kept is not None:
-        _clear_rest(kept, plan, hidden, count)
+        _clear_rest(kept, plan, hidden, steps)
+    cells = x.new_empty(plan.parts * (steps + 1 if keep else 1) * state) if kind == recurrent.LSTM else None
     scratch = x.new_empty(plan.parts * 2 * state)
-    y, last_h, last_c = x.new_empty((steps, batch, hidden)), x.new_empty((batch, hidden)), x.new_empty((batch, hidden))
-    fields |= _of_steps(plan, steps, batch, hidden, reverse, state * size if keep else 0)
+    y, last = x.new_empty((steps, batch, hidden)), [x.new_empty((batch, hidden)) for _ in states]
+    fields |= _of_steps(
+        plan, steps, batch, hidden, reverse, state * size if keep and kind == recurrent.LSTM else 0, states, last
+    )
     fields |= {
-        lstm.GATES: gates.data_ptr(), lstm.CELLS: cells.data_ptr(), lstm.SCRATCH: scratch.data_ptr(), lstm.H_FIRST: _address(h),
-        lstm.C_FIRST: _address(c), lstm.H_LAST: last_h.data_ptr(), lstm.C_LAST: last_c.data_ptr(), lstm.Y: y.data_ptr(),
-        lstm.KEPT: _address(kept),
+        recurrent.GATES: gates.data_ptr(), recurrent.CELLS: _address(cells), recurrent.SCRATCH: scratch.data_ptr(),
+        recurrent.Y: y.data_ptr(), recurrent.KEPT: _address(kept),
     }  # fmt: skip
-    _run(kernel, fields, min(plan.threads, plan.parts))
-    return (y, last_h, last_c), (tiled, gates, cells, kept) if kept is not None else ()
+    _run(recurrent.forward_kernel(kind, *plan.part), fields, min(plan.threads, plan.parts))
+    return (y, *last), tuple(one for one in (tiled, gates, kept, cells) if one is not None) if keep else ()
 
 
-def _clear_rest(tiles: Tensor, plan: _Plan, features: int, count: int) -> None:
+def _clear_rest(tiles: Tensor, plan: _Plan, features: int, steps: int) -> None:
     """Zeros in the rows of the last tile that belong to no step."""
-    rest = plan.tiles * plan.tile_width - count
+    rest = plan.tiles * plan.tile_width - steps * plan.padded
     if rest:
         tiles.view(plan.tiles, features, plan.tile_width)[-1, :, -rest:] = 0
 
@@ -143,63 +167,53 @@ def _backward(
     gradients: tuple[Tensor, ...], saved: tuple[Tensor, ...], theta_ih: Tensor, theta_hh: Tensor,
     ih: Any, hh: Any, reverse: bool, need: list[bool], threads: int,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of x, theta of both weights, the biases' sum, h and c before the first step, where needed."""
-    from lightning_deepr.kernels import lstm
-
-    (dy, dh, dc), (tiled, gates, cells, kept) = (tuple(one.contiguous() for one in gradients), saved)
+    """Gradients of x, theta of both weights, the gates' sums, h and c before the first step, where needed."""
+    products, recurrent = _kernels()
+    (dy, *last), (tiled, gates, kept, *cells) = (tuple(one.contiguous() for one in gradients), saved)
     (steps, batch, hidden), size, columns = dy.shape, dy.element_size(), ih.columns
     plan = _plan(steps, batch, columns, hidden, ih.count + hh.count, size, threads)
-    rows, count, state = 4 * hidden, steps * plan.padded, hidden * plan.width
+    state, kind = hidden * plan.width, hh.rows // hidden
 
-    kernel = lstm.backward_kernel(*plan.part)
     values = torch.empty_like(theta_hh)
-    fields = _gather(kernel, theta_hh, values, hh.addresses[3:], plan.threads)
+    fields = _gather(theta_hh, values, hh.addresses[3:], plan.threads)
     dgates, scratch = torch.empty_like(gates), dy.new_empty(plan.parts * 7 * state)
-    _clear_rest(dgates, plan, rows, count)
-    first_dh, first_dc = (dy.new_empty((batch, hidden)) if needed else None for needed in need[4:])
-    fields |= _of_steps(plan, steps, batch, hidden, reverse, state * size)
+    _clear_rest(dgates, plan, 4 * hidden, steps)
+    first = [dy.new_empty((batch, hidden)) if needed else None for needed in need[4:]]
+    fields |= _of_steps(plan, steps, batch, hidden, reverse, state * size if cells else 0, first, last)
     fields |= {
-        lstm.GATES: gates.data_ptr(), lstm.CELLS: cells.data_ptr(), lstm.SCRATCH: scratch.data_ptr(), lstm.Y: dy.data_ptr(),
-        lstm.H_LAST: dh.data_ptr(), lstm.C_LAST: dc.data_ptr(), lstm.H_FIRST: _address(first_dh), lstm.C_FIRST: _address(first_dc),
-        lstm.KEPT: dgates.data_ptr(),
+        recurrent.GATES: gates.data_ptr(), recurrent.CELLS: (cells[0] if cells else kept).data_ptr(),
+        recurrent.SCRATCH: scratch.data_ptr(), recurrent.Y: dy.data_ptr(), recurrent.KEPT: dgates.data_ptr(),
     }  # fmt: skip
-    _run(kernel, fields, min(plan.threads, plan.parts))
+    _run(recurrent.backward_kernel(kind, *plan.part), fields, min(plan.threads, plan.parts))
 
-    common = {
-        lstm.COUNT: count, lstm.TILES: plan.tiles, lstm.SHARES: plan.threads, lstm.ROWS: rows, lstm.YT: dgates.data_ptr()
-    }  # fmt: skip
     dtheta_ih, dtheta_hh = (
         torch.empty_like(one) if needed else None for one, needed in zip((theta_ih, theta_hh), need[1:3], strict=True)
     )
     dx = dy.new_empty((steps, plan.padded, columns)) if need[0] else None
-    dbias = dy.new_empty(rows) if need[3] else None
-    of_hidden = {lstm.COLUMNS: hidden, lstm.XT: kept.data_ptr(), lstm.DTHETA: _address(dtheta_hh), lstm.DBIAS: _address(dbias)}
-    if dtheta_hh is not None or dbias is not None:
-        _run(lstm.theta_kernel(*plan.tile), {**common, **of_hidden, **_ordered(hh.addresses[:3])}, plan.threads)
-    of_input = {
-        lstm.COLUMNS: columns,
-        lstm.XT: tiled.data_ptr(),
-        lstm.THETA: theta_ih.data_ptr(),
-        lstm.DTHETA: _address(dtheta_ih),
-    }
+    dsums = dy.new_empty(4 * hidden) if need[3] else None
+    if dtheta_hh is not None or dsums is not None:
+        of_hidden = _of_products(plan, steps, dgates, kept, hh, hidden, 2) | _ordered(hh.addresses[:3])
+        of_hidden |= {products.DTHETA: _address(dtheta_hh), products.DBIAS: _address(dsums)}
+        _run(products.theta_kernel(*plan.tile), of_hidden, plan.threads)
+    of_input = _of_products(plan, steps, dgates, tiled, ih, hidden, 3)
+    of_input |= {products.THETA: theta_ih.data_ptr(), products.DTHETA: _address(dtheta_ih), products.DX: _address(dx)}
     if dx is not None:
-        of_input[lstm.DX] = dx.data_ptr()
-        _run(lstm.input_kernel(*plan.tile), {**common, **of_input, **_ordered(ih.addresses[3:])}, plan.threads)
+        _run(products.input_kernel(*plan.tile), of_input | _ordered(ih.addresses[3:]), plan.threads)
         dx = dx[:, :batch]
     elif dtheta_ih is not None:
-        _run(lstm.theta_kernel(*plan.tile), {**common, **of_input, **_ordered(ih.addresses[:3])}, plan.threads)
-    return [dx, dtheta_ih, dtheta_hh, dbias, first_dh, first_dc]
+        _run(products.theta_kernel(*plan.tile), of_input | _ordered(ih.addresses[:3]), plan.threads)
+    return [dx, dtheta_ih, dtheta_hh, dsums, *first]
 
 
-class LSTMFunction(torch.autograd.Function):
-    """One layer in one direction. x [T, B, columns] -> y [T, B, hidden], last h and c [B, hidden]."""
+class RecurrentFunction(torch.autograd.Function):
+    """One layer in one direction. x [T, B, columns] -> y [T, B, hidden], last h and, of an LSTM, last c [B, hidden]."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, theta_ih: Tensor, theta_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None,
-        h: Tensor | None, c: Tensor | None, buffer_ih: Tensor, buffer_hh: Tensor, ih: Any, hh: Any, reverse: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        found, saved = _forward(x, theta_ih, theta_hh, _sum(bias_ih, bias_hh), h, c, ih, hh, reverse, True)
+        buffer_ih: Tensor, buffer_hh: Tensor, ih: Any, hh: Any, reverse: bool, *states: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        found, saved = _forward(x, theta_ih, theta_hh, _of_sums(bias_ih, bias_hh, hh.columns), states, ih, hh, reverse, True)
         ctx.save_for_backward(*saved, theta_ih, theta_hh, buffer_ih, buffer_hh)
         ctx.ih, ctx.hh, ctx.reverse = ih, hh, reverse
         ctx.threads = torch.get_num_threads()
@@ -211,59 +225,100 @@ class LSTMFunction(torch.autograd.Function):
             raise RuntimeError(TWICE)
         *saved, theta_ih, theta_hh, _, _ = ctx.saved_tensors  # raises if connections were rewired since
         asked = ctx.needs_input_grad
-        need = [*asked[:3], asked[3] or asked[4], *asked[5:7]]
-        dx, dtheta_ih, dtheta_hh, dbias, dh, dc = _backward(
+        need = [*asked[:3], asked[3] or asked[4], *asked[10:]]
+        dx, dtheta_ih, dtheta_hh, dsums, *states = _backward(
             gradients, tuple(saved), theta_ih, theta_hh, ctx.ih, ctx.hh, ctx.reverse, need, ctx.threads
         )  # fmt: skip
-        # gradients are accumulated in place: each bias needs its own
-        second = dbias.clone() if dbias is not None and asked[3] else dbias
-        return (
-            dx, dtheta_ih, dtheta_hh, dbias if asked[3] else None, second if asked[4] else None,
-            dh, dc, None, None, None, None, None,
-        )  # fmt: skip
+        found = (None, None) if dsums is None else _of_biases(dsums, ctx.hh.rows)
+        biases = (one if needed else None for one, needed in zip(found, asked[3:5], strict=True))
+        return dx, dtheta_ih, dtheta_hh, *biases, None, None, None, None, None, *states
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return None if a is None or b is None else a + b
+def _of_sums(ih: Tensor | None, hh: Tensor | None, hidden: int) -> Tensor | None:
+    """What two biases add to the four blocks of sums. A GRU's third gate has a sum for each of the two."""
+    if ih is None or hh is None:
+        return None
+    if ih.numel() == 4 * hidden:
+        return ih + hh
+    both = 2 * hidden
+    return torch.cat((ih[:both] + hh[:both], ih[both:], hh[both:]))
+
+
+def _of_biases(dsums: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The biases' gradients from those of the sums. They are accumulated in place: each needs its own."""
+    if dsums.numel() == rows:
+        return dsums, dsums.clone()
+    return dsums[:rows].clone(), torch.cat((dsums[: dsums.numel() // 2], dsums[rows:]))
 
 
 # -- the module ---------------------------------------------------------------------------------------------------------------
 
 
 def capable(module: nn.Module, tensor_name: str) -> bool:
-    """Whether sparse compute may take a tensor of a recurrent layer: a weight of an LSTM without projections."""
-    return isinstance(module, nn.LSTM) and module.proj_size == 0 and tensor_name.startswith(("weight_ih_l", "weight_hh_l"))
+    """Whether sparse compute may take a tensor of a recurrent layer: a weight of an LSTM without projections or of a GRU."""
+    return _is_known(type_before_parametrizations(module), module) and tensor_name.startswith(("weight_ih_l", "weight_hh_l"))
 
 
-def lstm_forward(module: Any, input: Any, hx: Any = None) -> tuple[Tensor, State] | None:
-    """``nn.LSTM.forward`` by sparse compute; None where the dense weights have to be built."""
-    if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():
+def _is_known(kind: Any, module: Any) -> bool:
+    """Whether a layer runs as torch's own LSTM or GRU does. (A subclass may have another forward.)"""
+    return issubclass(kind, (nn.LSTM, nn.GRU)) and kind.forward in (nn.LSTM.forward, nn.GRU.forward) and module.proj_size == 0
+
+
+def sparse_forward(plain: Any, module: Any, input: Any, hx: Any = None) -> tuple[Tensor, Any] | None:
+    """``forward`` of an ``nn.LSTM`` or ``nn.GRU`` by sparse compute; None where the dense weights have to be built.
+
+    Args:
+        plain: the layer's class before it was parametrized.
+        module: the layer.
+        input, hx: as torch takes them.
+    """
+    if not _is_known(plain, module) or torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():
         return None
+    states = _states(module, hx)
     layers = _layers(module)
-    if layers is None or not _suits(module, input, hx, layers) or not _prefers_sparse(module, input, layers):
+    if (
+        layers is None
+        or states is None
+        or not _suits(module, input, states, layers)
+        or not _prefers_sparse(module, input, layers)
+    ):
         _note(module, "dense")
         return None
     _note(module, "sparse")
     batched = input.dim() == 3
     x = (input.transpose(0, 1) if module.batch_first else input) if batched else input.unsqueeze(1)
-    states = None if hx is None else [(one if batched else one.unsqueeze(1)).unbind(0) for one in hx]
+    given = [(one if batched else one.unsqueeze(1)).unbind(0) for one in states]
+    nothing = [None] * (2 if isinstance(module, nn.LSTM) else 1)
     directions = 2 if module.bidirectional else 1
-    last: list[State] = []
+    last = []
     for number in range(module.num_layers):
         if number > 0 and module.dropout > 0:
             x = dropout(x, module.dropout, module.training)
         outputs = []
         for direction in range(directions):
             at = number * directions + direction
-            h, c = (None, None) if states is None else (states[0][at].contiguous(), states[1][at].contiguous())
-            y, *state = _direction(x, layers[at], h, c, direction == 1)
+            first = [one[at].contiguous() for one in given] or nothing
+            y, *state = _direction(x, layers[at], first, direction == 1)
             outputs.append(y)
-            last.append((state[0], state[1]))
+            last.append(state)
         x = outputs[0] if directions == 1 else torch.cat(outputs, 2)
-    h, c = (torch.stack(one) for one in zip(*last, strict=True))
+    ends = [torch.stack(one) for one in zip(*last, strict=True)]
     if not batched:
-        return x.squeeze(1), (h.squeeze(1), c.squeeze(1))
-    return (x.transpose(0, 1) if module.batch_first else x), (h, c)
+        x, ends = x.squeeze(1), [one.squeeze(1) for one in ends]
+    elif module.batch_first:
+        x = x.transpose(0, 1)
+    return x, tuple(ends) if isinstance(module, nn.LSTM) else ends[0]
+
+
+def _states(module: Any, hx: Any) -> list[Tensor] | None:
+    """The states before the first step: none, h, or h and c; None for what torch is left to complain about."""
+    if hx is None:
+        return []
+    if isinstance(module, nn.GRU):
+        hx = (hx,)
+    if not isinstance(hx, (tuple, list)) or len(hx) != (1 if isinstance(module, nn.GRU) else 2):
+        return None
+    return list(hx) if all(isinstance(one, Tensor) for one in hx) else None
 
 
 def _note(module: Any, compute: str) -> None:
@@ -282,9 +337,7 @@ class _Layer(NamedTuple):
 
 
 def _layers(module: Any) -> list[_Layer] | None:
-    """All layers and directions of an LSTM, or None where some weight has no connections to compute from."""
-    if not isinstance(module, nn.LSTM) or module.proj_size:
-        return None
+    """All layers and directions of a module, or None where some weight has no connections to compute from."""
     holders: Any = module._modules.get("parametrizations") or {}
     found = []
     for number in range(module.num_layers):
@@ -294,64 +347,76 @@ def _layers(module: Any) -> list[_Layer] | None:
                 name = f"weight_{kind}_l{number}{suffix}"
                 if name not in holders or len(holders[name]) != 1 or not hasattr(holders[name][0], "policy"):
                     return None
-                weights.append((holders[name].original, holders[name][0]))
+                weights.append((holders[name][0].own(holders[name].original), holders[name][0]))
             biases = [getattr(module, f"bias_{kind}_l{number}{suffix}") if module.bias else None for kind in ("ih", "hh")]
             found.append(_Layer(weights, (biases[0], biases[1])))
     return found
 
 
-def _suits(module: Any, x: Any, hx: Any, layers: list[_Layer]) -> bool:
+def _suits(module: Any, x: Any, states: list[Tensor], layers: list[_Layer]) -> bool:
     """Whether kernels can take these arguments; what doesn't fit is left to torch, which says so."""
     if not isinstance(x, Tensor) or not _is_plain(x):
         return False
     if x.dim() not in (2, 3) or x.shape[-1] != module.input_size or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
         return False
-    tensors = [x]
-    if hx is not None:
-        batch = () if x.dim() == 2 else (x.shape[0 if module.batch_first else 1],)
-        shape = (len(layers), *batch, module.hidden_size)
-        if not isinstance(hx, (tuple, list)) or len(hx) != 2 or any(not isinstance(h, Tensor) or h.shape != shape for h in hx):
-            return False
-        tensors += hx
+    batch = () if x.dim() == 2 else (x.shape[0 if module.batch_first else 1],)
+    if any(one.shape != (len(layers), *batch, module.hidden_size) for one in states):
+        return False
+    tensors = [x, *states]
     for layer in layers:
         tensors += [bias for bias in layer.biases if bias is not None]
         for theta, slots in layer.weights:
-            if slots.policy == "dense" or theta.dtype != x.dtype or theta.numel() != slots.count or not kernels.suits(theta):
+            if slots.policy == "dense" or slots.on_dense_gradient is not None:
+                return False
+            if theta.dtype != x.dtype or theta.numel() != slots.count or not kernels.suits(theta):
                 return False
     return all(type(one) in (Tensor, nn.Parameter) and one.dtype == x.dtype and one.is_cpu for one in tensors)
 
 
 def _prefers_sparse(module: Any, x: Tensor, layers: list[_Layer]) -> bool:
     batch = 1 if x.dim() == 2 else x.shape[0 if module.batch_first else 1]
+    kind = "LSTM" if isinstance(module, nn.LSTM) else "GRU"
     for layer in layers:
         (_, ih), (_, hh) = layer.weights
         asked_for = ih.policy == hh.policy == "sparse"
-        if not asked_for and not prefers_sparse(batch, ih.columns, hh.columns, ih.count + hh.count):
+        if not asked_for and not prefers_sparse(kind, batch, ih.columns, hh.columns, ih.count + hh.count):
             return False
     return True
 
 
-def _direction(x: Tensor, layer: _Layer, h: Tensor | None, c: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _direction(x: Tensor, layer: _Layer, states: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, ...]:
     (theta_ih, ih), (theta_hh, hh) = ((theta, slots.ordered()) for theta, slots in layer.weights)
     if torch.is_grad_enabled():
-        return LSTMFunction.apply(  # type: ignore[no-any-return]
-            x, theta_ih, theta_hh, *layer.biases, h, c, ih.buffer, hh.buffer, ih, hh, reverse
+        return RecurrentFunction.apply(  # type: ignore[no-any-return]
+            x, theta_ih, theta_hh, *layer.biases, ih.buffer, hh.buffer, ih, hh, reverse, *states
         )
-    return _forward(x, theta_ih, theta_hh, _sum(*layer.biases), h, c, ih, hh, reverse, False)[0]
+    return _forward(x, theta_ih, theta_hh, _of_sums(*layer.biases, hh.columns), states, ih, hh, reverse, False)[0]
 
 
-# Microseconds per step, fitted to `benchmarks/recurrent.py` (batches of 1 to 128, hidden sizes of 32 to 800, 2 % to 30 %): a step; a
-# multiplication per connection or place and element of the batch; a unit and element; reading a connection or place.
-SPARSE = (7.1, 8.2e-5, 1.15e-2, 1.1e-3)
-DENSE = (16.0, 2.5e-5, 1.64e-2, 1.2e-4)
+# Microseconds per step, fitted to `benchmarks/recurrent.py`: what the terms below are multiplied with. (LSTM: batches of 1 to 128, hidden sizes
+# of 32 to 800, 2 % to 30 %, two threads; GRU: 32 to 400, 5 % to 50 %, one thread. PyTorch's GRU takes far longer for a step than its LSTM.)
+SPARSE = {"LSTM": (7.1, 8.2e-5, 1.15e-2, 1.1e-3), "GRU": (6.9, 1.08e-4, 1.64e-2, 7.9e-4)}
+DENSE = {"LSTM": (16.0, 2.5e-5, 1.64e-2, 1.2e-4), "GRU": (109.0, 2.76e-5, 4.25e-2, 7.1e-4)}
 
 
-def prefers_sparse(batch: int, columns: int, hidden: int, count: int) -> bool:
+def prefers_sparse(kind: str, batch: int, columns: int, hidden: int, count: int) -> bool:
     """Whether a layer with so many connections in both weights is expected to be faster without dense weights, forward and backward.
 
-    The rule was right for 53 of the 60 layers that it was fitted to, and 1.28 times too slow at worst.
+    The rule was right for 53 of the 60 LSTMs that it was fitted to, and 1.28 times too slow at worst; for GRUs it was right for all 72.
     """
+    sparse, dense = sparse_terms(batch, columns, hidden, count), dense_terms(kind, batch, columns, hidden)
+    return sum(a * b for a, b in zip(SPARSE[kind], sparse, strict=True)) < sum(
+        a * b for a, b in zip(DENSE[kind], dense, strict=True)
+    )
+
+
+def sparse_terms(batch: int, columns: int, hidden: int, count: int) -> tuple[float, ...]:
+    """A step; a multiplication per connection and element of the batch; a unit and element; reading a connection."""
     padded = 8 if batch <= 8 else 16 * math.ceil(batch / 16)  # the kernels work on whole vectors
-    total = 4 * hidden * (hidden + columns)
-    sparse = SPARSE[0] + SPARSE[1] * padded * count + SPARSE[2] * padded * hidden + SPARSE[3] * count
-    return sparse < DENSE[0] + DENSE[1] * batch * total + DENSE[2] * batch * hidden + DENSE[3] * total
+    return 1, padded * count, padded * hidden, count
+
+
+def dense_terms(kind: str, batch: int, columns: int, hidden: int) -> tuple[float, ...]:
+    """The same, for each place of the weights."""
+    total = (4 if kind == "LSTM" else 3) * hidden * (hidden + columns)
+    return 1, batch * total, batch * hidden, total
