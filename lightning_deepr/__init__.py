@@ -5,6 +5,7 @@ trainer = lightning.Trainer(callbacks=[DeepR(connectivity=0.01)])
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_deepr.checkpoint import load_state_dict, save_sparse
@@ -15,13 +16,23 @@ from lightning_deepr.schedules import LinearDecay, LrPower
 
 if TYPE_CHECKING:
     from lightning_deepr.callback import SparseTraining
+    from lightning_deepr.comparisons import SET, FixedRandom
     from lightning_deepr.deepr import DeepR
+    from lightning_deepr.pruning import L1Shrinkage, MagnitudePruning
+    from lightning_deepr.rigl import RigL
+    from lightning_deepr.soft_deepr import SoftDeepR
 
 __version__ = "0.1.0"
 __all__ = [
+    "SET",
     "DeepR",
+    "FixedRandom",
+    "L1Shrinkage",
     "LinearDecay",
     "LrPower",
+    "MagnitudePruning",
+    "RigL",
+    "SoftDeepR",
     "SparseLinear",
     "SparseTraining",
     "connections",
@@ -33,14 +44,20 @@ __all__ = [
 ]
 
 
+CALLBACKS = {
+    "DeepR": "deepr",
+    "FixedRandom": "comparisons",
+    "L1Shrinkage": "pruning",
+    "MagnitudePruning": "pruning",
+    "RigL": "rigl",
+    "SET": "comparisons",
+    "SoftDeepR": "soft_deepr",
+    "SparseTraining": "callback",
+}
+
+
 def __getattr__(name: str) -> Any:
     # the callbacks import Lightning; converting, densifying and inspecting a network do not need it
-    if name == "DeepR":
-        from lightning_deepr.deepr import DeepR
-
-        return DeepR
-    if name == "SparseTraining":
-        from lightning_deepr.callback import SparseTraining
-
-        return SparseTraining
-    raise AttributeError(f"module 'lightning_deepr' has no attribute {name!r}")
+    if name in CALLBACKS:
+        return getattr(importlib.import_module(f"lightning_deepr.{CALLBACKS[name]}"), name)
+    raise AttributeError(f"module 'lightning_deepr' has no attribute {name!r}; its callbacks are {', '.join(CALLBACKS)}.")

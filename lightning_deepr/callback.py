@@ -20,19 +20,21 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_deepr import fabric_hooks, guards
-from lightning_deepr.connections import KSlots, converted_tensors, follow
+from lightning_deepr import fabric_hooks, global_scope, guards
+from lightning_deepr.connections import Converted, KSlots, converted_tensors, follow
 from lightning_deepr.conversion import check_compute, check_seed, convert, nothing_to_convert
+from lightning_deepr.parametrization import Parametrization
 from lightning_deepr.schedules import (
     LinearDecay,
     LrPower,
     check_l1,
     check_temperature,
+    entry_for,
     is_documented,
-    l1_for,
 )
 from lightning_deepr.selection import (
     DISTRIBUTIONS,
+    Candidate,
     allocate,
     candidates,
     check_connectivity,
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-def _keep_draws_apart(tensors: list[KSlots]) -> None:
+def _keep_draws_apart(tensors: list[Any]) -> None:
     """Layers that were converted one by one have the same index, and would draw alike."""
     taken: set[int] = set()
     following = 1 + max((slots.index for slots in tensors), default=0)
@@ -89,6 +91,8 @@ class SparseTraining(Stepper, Callback):
     An algorithm overrides :meth:`after_step`.
     """
 
+    scopes: tuple[str, ...] = ("layer",)
+
     # LightningCLI reads the arguments' names and types here: they have to be there when the program runs
     def __init__(
         self,
@@ -98,8 +102,8 @@ class SparseTraining(Stepper, Callback):
         exclude_modules: str | Iterable[str] | Callable = (),
         distribution: str | Callable = "erdos_renyi",
         scope: str = "layer",
-        l1: float | dict[str, float] | LinearDecay | Callable | None = None,
-        temperature: float | LrPower | Callable = 0.0,
+        l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable | None = None,
+        temperature: float | LrPower | dict[str, float | LrPower] | Callable = 0.0,
         init: str = "module",
         rewire_every_n_steps: int = 1,
         rewire_until: int | float | None = None,
@@ -120,8 +124,9 @@ class SparseTraining(Stepper, Callback):
             raise ValueError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)} or a function, found {distribution!r}.")
         if init not in INITS:
             raise ValueError(f"init: expected one of {', '.join(INITS)}, found {init!r}.")
-        if scope != "layer":
-            raise ValueError(f'scope: expected "layer" (K per tensor; "global" is not in this version), found {scope!r}.')
+        if scope not in self.scopes:
+            known = {"layer": '"layer" (K per tensor)', "global": '"global" (one K for the whole network)'}
+            raise ValueError(f"scope: expected {' or '.join(known[one] for one in self.scopes)}, found {scope!r}.")
         for name, value in (("rewire_every_n_steps", rewire_every_n_steps), ("log_every_n_steps", log_every_n_steps)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an int of at least 1, found {value!r}.")
@@ -148,6 +153,7 @@ class SparseTraining(Stepper, Callback):
         self.target_modules: Any = target_modules
         self.exclude_modules: Any = exclude_modules
         self.distribution: Any = distribution
+        self.scope = scope
         self.l1: Any = l1
         self.init = init
         self.compute = compute
@@ -170,11 +176,21 @@ class SparseTraining(Stepper, Callback):
         new = self._take(pl_module, watch=True)
         guards.refuse_spawn(trainer, new)
 
-    def _take(self, module: nn.Module, watch: bool = False) -> int:
-        """Convert what is asked for, and take charge of what is converted already. Returns how many were converted."""
+    def _take(self, module: nn.Module, watch: bool = False, early: bool = True) -> int:
+        """Convert what is asked for, and take charge of what is converted already.
+
+        Args:
+            module: of which.
+            watch: whether to look out for writes into converted weights until the training starts.
+            early: no optimizer exists yet, so that parameters may become others.
+
+        Returns:
+            how many tensors were converted.
+        """
         found = candidates(module)
-        if isinstance(self.l1, Mapping):
-            refuse_unknown(list(self.l1), found, "l1")
+        for argument, value in (("l1", self.l1), ("temperature", self.temperature)):
+            if isinstance(value, Mapping):
+                refuse_unknown(list(value), found, argument)
         free = [c for c in found if c.slots is None or c.slots.owner() in (None, self)]
         if self.connectivity is None:
             chosen = [c for c in select(free, self.target_modules, self.exclude_modules) if c.slots is not None]
@@ -193,19 +209,26 @@ class SparseTraining(Stepper, Callback):
             chosen = select(free, self.target_modules, self.exclude_modules, self.connectivity)
         if not chosen:
             raise ValueError(nothing_to_convert(module))
-        alphas = {c.name: l1_for(self.l1, c) for c in chosen}
+        entries = {c.name: (entry_for("l1", self.l1, c), entry_for("temperature", self.temperature, c)) for c in chosen}
+        for candidate in chosen:
+            if candidate.slots is not None:
+                self.check_kind(candidate.name, candidate.slots)
+        if self.scope == "global":
+            global_scope.check(chosen, early)
         old = [c for c in chosen if c.slots is not None]
         new = [c for c in chosen if c.slots is None]
         if new:
             assert self.connectivity is not None
             counts = allocate(new, self.connectivity, self.distribution)
-            for converted in convert(module, new, counts, init=self.init, seed=self.seed, compute=self.compute):
+            for converted in self.convert(module, new, counts):
                 converted.slots.watch(watch)
             total = sum(c.total for c in new)
             rank_zero_info(
                 f"{type(self).__name__}: {sum(counts.values()):,} connections of {total:,} ({sum(counts.values()) / total:.2%}) in "
                 f"{len(new)} tensors."
             )
+        if self.scope == "global":
+            global_scope.join([converted for converted in converted_tensors(module) if converted.name in entries])
         mine = {tensor.slots: tensor for tensor in self._tensors}
         if any(c.slots not in mine for c in old):
             rank_zero_info(
@@ -213,21 +236,45 @@ class SparseTraining(Stepper, Callback):
             )
         taken = []
         for converted in converted_tensors(module):
-            if converted.name not in alphas:
+            if converted.name not in entries:
                 continue
             tensor = mine.get(converted.slots)
             if tensor is None:
                 # a new callback on a trained network goes on counting, so that it does not repeat the draws of the old one
-                step = 1 + int(converted.slots.born.max())
-                tensor = TrackedTensor(converted, Turnover(converted.slots.count), step=step, start=step)
-            tensor.converted, tensor.alpha = converted, alphas[converted.name]
+                step = 1 + converted.slots.last_birth()
+                count = converted.slots.wanted if self.scope == "layer" else converted.slots.count
+                tensor = TrackedTensor(converted, Turnover(count), step=step, start=step)
+            tensor.converted, (tensor.alpha, tensor.temperature) = converted, entries[converted.name]
             converted.slots.owner = weakref.ref(self)
             taken.append(tensor)
+        if self.scope == "global":  # one theta takes one number of steps
+            step = max(tensor.step for tensor in taken)
+            for tensor in taken:
+                if tensor.step != step:
+                    tensor.step = tensor.start = step
         _keep_draws_apart([tensor.slots for tensor in taken])
         self._tensors = taken
         self._matches.clear()
         self._apply_loaded()
         return len(new)
+
+    def convert(self, module: nn.Module, new: list[Candidate], counts: Mapping[str, int]) -> list[Converted]:
+        """Convert dense weights into what the algorithm works on: K slots."""
+        return convert(module, new, counts, init=self.init, seed=self.seed, compute=self.compute)
+
+    def check_kind(self, name: str, slots: Parametrization) -> None:
+        """Refuse a tensor that was converted into something else than what the algorithm works on."""
+        if not isinstance(slots, KSlots):
+            raise ValueError(
+                f"`{name}` has a theta for every potential connection ({type(slots).__name__}): {type(self).__name__} expects K "
+                "slots. Call densify(module) and convert it anew."
+            )
+        if slots.pool is not None and self.scope != "global":
+            instead = 'Give scope="global", or call' if "global" in self.scopes else "Call"
+            raise ValueError(
+                f'`{name}` shares one K with other layers (scope="global"), but {type(self).__name__} works with K per tensor '
+                f'(scope="layer"). {instead} densify(module) and convert it anew.'
+            )
 
     # -- when it runs: under a Trainer ------------------------------------------------------------------------------------
 
@@ -245,10 +292,10 @@ class SparseTraining(Stepper, Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._apply_loaded()
         self._continues = self._continues or trainer.global_step > 0
-        self._begin_training()
         total = trainer.estimated_stepping_batches
         self._total_steps = float(total) if total != float("inf") and total > 0 else None
         self._check_schedules("Give the Trainer max_epochs or max_steps.")
+        self._begin_training()
         found = [self._wire(optimizer) for optimizer in trainer.optimizers]
         if not any(found):
             raise RuntimeError(guards.OPTIMIZER_TOO_EARLY)
@@ -279,6 +326,9 @@ class SparseTraining(Stepper, Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        meaning = global_scope.explain(str(exception), pl_module)
+        if meaning is not None and meaning not in str(exception):
+            exception.args = (f"{exception} {meaning}", *exception.args[1:])
         self._release()
 
     @override
@@ -294,6 +344,35 @@ class SparseTraining(Stepper, Callback):
                 tensor.slots.owner = lambda: None
 
     # -- when it runs: in a plain loop ------------------------------------------------------------------------------------
+
+    def prepare(self, net: nn.Module) -> nn.Module:
+        """Convert a network in place, as :meth:`setup` does under a Trainer: for a plain loop or Fabric, before the optimizer is made.
+
+        For what works on K slots it is :func:`lightning_deepr.sparsify` with the callback's own arguments; a method that needs a
+        theta for every potential connection has no other way.
+
+        Args:
+            net: any module, not converted yet.
+
+        Returns:
+            the network itself.
+
+        Example::
+
+            >>> import torch
+            >>> from lightning_deepr import FixedRandom
+            >>> callback = FixedRandom(0.05)
+            >>> net = callback.prepare(torch.nn.Linear(100, 10))
+            >>> rewiring = callback.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        """
+        at_work, self._tensors = self._tensors, []
+        loaded, self._loaded = self._loaded, None
+        self._take(net)
+        for tensor in self._tensors:  # nobody is at work on it yet: attach, or Fabric's setup, takes charge
+            tensor.slots.owner = lambda: None
+        self._tensors, self._loaded = at_work, loaded
+        self._matches.clear()
+        return net
 
     def attach(self, net: nn.Module, optimizer: Optimizer, total_steps: int | None = None) -> Rewiring:
         """Rewire after each ``optimizer.step()`` of a plain PyTorch loop.
@@ -330,11 +409,11 @@ class SparseTraining(Stepper, Callback):
             )
         optimizer = _unwrapped(optimizer)
         self._take_charge(net, keep=bool(self._hooks))
-        if not self._hooks:
-            self._begin_training()
         if total_steps is not None:
             self._total_steps = float(total_steps)
         self._check_schedules("Give attach(..., total_steps=...).")
+        if not self._hooks:
+            self._begin_training()
         if not self._wire(optimizer, check_before=True):
             if not self._hooks:
                 self._release()
@@ -359,7 +438,7 @@ class SparseTraining(Stepper, Callback):
             kept = self._tensors if keep else []
             wanted, self.connectivity = self.connectivity, None
             try:
-                self._take(net)
+                self._take(net, early=False)
             finally:
                 self.connectivity = wanted
             names = {tensor.name for tensor in kept}
@@ -382,11 +461,11 @@ class SparseTraining(Stepper, Callback):
             return  # another module of the same script, a discriminator for one
         at_work = bool(self._hooks) or self._at_fabric
         self._take_charge(module, keep=at_work)
-        if not at_work:
-            self._begin_training()
         self._check_schedules(
             "Fabric does not know the length of the training: call attach(net, optimizer, total_steps=...) on the callback."
         )
+        if not at_work:
+            self._begin_training()
         self._at_fabric = True
         fabric_hooks.listen(self)
 
@@ -394,6 +473,7 @@ class SparseTraining(Stepper, Callback):
         """Before a step of any optimizer: values that are not finite."""
         if id(optimizer) not in self._hooks and self._match(optimizer):
             self._before_plain_step(optimizer, args, kwargs)
+            self._call_before_step(optimizer)
 
     def after_step_under_fabric(self, optimizer: Optimizer) -> None:
         """After a step of any optimizer: it was really taken."""
@@ -454,7 +534,7 @@ class SparseTraining(Stepper, Callback):
             "seed": self.seed,
             "tensors": {
                 t.name: {
-                    "K": t.slots.count,
+                    "K": t.slots.wanted,
                     "step": t.step,
                     "start": t.start,
                     "streak": t.turnover.streak,
@@ -485,9 +565,9 @@ class SparseTraining(Stepper, Callback):
                 "Give the same target_modules and connectivity as in the run that wrote it."
             )
         for name, tensor in mine.items():
-            if recorded[name]["K"] != tensor.slots.count:
+            if recorded[name]["K"] != tensor.slots.wanted:
                 raise ValueError(
-                    f"`{name}`: expected a checkpoint with K = {tensor.slots.count}, found {recorded[name]['K']}. Give the same "
+                    f"`{name}`: expected a checkpoint with K = {tensor.slots.wanted}, found {recorded[name]['K']}. Give the same "
                     "connectivity as in the run that wrote it."
                 )
         if state["seed"] != self.seed:

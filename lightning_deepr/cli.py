@@ -49,17 +49,37 @@ def with_packaged_recipes(arguments: Sequence[str]) -> list[str]:
     return result
 
 
+def refuse_unknown_methods(arguments: Sequence[str]) -> None:
+    """A bare name of a method (``--sparsity SET``) has to be one of the family.
+
+    Raises:
+        SystemExit: it is not; lists the family.
+    """
+    from lightning_deepr import CALLBACKS
+
+    methods = [name for name in CALLBACKS if name != "SparseTraining"]
+    given = [(*argument.split("=", 1), *after)[:2] for argument, *after in zip(arguments, [*arguments[1:], ""], strict=True)]
+    for option, value in given:
+        if option in ("--sparsity", "--sparsity.class_path") and value.isidentifier() and value not in (*methods, "null"):
+            raise SystemExit(f"lightning-deepr: no method {value!r}. Methods: {', '.join(methods)}.")
+
+
 def train(arguments: Sequence[str], run: bool = True) -> LightningCLI:
     """``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's: any value of a recipe can be overridden.
 
     Args:
-        arguments: of the command line. The recipe's ``sparsity`` is the sparse-training callback (``--sparsity.connectivity .05``).
+        arguments: of the command line. The recipe's ``sparsity`` is the sparse-training callback (``--sparsity.connectivity .05``);
+            ``--sparsity SET`` takes another one, with those of the recipe's settings that it has, too.
         run: False (without a subcommand among the arguments) makes model, data and trainer only.
     """
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+    import lightning_deepr
     from lightning_deepr.callback import SparseTraining
+
+    for name in lightning_deepr.CALLBACKS:  # a class that is loaded can be named without its module: --sparsity SET
+        getattr(lightning_deepr, name)
 
     class RecipeCLI(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -85,6 +105,7 @@ def train(arguments: Sequence[str], run: bool = True) -> LightningCLI:
         ".*treespec, LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", harmless)
+    refuse_unknown_methods(arguments)
     sys.argv[1:] = with_packaged_recipes(arguments)  # LightningCLI warns when it is given arguments of its own
     return RecipeCLI(
         LightningModule,

@@ -7,11 +7,11 @@ it and knows where each slot's connection is (``places``) and what sign it has (
 
 from __future__ import annotations
 
-import math
+import copy
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,42 +22,17 @@ from lightning_deepr import kernels, recurrent
 from lightning_deepr.compute import build_weight, choice, forwards
 from lightning_deepr.compute.order import Order
 from lightning_deepr.compute.weight import SparseWeight as _SparseWeight
-from lightning_deepr.randomness import signs_of
+from lightning_deepr.parametrization import LARGEST_READ, Notice, Parametrization
 
-FORMAT_VERSION = 1
-# torch lists unexpected keys by name, and that is all a class that builds the dense model can show its user when it is given
-# a sparse checkpoint. So the key that holds the version of the format says what to call.
-FORMAT_KEY = "lightning_deepr.load_state_dict"
-LARGEST_READ = 1 << 30  # bytes; a larger dense weight is not built by reading an attribute
-
+if TYPE_CHECKING:
+    from lightning_deepr.global_scope import Pool
 
 _KERNEL_TYPES = (torch.float32, torch.float64)
 _told: set[str] = set()
 
 
-class Notice:
-    """One warning for all tensors that were converted together."""
-
-    def __init__(self) -> None:
-        self.given = False
-
-    def untrained(self, name: str) -> None:
-        if not self.given:
-            self.given = True
-            warnings.warn(
-                f"A backward pass reached `{name}`, a converted weight, but no callback rewires it: its connections stay where "
-                "they are, and values may pass through zero and change sign. Use `Trainer(callbacks=[DeepR()])`, or "
-                "`DeepR().attach(net, optimizer)` in a loop of your own.",
-                stacklevel=3,
-            )
-
-
-class KSlots(nn.Module):
-    """The parametrization of one weight: theta of K slots in, the dense-shaped weight out.
-
-    Places, births and signs are plain attributes and no buffers: averaging (``AveragedModel(use_buffers=True)``) would turn
-    places into other places, and DDP would broadcast them in each forward. They follow ``.to`` through :meth:`_apply` and
-    are in the module's ``state_dict``.
+class KSlots(Parametrization):
+    """theta of K slots in, the dense-shaped weight out.
 
     Args:
         shape: the weight's shape, N potential connections.
@@ -69,6 +44,10 @@ class KSlots(nn.Module):
         notice: shared by the tensors of one conversion.
     """
 
+    tensors = ("places", "born", "signs", "exceptions")
+    records = ("places", "born")
+    optional = ("pool",)  # under scope="global"
+
     def __init__(
         self,
         shape: torch.Size,
@@ -79,62 +58,64 @@ class KSlots(nn.Module):
         dtype: torch.dtype = torch.float32,
         notice: Notice | None = None,
     ) -> None:
-        super().__init__()
-        self.shape = torch.Size(shape)
-        self.total = self.shape.numel()
-        self.index = index
-        self.sign_seed = sign_seed
+        super().__init__(shape, index, sign_seed, torch.empty_like(places[:0]) if exceptions is None else exceptions, notice)
         self.places = places.contiguous()
-        self.exceptions = torch.empty_like(self.places[:0]) if exceptions is None else exceptions
         self.born = torch.full_like(self.places, -1)
         self.signs = self.signs_at(self.places, dtype)
-        self.notice = notice or Notice()
-        self.rows, self.columns = self.shape[0], math.prod(self.shape[1:])  # as a matrix
+        self.pool: Pool | None = None  # of the layers with which this one shares a theta (scope="global")
+        self.position = 0  # in it
         self.order: Order | None = None  # made when sparse compute needs it, and kept up to date
-        self.policy = "dense"  # "auto" | "dense" | "sparse": what was asked for
-        self.compute = "dense"  # what came of it
         # the last question of uses_sparse: nearly always the next one, too
         self._asked_size, self._asked_device, self._asked = -1, torch.device("cpu"), False
-        self.l1_taken: float | str | None = None
-        self.owner: Callable[[], Any] = _nobody  # weak reference to the callback at work
-        self.copied_from: Callable[[], KSlots | None] = _nobody
-        self.averages: weakref.WeakSet[parametrize.ParametrizationList] = weakref.WeakSet()
-        self.watched: Tensor | None = None
-        self.is_watched = False
+        # given the dense weight's gradient, where an algorithm wants to see it (RigL, in the steps in which it rewires)
+        self.on_dense_gradient: Callable[[Tensor], None] | None = None
 
     @property
     def count(self) -> int:
         """K."""
         return self.places.numel()
 
-    def signs_at(self, places: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The constant sign of each place: the hash, except at the recorded places of a pretrained network."""
-        signs = signs_of(self.sign_seed, places, dtype or self.signs.dtype)
-        if self.exceptions.numel():
-            found = torch.searchsorted(self.exceptions, places).clamp_(max=self.exceptions.numel() - 1)
-            signs = torch.where(self.exceptions[found] == places, -signs, signs)
-        return signs
+    @property
+    def wanted(self) -> int:
+        """The number of connections that stays: K of the tensor, or of all that share a theta."""
+        return self.count if self.pool is None else self.pool.count
+
+    def own(self, theta: Tensor) -> Tensor:
+        return theta if self.pool is None else self.pool.piece(theta, self)
+
+    def last_birth(self) -> int:
+        return int(self.born.max()) if self.count else -1
+
+    def active(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        return self.places.clone(), (self.own(theta.detach()) * self.signs).clone()
 
     def forward(self, theta: Tensor) -> Tensor:
-        if self.compute == "sparse" and not self.is_watched and not torch.compiler.is_dynamo_compiling():
-            return _SparseWeight(theta, self)
-        weight = self.dense(theta)
-        if self.is_watched and not torch.compiler.is_dynamo_compiling():
-            self._watch(theta, weight)
-        return weight
+        sparse = self.compute == "sparse" and not self.is_watched and self.on_dense_gradient is None
+        if sparse and not torch.compiler.is_dynamo_compiling():
+            return _SparseWeight(self.own(theta), self)
+        return super().forward(theta)
 
     def dense(self, theta: Tensor) -> Tensor:
-        """The dense-shaped weight.
+        return self.weight_of(self.own(theta))
+
+    def weight_of(self, part: Tensor) -> Tensor:
+        """The dense-shaped weight from this tensor's own theta [K].
 
         Raises:
             RuntimeError: it would take more than 1 GiB.
         """
-        if not torch.compiler.is_dynamo_compiling() and self.total * theta.element_size() > LARGEST_READ:
+        if not torch.compiler.is_dynamo_compiling() and self.total * part.element_size() > LARGEST_READ:
             raise RuntimeError(
-                f"Building this weight of shape {tuple(self.shape)} takes {self.total * theta.element_size() / 2**30:.1f} GiB "
+                f"Building this weight of shape {tuple(self.shape)} takes {self.total * part.element_size() / 2**30:.1f} GiB "
                 "(more than 1 GiB). `lightning_deepr.connections(module)` gives its places and values instead."
             )
-        return build_weight(theta, self.signs, self.places, self.shape)
+        weight = build_weight(part, self.signs, self.places, self.shape)
+        if self.on_dense_gradient is not None and weight.requires_grad and not torch.compiler.is_dynamo_compiling():
+            weight.register_hook(self.on_dense_gradient)
+        return weight
+
+    def whole(self, theta: Tensor) -> Tensor:
+        return build_weight(self.own(theta), self.signs, self.places, self.shape)
 
     # -- sparse compute ---------------------------------------------------------------------------------------------------
 
@@ -169,8 +150,8 @@ class KSlots(nn.Module):
             x: the layer's input; under ``compute="auto"`` its size decides.
             prefers: the rule of a layer that is none of ``F.linear``'s.
         """
-        if self.policy != "auto" or torch.compiler.is_dynamo_compiling():
-            return self.compute == "sparse"
+        if self.policy != "auto" or torch.compiler.is_dynamo_compiling() or self.on_dense_gradient is not None:
+            return self.compute == "sparse" and self.on_dense_gradient is None
         size, device = x.numel(), x.device
         if size == self._asked_size and device == self._asked_device:
             return self._asked
@@ -206,9 +187,13 @@ class KSlots(nn.Module):
             return self.refresh_order()
         return order
 
+    def ask_again(self) -> None:
+        """Whether to compute from the connections is a new question."""
+        self._asked_size = -1
+
     def refresh_order(self) -> Order:
-        """Put the connections in order anew; the buffer stays the same, for compiled graphs that hold it."""
-        if self.order is None:
+        """Put the connections in order anew; the buffer stays the same while K does, for compiled graphs that hold it."""
+        if self.order is None or self.order.count != self.count:
             self.order = Order(self.places, self.signs, self.shape)
         else:
             self.order.build(self.places, self.signs)
@@ -219,121 +204,72 @@ class KSlots(nn.Module):
         if self.order is not None:
             self.refresh_order()
 
-    def right_inverse(self, value: Tensor) -> Tensor:
-        # ParametrizationList ignores a NotImplementedError while it is constructed, and passes it on at an assignment.
-        raise NotImplementedError(
-            f"A converted weight (shape {tuple(self.shape)}, {self.count} connections) can't be assigned: expected a layer that "
-            "keeps its connections, found a dense value. Initialize the layer before it is converted, or call "
-            "`lightning_deepr.densify(module)`, assign, and convert again."
-        )
-
-    # -- re-initialization after conversion -------------------------------------------------------------------------------
-    # `nn.init.xavier_uniform_(layer.weight)` writes into a transient weight and is lost. Between the conversion by a callback
-    # and the start of the fit, where a LightningModule's own `setup` runs, the last weight that was read is kept to see that.
-
-    def watch(self, watching: bool) -> None:
-        self.is_watched, self.watched = watching, None
-
-    def _watch(self, theta: Tensor, weight: Tensor) -> None:
-        if not self.was_written(theta):
-            self.watched = weight
-
-    def was_written(self, theta: Tensor) -> bool:
-        """Whether somebody wrote into the weight that was read last."""
-        if self.watched is None:
-            return False
-        with torch.no_grad():
-            return not torch.equal(self.watched, build_weight(theta, self.signs, self.places, self.shape))
-
     # -- moving, copying, saving ------------------------------------------------------------------------------------------
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KSlots:
-        super()._apply(fn, recurse)
-        for name in ("places", "born", "signs", "exceptions"):
-            setattr(self, name, fn(getattr(self, name)))
+    def moved(self) -> None:
         self._asked_size = -1
         if self.order is not None:
             self.order = None
             if self.places.device.type == "cpu":
                 self.refresh_order()
-        if self.watched is not None:  # the Trainer moves the module between the conversion and the start of the fit
-            self.watched = fn(self.watched.detach())
-        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KSlots:
         replica = KSlots(self.shape, self.places.clone(), self.index, self.sign_seed, self.exceptions.clone(), self.signs.dtype)
         replica.born = self.born.clone()
-        replica.compute, replica.l1_taken, replica.training = self.compute, self.l1_taken, self.training
-        replica.policy = self.policy
+        replica.take_after(self, memo)
         if self.order is not None:
             replica.refresh_order()
-        replica.copied_from = weakref.ref(self)
-        memo[id(self)] = replica
+        replica.pool, replica.position = copy.deepcopy(self.pool, memo), self.position
         return replica
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + FORMAT_KEY] = torch.tensor(FORMAT_VERSION)
-        destination[prefix + "places"] = self.places
-        destination[prefix + "born"] = self.born
-        destination[prefix + "sign_exceptions"] = self.exceptions
-        destination[prefix + "sign_seed"] = torch.tensor(self.sign_seed)
-        destination[prefix + "index"] = torch.tensor(self.index)
-        destination[prefix + "shape"] = torch.tensor(self.shape)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.pool is not None:
+            destination[prefix + "pool"] = self.pool.record(self.position)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = (FORMAT_KEY, "places", "born", "sign_exceptions", "sign_seed", "index", "shape")
-        missing = [prefix + name for name in names if prefix + name not in state_dict]
-        if missing:
-            missing_keys.extend(missing)
+    def take_over(self, record: dict[str, Tensor]) -> None:
+        if self.pool is not None:  # K of this tensor may be another now
+            self.places = record["places"].detach().to(self.places.device, copy=True)
+            self.born = record["born"].detach().to(self.born.device, copy=True)
+            self.signs = self.signs_at(self.places)
+            self.places_changed()
+            self.ask_again()
+            self.pool.loaded(self, record["pool"])
             return
-        record = {name: state_dict[prefix + name] for name in names}
-        problem = self._refusal(record)
-        if problem is not None:
-            error_msgs.append(f"`{prefix.removesuffix('.0.').replace('parametrizations.', '')}`: {problem}")
-            return
-        device = self.places.device
-        self.sign_seed, self.index = int(record["sign_seed"]), int(record["index"])
-        self.exceptions = record["sign_exceptions"].detach().to(device).clone()
-        with torch.no_grad():
-            self.places.copy_(record["places"])
-            self.born.copy_(record["born"])
-            self.signs.copy_(self.signs_at(self.places))
+        self.places.copy_(record["places"])
+        self.born.copy_(record["born"])
+        self.signs.copy_(self.signs_at(self.places))
         self.places_changed()
-        self.watched = None
         realign_averages(self)
 
     def _refusal(self, record: dict[str, Tensor]) -> str | None:
-        """Why a recorded connectivity does not fit this tensor, or None."""
-        version, shape, places = int(record[FORMAT_KEY]), tuple(record["shape"].tolist()), record["places"]
-        if version > FORMAT_VERSION:
-            return f"expected format {FORMAT_VERSION} or older, found {version}: update lightning-deepr."
-        if shape != tuple(self.shape):
-            return f"expected connections of a weight of shape {tuple(self.shape)}, found {shape}: another model's checkpoint."
-        if places.numel() != self.count:
+        places = record["places"]
+        problem = super()._refusal(record)
+        if problem is not None:
+            return problem
+        if ("pool" in record) != (self.pool is not None):
+            here, there = (
+                ("K slots of its own", "one K for all layers")
+                if self.pool is None
+                else ("one K for all layers", "K slots of its own")
+            )
+            return (
+                f"expected {here}, found {there}: give DeepR or sparsify the scope with which the checkpoint was made "
+                '("layer" or "global"), or convert as recorded with `lightning_deepr.load_state_dict(module, checkpoint)`.'
+            )
+        if self.pool is not None:
+            problem = self.pool.refusal(self, record["pool"])
+            if problem is not None:
+                return problem
+        elif places.numel() != self.count:
             return (
                 f"expected K = {self.count} connections ({self.count / self.total:.3%}), found {places.numel()} "
                 f"({places.numel() / self.total:.3%}): give the connectivity with which the checkpoint was made, or convert as "
                 "recorded with `lightning_deepr.load_state_dict(module, checkpoint)`."
             )
         if places.numel() and (places.min() < 0 or places.max() >= self.total or places.unique().numel() != places.numel()):
-            return f"expected {self.count} different places in 0 ... {self.total - 1}, found others: the file is damaged."
+            return f"expected {places.numel()} different places in 0 ... {self.total - 1}, found others: the file is damaged."
         return None
-
-    def extra_repr(self) -> str:
-        return f"shape={tuple(self.shape)}, K={self.count} of N={self.total} ({self.count / self.total:.3%})"
-
-
-def _nobody() -> None:
-    return None
 
 
 class Converted(NamedTuple):
@@ -342,7 +278,7 @@ class Converted(NamedTuple):
     name: str  # "fc1.weight"
     module: nn.Module
     tensor_name: str
-    slots: KSlots
+    slots: Any  # KSlots or another Parametrization
 
     @property
     def theta(self) -> nn.Parameter:
@@ -354,12 +290,12 @@ class Converted(NamedTuple):
         return self.module._modules["parametrizations"]._modules[self.tensor_name]  # type: ignore[union-attr, return-value]
 
 
-def slots_of(module: nn.Module, tensor_name: str) -> KSlots | None:
-    """The K slots of a module's own tensor, or None where it is not converted."""
+def slots_of(module: nn.Module, tensor_name: str) -> Any:
+    """The parametrization of a module's own tensor (KSlots, nearly always), or None where it is not converted."""
     if not parametrize.is_parametrized(module, tensor_name):
         return None
     first = module.parametrizations[tensor_name][0]  # type: ignore[index, union-attr]
-    return first if isinstance(first, KSlots) else None
+    return first if isinstance(first, Parametrization) else None
 
 
 def converted_tensors(module: nn.Module) -> Iterator[Converted]:
@@ -380,7 +316,7 @@ def plain_name(prefix: str, tensor_name: str) -> str:
     return ".".join([part for part in prefix.split(".") if part not in wrappers] + [tensor_name])
 
 
-def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: KSlots, name: str) -> None:
+def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametrization, name: str) -> None:
     """Replace a weight by K slots. theta becomes a *new* parameter: an optimizer that holds the old one is found out."""
     _own_class(module)
     old = module._parameters[tensor_name]
@@ -394,7 +330,7 @@ def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: KSlots, n
     elif tensor_name == "weight":
         forwards.take_over(module)
     type(module).register_parameter = _register_parameter  # type: ignore[method-assign]
-    _warn_if_nobody_rewires(parameter, slots, name)
+    warn_if_nobody_rewires(parameter, slots, name)
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -408,7 +344,7 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
 def remove(converted: Converted) -> None:
     """Turn a converted weight back into an ordinary dense parameter, with zeros where nothing is connected."""
     with torch.no_grad():
-        weight = build_weight(converted.theta.detach(), converted.slots.signs, converted.slots.places, converted.slots.shape)
+        weight = converted.slots.whole(converted.theta.detach())
     requires_grad = converted.theta.requires_grad
     _own_class(converted.module)
     parametrize.remove_parametrizations(converted.module, converted.tensor_name, leave_parametrized=False)
@@ -430,7 +366,7 @@ def _own_class(module: nn.Module) -> None:
         module.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
-def _warn_if_nobody_rewires(theta: nn.Parameter, slots: KSlots, name: str) -> None:
+def warn_if_nobody_rewires(theta: nn.Parameter, slots: Parametrization, name: str) -> None:
     slots_ref, theta_ref = weakref.ref(slots), weakref.ref(theta)
 
     def after_accumulation(_: Tensor) -> None:
@@ -451,7 +387,7 @@ def follow(average: nn.Module) -> None:
     0, and to the new place and sign. ``AveragedModel`` (and with it Lightning's ``WeightAveraging``) is found by itself.
     """
     for submodule in average.modules():
-        if isinstance(submodule, parametrize.ParametrizationList) and isinstance(submodule[0], KSlots):
+        if isinstance(submodule, parametrize.ParametrizationList) and isinstance(submodule[0], Parametrization):
             source = submodule[0].copied_from()
             if source is not None:
                 source.averages.add(submodule)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_deepr import global_scope
 from lightning_deepr.compute import check_compute, recurrent
 from lightning_deepr.compute.buffers import give_back
 from lightning_deepr.connections import Converted, Notice, converted_tensors, install, remove
 from lightning_deepr.materialize import materialize, refuse_unmaterializable
+from lightning_deepr.parametrization import Parametrization
 from lightning_deepr.selection import (
     Candidate,
     Connectivity,
@@ -37,6 +39,7 @@ def sparsify(
     seed: int = 0,
     compute: str = "auto",
     device: torch.device | str | None = None,
+    scope: str = "layer",
 ) -> nn.Module:
     """Convert chosen weights into K slots each, in place. Do it before the optimizer is made.
 
@@ -48,9 +51,11 @@ def sparsify(
         distribution: how the connections are shared out, see :func:`lightning_deepr.selection.allocate`.
         init: "module" | "largest" | "deepr", see :func:`lightning_deepr.start.start`.
         seed: of places, signs and (``init="deepr"``) values. The global generator is not used.
-        compute: "dense" (each weight is built for its forward pass, and thrown away), "sparse" (linear layers and LSTMs are computed from their
-            connections alone) or "auto" (per tensor and batch size, by a measured break-even).
+        compute: "dense" (each weight is built for its forward pass, and thrown away), "sparse" (linear layers, LSTMs and GRUs are computed from
+            their connections alone) or "auto" (per tensor and batch size, by a measured break-even).
         device: where to put the module (None: where it is; the CPU for what is on meta).
+        scope: "layer": K per tensor. "global": one K for all of them, in one parameter (``connectivity`` gives K, ``distribution``
+            the start), for ``DeepR(scope="global")``.
 
     Returns:
         the module itself.
@@ -69,6 +74,8 @@ def sparsify(
         (torch.Size([300, 784]), 1810)
     """
     check_connectivity(connectivity)
+    if scope not in ("layer", "global"):
+        raise ValueError(f'scope: expected "layer" (K per tensor) or "global" (one K for all of them), found {scope!r}.')
     chosen = select(candidates(module), target_modules, exclude_modules, connectivity)
     for candidate in chosen:
         if candidate.slots is not None:
@@ -79,7 +86,11 @@ def sparsify(
     if not chosen:
         raise ValueError(nothing_to_convert(module))
     counts = allocate(chosen, connectivity, distribution)
-    convert(module, chosen, counts, init=init, seed=seed, compute=compute, device=device)
+    if scope == "global":
+        global_scope.check(chosen, device=device)
+    new = convert(module, chosen, counts, init=init, seed=seed, compute=compute, device=device)
+    if scope == "global":
+        global_scope.join(new)
     return module
 
 
@@ -92,8 +103,12 @@ def convert(
     seed: int,
     compute: str,
     device: torch.device | str | None = None,
+    begin: Callable[..., tuple[Tensor, Parametrization]] = start,
 ) -> list[Converted]:
-    """Convert the chosen tensors with the given counts; all checks come before the first change."""
+    """Convert the chosen tensors with the given counts; all checks come before the first change.
+
+    ``begin`` makes theta and its parametrization, with the arguments of :func:`lightning_deepr.start.start`: K slots.
+    """
     if init not in INITS:
         raise ValueError(f"init: expected one of {', '.join(INITS)}, found {init!r}.")
     policy = check_compute(compute)
@@ -120,11 +135,12 @@ def convert(
         target = weight.device if weight.device.type != "meta" else torch.device("cpu")
         target = torch.device(device) if device is not None else target
         begun.append(
-            start(candidate, counts[candidate.name], first + offset, init=init, seed=seed, notice=notice, device=target)
+            begin(candidate, counts[candidate.name], first + offset, init=init, seed=seed, notice=notice, device=target)
         )
     for candidate, (theta, slots) in zip(chosen, begun, strict=True):
         slots.choose_compute(policy, has_sparse_compute(candidate))
         install(candidate.module, candidate.tensor_name, theta, slots, candidate.name)
+        slots.hold(candidate.module.parametrizations[candidate.tensor_name])  # type: ignore[index, union-attr, arg-type]
     materialize(root, seed, device)
     if any(candidate.total > 1 << 28 for candidate in chosen):
         give_back()  # what making the connections took
@@ -135,7 +151,7 @@ def convert(
 
 
 def has_sparse_compute(candidate: Candidate) -> bool:
-    """Whether sparse compute may take a tensor: one of a convolution or an LSTM, or a matrix that its module gives to ``F.linear``."""
+    """Whether sparse compute may take a tensor: one of a convolution, an LSTM or a GRU, or a matrix that its module gives to ``F.linear``."""
     module = candidate.module
     if isinstance(module, nn.RNNBase):
         return recurrent.capable(module, candidate.tensor_name)
@@ -194,6 +210,7 @@ def densify(module: nn.Module) -> nn.Module:
         >>> type(net).__name__, int((net.weight != 0).sum()), sorted(net.state_dict())
         ('Linear', 50, ['bias', 'weight'])
     """
+    global_scope.refuse_torn(converted_tensors(module))
     for converted in list(converted_tensors(module)):
         if converted.slots.total * converted.theta.element_size() > (1 << 34):
             raise RuntimeError(
@@ -221,7 +238,4 @@ def connections(module: nn.Module) -> dict[str, tuple[torch.Size, Tensor, Tensor
         >>> shape, places.shape, values.shape
         (torch.Size([10, 100]), torch.Size([50]), torch.Size([50]))
     """
-    return {
-        c.name: (c.slots.shape, c.slots.places.clone(), (c.theta.detach() * c.slots.signs).clone())
-        for c in converted_tensors(module)
-    }
+    return {c.name: (c.slots.shape, *c.slots.active(c.theta)) for c in converted_tensors(module)}

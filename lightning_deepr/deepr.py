@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_deepr import kernels, rewiring
+from lightning_deepr import guards, kernels, rewiring
 from lightning_deepr.callback import SparseTraining
 from lightning_deepr.connections import restart_averages
-from lightning_deepr.stepping import Reborn, Stepped
+from lightning_deepr.global_rewiring import RULES
+from lightning_deepr.global_scope import Pool, refuse_small_total
+from lightning_deepr.schedules import LinearDecay, LrPower
+from lightning_deepr.stepping import Reborn, Stepped, TrackedTensor
 
 if TYPE_CHECKING:
     from lightning_deepr.kernels.step import Table
@@ -33,7 +36,14 @@ class DeepR(SparseTraining):
         target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
         exclude_modules: the same forms.
         distribution: "erdos_renyi" | "erk" | "uniform" | "deepr" (0.75, 2.3, 22.8 for three layers) | a function.
-        scope: "layer": K per tensor.
+        scope: "layer": K per tensor. "global": one K for the whole network; a connection that goes dormant may come back in another
+            layer. One theta serves all layers, so they have to be in one parameter group of one optimizer. ``connectivity`` gives
+            K, ``distribution`` the start. (A compiled network is compiled anew when counts change, and soon runs uncompiled.)
+        reactivation: under ``scope="global"``: "budget": a newborn's layer is drawn with probability proportional to the connections
+            with which it started (N_l * p_l, as in the authors' script), then one of its dormant places; "uniform": one of all
+            dormant places of the network. A full layer is never chosen.
+        least_per_layer: under ``scope="global"``: a layer that a step leaves with fewer connections than this gets births before the
+            rule is asked; 0 lets layers go empty (a chain of layers is cut then).
         l1: alpha; float | dict {pattern: float} | LinearDecay(start, end) | function of the progress; None: by the optimizer
             (1e-4 / (1 - momentum) under SGD, .03 under Adam's family and RMSprop).
         temperature: T; float | LrPower(coefficient, power) | function of the learning rate.
@@ -61,8 +71,60 @@ class DeepR(SparseTraining):
         >>> trainer = Trainer(callbacks=[DeepR(connectivity=0.01)], logger=False, enable_checkpointing=False)
     """
 
+    scopes = ("layer", "global")
+
+    def __init__(
+        self,
+        connectivity: int | float | dict[str, int | float] | None = None,
+        *,
+        target_modules: str | list[str] | Callable = "all",
+        exclude_modules: str | Iterable[str] | Callable = (),
+        distribution: str | Callable = "erdos_renyi",
+        scope: str = "layer",
+        reactivation: str = "budget",
+        least_per_layer: int = 1,
+        l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable | None = None,
+        temperature: float | LrPower | dict[str, float | LrPower] | Callable = 0.0,
+        init: str = "module",
+        rewire_every_n_steps: int = 1,
+        rewire_until: int | float | None = None,
+        seed: int = 0,
+        compute: str = "auto",
+        check_invariants: bool = False,
+        log_every_n_steps: int = 50,
+    ) -> None:
+        if reactivation not in RULES:
+            raise ValueError(f"reactivation: expected one of {', '.join(RULES)}, found {reactivation!r}.")
+        if isinstance(least_per_layer, bool) or not isinstance(least_per_layer, int) or least_per_layer < 0:
+            raise ValueError(f"least_per_layer: expected an int of at least 0, found {least_per_layer!r}.")
+        super().__init__(
+            connectivity,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            distribution=distribution,
+            scope=scope,
+            l1=l1,
+            temperature=temperature,
+            init=init,
+            rewire_every_n_steps=rewire_every_n_steps,
+            rewire_until=rewire_until,
+            seed=seed,
+            compute=compute,
+            check_invariants=check_invariants,
+            log_every_n_steps=log_every_n_steps,
+        )
+        self.reactivation = reactivation
+        self.least_per_layer = least_per_layer
+
+    @override
+    def _begin_training(self) -> None:
+        super()._begin_training()
+        guards.warn_of_free_signs(type(self).__name__, self._tensors, "these connections go dormant")
+
     @override
     def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Reborn]:
+        if self.scope == "global":
+            return self._deep_r_of_networks(stepped, optimizer)
         # tensors on one device that took part in equally many steps are handled together: nearly always all of them
         groups = {(item.tensor.step, item.theta.device) for item in stepped}
         if len(groups) == 1:
@@ -122,6 +184,89 @@ class DeepR(SparseTraining):
             if born.births and item.tensor.slots.averages:
                 restart_averages(item.tensor.slots, born.slots)
         return reborn
+
+    # -- one K for a whole network ----------------------------------------------------------------------------------------
+
+    @override
+    def _take(self, module: nn.Module, watch: bool = False, early: bool = True) -> int:
+        converted = super()._take(module, watch, early)
+        if self.scope == "global":
+            for pool in self._pools(self._tensors):
+                refuse_small_total(pool.count, [member.total for member in pool.members], self.least_per_layer)
+        return converted
+
+    @staticmethod
+    def _pools(tensors: Sequence[TrackedTensor]) -> list[Pool]:
+        """One for each network; nearly always there is one."""
+        return list({id(tensor.slots.pool): tensor.slots.pool for tensor in tensors}.values())
+
+    def _deep_r_of_networks(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Reborn]:
+        reborn: dict[int, Reborn] = {}
+        for pool in self._pools([item.tensor for item in stepped]):
+            items = sorted((i for i in stepped if i.tensor.slots.pool is pool), key=lambda item: item.tensor.slots.position)
+            reborn.update(zip(map(id, items), self._deep_r_of_network(pool, items, optimizer), strict=True))
+        return [reborn[id(item)] for item in stepped]
+
+    def _deep_r_of_network(self, pool: Pool, items: Sequence[Stepped], optimizer: Optimizer) -> list[Reborn]:
+        """The same algorithm, with the places of all layers as one set."""
+        first, step = items[0], items[0].tensor.step
+        whole = first.tensor.theta
+        theta = whole.detach()
+        decrements = [item.lr * item.alpha for item in items]
+        if not isinstance(first.lr, Tensor) and all(decrement == decrements[0] for decrement in decrements):
+            rewiring.shrink([theta], decrements[:1])
+        else:
+            rewiring.shrink([item.theta for item in items], decrements)
+        scales = [(2 * item.lr * item.temperature) ** 0.5 for item in items]
+        rewiring.diffuse([item.theta for item in items], scales, [item.tensor.slots for item in items], self.seed, step)
+        moves = None
+        if first.rewires:
+            moves = pool.rewire(
+                theta,
+                whole.grad,
+                self._starting_state.tensors(optimizer, first.group_index, whole),
+                rule=self.reactivation,
+                least=self.least_per_layer,
+                newborn_since=step - self.rewire_every_n_steps,
+                seed=self.seed,
+                step=step,
+            )
+        else:
+            rewiring.keep_active([theta])
+        reborn = []
+        for i, (item, count) in enumerate(zip(items, pool.counts, strict=True)):
+            item.tensor.turnover.count = max(count, 1)
+            births, deaths, newborns = (
+                (0, 0, 0) if moves is None else (moves.births[i], moves.deaths[i], moves.newborn_deaths[i])
+            )
+            numbers = torch.arange(count - births, count, device=theta.device)
+            reborn.append(Reborn(births, newborns, numbers, deaths - births))
+        return reborn
+
+    @override
+    def check(self, item: Stepped, born: Reborn, optimizer: Optimizer) -> None:
+        pool = item.tensor.slots.pool
+        if pool is None:
+            super().check(item, born, optimizer)
+            return
+        theta = item.tensor.theta
+        starts = self._starting_state.of(optimizer, item.group_index, theta) if optimizer.state.get(theta) else {}
+        states = [
+            (name, value, starts.get(name, 0.0))
+            for name, value in optimizer.state.get(theta, {}).items()
+            if isinstance(value, Tensor) and value.shape == theta.shape
+        ]
+        problem = pool.problem(item.tensor.slots, theta.detach(), born.slots, states, self.least_per_layer)
+        if problem is not None:
+            raise RuntimeError(f"check_invariants: `{item.tensor.name}`, step {item.tensor.step}: {problem}.")
+
+    @override
+    def statistics(self) -> dict[str, float]:
+        """As of the base; under ``scope="global"`` also ``deepr/<tensor>/connectivity``, which moves."""
+        found = super().statistics()
+        if self.scope == "global":
+            found.update({f"deepr/{t.name}/connectivity": t.slots.count / t.slots.total for t in self._tensors})
+        return found
 
     def _table(self, stepped: Sequence[Stepped]) -> Table:
         key = tuple(id(item.tensor.slots) for item in stepped)

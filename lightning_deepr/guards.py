@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -67,7 +68,7 @@ def refuse_lost_conversions(module: nn.Module, expected: Sequence[Converted]) ->
                 "(in the module's `setup`, `configure_model` or `on_fit_start`?). Build the layers in `__init__`, or in a "
                 "`configure_model` that returns at once when they are there."
             )
-        negative = converted.slots.is_watched and bool((converted.theta < 0).any())  # e.g. LSTM.reset_parameters writes theta
+        negative = converted.slots.is_watched and converted.slots.overwritten(converted.theta.detach())
         if negative or converted.slots.was_written(converted.theta):
             raise RuntimeError(
                 f"`{converted.name}` was written to after it was converted (re-initialized?): the values are no dense weight's and "
@@ -75,11 +76,28 @@ def refuse_lost_conversions(module: nn.Module, expected: Sequence[Converted]) ->
             )
 
 
+def warn_of_free_signs(method: str, tensors: Sequence[TrackedTensor], fate: str) -> None:
+    """A method of constant signs takes over connections that were trained with free ones: theta < 0 is about to be lost.
+
+    Args:
+        method: its name.
+        tensors: of which it takes charge.
+        fate: what its first step does to those connections.
+    """
+    counts = [(t.name, int((t.slots.own(t.theta.detach()) < 0).sum()), t.slots.count) for t in tensors]
+    found = ", ".join(f"`{name}` ({below} of {count})" for name, below, count in counts if below)
+    if found:
+        rank_zero_warn(
+            f"{method}: theta < 0 in {found}, trained with free signs (SET, RigL, or no callback). Here the sign of a place is "
+            f'constant: in the first step {fate}. To keep them: densify(net), then convert it anew with init="largest".'
+        )
+
+
 def refuse_unequal_ranks(trainer: Any, tensors: Sequence[TrackedTensor]) -> None:
     """All ranks of a distributed run must start with the same connections; then they stay equal without a word."""
     if trainer.world_size <= 1:
         return
-    own = [(t.name, checksum(t.slots.places), checksum(t.slots.exceptions), t.slots.sign_seed) for t in tensors]
+    own = [(t.name, checksum(t.slots.active(t.theta)[0]), checksum(t.slots.exceptions), t.slots.sign_seed) for t in tensors]
     first = trainer.strategy.broadcast(own, src=0)
     for mine, theirs in zip(own, first, strict=True):
         if tuple(mine) != tuple(theirs):
@@ -105,15 +123,15 @@ def was_skipped(optimizer: Optimizer) -> bool:
 
 def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None:
     """Stop before a step that would spread a value that is not finite; names the tensor and the step."""
-    values: list[torch.Tensor] = [t.theta for t in tensors]
+    values: list[torch.Tensor] = list({id(t.theta): t.theta for t in tensors}.values())  # layers may share one
     if gradients:
         values += [theta.grad for theta in values if theta.grad is not None]
     if kernels.all_finite(values):
         return
-    looked = [("theta", t, t.theta.detach()) for t in tensors]
+    looked = [("theta", t, t.slots.own(t.theta.detach())) for t in tensors]
     if gradients:
-        looked += [("the gradient of theta", t, t.theta.grad) for t in tensors if t.theta.grad is not None]
-    values = [value for _, _, value in looked]
+        looked += [("the gradient of theta", t, t.slots.own(t.theta.grad)) for t in tensors if t.theta.grad is not None]
+    values = [value for _, _, value in looked if value.numel()]
     # one number first: the largest magnitude of all is not finite if any value is not
     norms = torch._foreach_norm(values, float("inf"))
     if bool(torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())):
@@ -128,9 +146,14 @@ def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None
 
 
 def check_invariants(
-    tensor: TrackedTensor, item: Stepped, reborn: torch.Tensor, optimizer: Optimizer, starting: StartingState
+    tensor: TrackedTensor,
+    item: Stepped,
+    reborn: torch.Tensor,
+    optimizer: Optimizer,
+    starting: StartingState,
+    signed: bool = False,
 ) -> None:
-    """Everything that must hold after every step.
+    """Everything that must hold after every step; with ``signed`` theta may be negative.
 
     Raises:
         RuntimeError: names the tensor, the step and what is broken.
@@ -146,7 +169,7 @@ def check_invariants(
         theta.shape == places.shape == (tensor.turnover.count,), f"expected {tensor.turnover.count} slots, found {theta.shape}"
     )
     require(bool(torch.isfinite(theta).all()), "theta is not finite")
-    require(bool((theta >= 0).all()), f"expected theta >= 0, found {float(theta.min())}")
+    require(signed or bool((theta >= 0).all()), f"expected theta >= 0, found {float(theta.min())}")
     require(int(places.min()) >= 0 and int(places.max()) < slots.total, f"a place lies outside 0 ... {slots.total - 1}")
     require(places.unique().numel() == places.numel(), "two slots are at one place")
     require(torch.equal(slots.signs, slots.signs_at(places)), "a sign is not that of its place")

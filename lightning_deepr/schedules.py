@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.optim import SGD, NAdam, Optimizer, RAdam, RMSprop
 from torch.optim import Adam as _Adam
@@ -64,9 +65,6 @@ class LinearDecay:
         return f"LinearDecay(start={self.start}, end={self.end})"
 
 
-L1 = float | Mapping[str, Any] | LinearDecay | Callable[[float], float]
-Temperature = float | LrPower | Callable[[Any], Any]
-
 _NORMALIZING = (_Adam, _Adamax, NAdam, RAdam, RMSprop)
 L1_PLAIN, L1_NORMALIZED = 1e-4, 0.03
 
@@ -105,34 +103,51 @@ def check_l1(l1: Any, where: str = "l1") -> None:
         raise ValueError(f"{where}: expected a finite value of at least 0, found {l1}.")
 
 
-def check_temperature(temperature: Any) -> None:
+def check_temperature(temperature: Any, where: str = "temperature") -> None:
     """Validate the ``temperature`` argument."""
     if callable(temperature):
         return
-    if isinstance(temperature, (bool, str)) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature: expected a float, LrPower or a function of the learning rate, found {temperature!r}.")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature: expected a finite value of at least 0, found {temperature}.")
+    if isinstance(temperature, Mapping):
+        for pattern, value in temperature.items():
+            if isinstance(value, Mapping):
+                raise TypeError(f"{where}[{pattern!r}]: expected a number or a schedule, found {value!r}.")
+            check_temperature(value, f"{where}[{pattern!r}]")
+    elif isinstance(temperature, (bool, str)) or not isinstance(temperature, (int, float)):
+        raise TypeError(
+            f"{where}: expected a float, LrPower or a function of the learning rate, or a dict of those, found {temperature!r}."
+        )
+    elif not (temperature >= 0 and math.isfinite(temperature)):
+        raise ValueError(f"{where}: expected a finite value of at least 0, found {temperature}.")
 
 
-def l1_for(l1: Any, candidate: Candidate) -> Any:
-    """The entry of ``l1`` for a tensor: of a dict the longest key that matches.
+def entry_for(argument: str, value: Any, candidate: Candidate) -> Any:
+    """The entry of ``l1`` or ``temperature`` for a tensor: of a dict the longest key that matches.
 
     Raises:
         ValueError: a dict has no key for the tensor.
     """
-    if not isinstance(l1, Mapping):
-        return l1
-    key = best_key(l1, candidate, "l1")
+    if not isinstance(value, Mapping):
+        return value
+    key = best_key(value, candidate, argument)
     if key is None:
-        raise ValueError(f"l1: no key matches `{candidate.name}`; found {sorted(l1)}. Add a key for it (0.0 for none).")
-    return l1[key]
+        raise ValueError(
+            f"{argument}: no key matches `{candidate.name}`; found {sorted(value)}. Add a key for it (0.0 for none)."
+        )
+    return value[key]
 
 
 def evaluate(schedule: Any, argument: Any, what: str) -> Any:
     """A schedule's value, checked: a number (or a 0-d tensor) that is finite and not negative."""
-    value = schedule(argument) if callable(schedule) else schedule
-    if not isinstance(value, Tensor) and not (value >= 0 and math.isfinite(value)):
+    value: Any = schedule(argument) if callable(schedule) else schedule
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value  # looking would cost a host synchronization
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float, np.number, Tensor))
+        or (isinstance(value, Tensor) and value.numel() != 1)
+    ):
+        raise TypeError(f"{what}: expected a number, found {value!r} from {schedule!r} at {argument}.")
+    if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{what}: expected a finite value of at least 0, found {value} from {schedule!r} at {argument}.")
     return value
 

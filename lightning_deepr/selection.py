@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from lightning_deepr.connections import KSlots, plain_name, slots_of
+from lightning_deepr.connections import plain_name, slots_of
+from lightning_deepr.parametrization import Parametrization
 
 Connectivity = float | int | Mapping[str, float | int]
 Predicate = Callable[[str, nn.Module], bool]
@@ -50,7 +51,7 @@ class Candidate:
     module: nn.Module
     tensor_name: str
     shape: tuple[int, ...]
-    slots: KSlots | None  # set where it is converted
+    slots: Parametrization | None  # set where it is converted
     left_out: str = ""  # why "all" leaves it out
 
     @property

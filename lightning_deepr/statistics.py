@@ -47,7 +47,7 @@ class Turnover:
         """Means per step since the last call: turnover (reborn / K), deaths of newborns and of mature connections."""
         steps = max(self.steps, 1)
         taken = {
-            "turnover": self.reborn / steps / self.count,
+            "turnover": self.reborn / steps / max(self.count, 1),
             "newborn_deaths": self.newborn_deaths / steps,
             "mature_deaths": (self.reborn - self.newborn_deaths) / steps,
         }

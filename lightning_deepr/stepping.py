@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +17,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_deepr import guards
-from lightning_deepr.connections import Converted, KSlots
+from lightning_deepr import global_scope, guards
+from lightning_deepr.connections import Converted
 from lightning_deepr.optimizer_state import StartingState
 from lightning_deepr.schedules import default_l1, evaluate
 from lightning_deepr.statistics import Turnover, collapse_message
@@ -31,6 +31,7 @@ class TrackedTensor:
     converted: Converted
     turnover: Turnover
     alpha: Any = None  # l1's entry for it; None: by the optimizer
+    temperature: Any = 0.0  # temperature's entry for it
     step: int = 0  # optimizer steps that it took part in
     start: int = 0  # ... at which the present training began
 
@@ -39,7 +40,7 @@ class TrackedTensor:
         return self.converted.name
 
     @property
-    def slots(self) -> KSlots:
+    def slots(self) -> Any:
         return self.converted.slots
 
     @property
@@ -66,6 +67,7 @@ class Reborn(NamedTuple):
     births: int
     newborns: int  # how many of the slots had been reborn in the rewiring before, too
     numbers: Tensor  # int64: the first ``births`` are the slots that were reborn; valid until the next step
+    moved: int = 0  # how many more connections died than were born: they are born in other layers (scope="global")
 
     @property
     def slots(self) -> Tensor:
@@ -126,6 +128,13 @@ class Stepper(ABC):
             for each tensor what was reborn.
         """
 
+    def before_step(self, tensors: Sequence[TrackedTensor], optimizer: Optimizer) -> None:  # noqa: B027
+        """Just before an optimizer changes these thetas; the gradients may not exist yet."""
+
+    def check(self, item: Stepped, born: Reborn, optimizer: Optimizer) -> None:
+        """Everything that must hold after every step (``check_invariants``)."""
+        guards.check_invariants(item.tensor, item, born.slots, optimizer, self._starting_state)
+
     def on_after_optimizer_step(self, strategy: Any = None, optimizer: Optimizer | None = None) -> None:
         """What follows an optimizer step. A hook on the optimizer calls it, and Fabric by itself."""
         assert optimizer is not None
@@ -140,35 +149,47 @@ class Stepper(ABC):
             theta = tensor.theta
             if theta.grad is None or not theta.requires_grad:
                 continue
-            stepped.append(self._stepped(tensor, theta.detach(), optimizer, group_index))
+            stepped.append(self._stepped(tensor, tensor.slots.own(theta.detach()), optimizer, group_index))
         if not stepped:
             return
         reborn = self.after_step(stepped, optimizer)
         for item, born in zip(stepped, reborn, strict=True):
             tensor = item.tensor
             if self.check_invariants:
-                guards.check_invariants(tensor, item, born.slots, optimizer, self._starting_state)
+                self.check(item, born, optimizer)
             tensor.step += 1
-            if tensor.turnover.add(born.births, born.newborns, item.rewires):
+            if tensor.turnover.add(born.births + born.moved, born.newborns, item.rewires):
                 rank_zero_warn(collapse_message(tensor.name, item.alpha))
 
     def _stepped(self, tensor: TrackedTensor, theta: Tensor, optimizer: Optimizer, group_index: int) -> Stepped:
         group = optimizer.param_groups[group_index]
         lr, done = group["lr"], tensor.step - tensor.start
-        alpha, temperature = tensor.alpha, self.temperature
+        alpha, temperature = tensor.alpha, tensor.temperature
         if alpha is None:
             alpha, _ = default_l1(optimizer, group)  # the momentum may be on a schedule
         if type(alpha) is not float:
             progress = done / self._total_steps if self._total_steps else 0.0
             alpha = evaluate(alpha, min(progress, 1.0), f"l1 of `{tensor.name}`")
         if type(temperature) is not float:
-            temperature = evaluate(temperature, lr, "temperature")
+            temperature = evaluate(temperature, lr, self._temperature_of(tensor))
+        return Stepped(tensor, theta, group_index, lr, alpha, temperature, self.rewires(done))
+
+    def rewires(self, done: int) -> bool:
+        """Whether a step rewires, by how many steps of this training came before it."""
         until = self.rewire_until
         if isinstance(until, float):
             assert self._total_steps is not None
             until = until * self._total_steps
-        rewires = (done + 1) % self.rewire_every_n_steps == 0 and (until is None or done < until)
-        return Stepped(tensor, theta, group_index, lr, alpha, temperature, rewires)
+        return (done + 1) % self.rewire_every_n_steps == 0 and (until is None or done < until)
+
+    def _temperature_of(self, tensor: TrackedTensor) -> str:
+        return f"temperature of `{tensor.name}`" if isinstance(self.temperature, Mapping) else "temperature"
+
+    @torch.no_grad()
+    def _call_before_step(self, optimizer: Optimizer) -> None:
+        tensors = [tensor for tensor, _ in self._match(optimizer)]
+        if tensors:
+            self.before_step(tensors, optimizer)
 
     def _before_plain_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # With a closure the gradients of this step do not exist yet; those of a fused optimizer under GradScaler may hold
@@ -204,14 +225,20 @@ class Stepper(ABC):
             raise ValueError("LBFGS keeps a history over all parameters, which rewiring would falsify: use another optimizer.")
         if id(optimizer) in self._hooks:
             return True
+        global_scope.refuse_sharing(optimizer, [held for held, _ in self._hooks.values()], self._tensors)
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             # a fused optimizer calls its hooks also when GradScaler has made it skip the step
             if not guards.was_skipped(optimizer):
                 self.on_after_optimizer_step(optimizer=optimizer)
 
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            self._call_before_step(optimizer)
+
         self._note_l1(optimizer)
         hooks = [optimizer.register_step_post_hook(after)]
+        if type(self).before_step is not Stepper.before_step:
+            hooks.append(optimizer.register_step_pre_hook(before))
         if check_before:
             hooks.append(optimizer.register_step_pre_hook(self._before_plain_step))
         self._hooks[id(optimizer)] = (optimizer, hooks)
@@ -240,6 +267,10 @@ class Stepper(ABC):
 
     def _begin_training(self) -> None:
         """A new training (not the continuation of one): the progress starts at 0, draws and steps go on."""
+        # A checkpoint of another method brings weights and no state of this callback: it goes on after them and repeats no draw.
+        ahead = max((1 + tensor.slots.last_birth() - tensor.step for tensor in self._tensors), default=0)
+        for tensor in self._tensors:
+            tensor.step += max(ahead, 0)
         if not self._continues:
             for tensor in self._tensors:
                 tensor.start = tensor.step

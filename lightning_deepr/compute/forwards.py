@@ -34,7 +34,7 @@ def linear_forward(self: Any, input: Tensor) -> Tensor:
     holder = self._modules["parametrizations"]._modules["weight"]
     slots, theta = holder._modules["0"], holder._parameters.get("original")
     if len(holder._modules) == 1 and theta is not None and slots.uses_sparse(input):
-        bias = _bias_of(self)
+        theta, bias = slots.own(theta), _bias_of(self)
         if not torch.compiler.is_dynamo_compiling():
             y = quick_linear(input, theta, bias, slots)
             if y is not None:
@@ -57,7 +57,7 @@ def conv2d_forward(self: Any, input: Tensor) -> Tensor:
             return kernels.available() and choice.prefers_sparse_conv(slots.shape, slots.count, x.shape[0], size_in, size_out)
 
         if slots.uses_sparse(input, prefers):
-            return conv.conv2d(input, theta, _bias_of(self), slots, self.stride, self.padding, self.dilation)
+            return conv.conv2d(input, slots.own(theta), _bias_of(self), slots, self.stride, self.padding, self.dilation)
     result: Tensor = self._conv_forward(input, _built(self.weight), self.bias)
     return result
 

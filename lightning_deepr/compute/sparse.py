@@ -263,7 +263,8 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> T
         or not x.is_contiguous()
         # kernels know addresses, not types, sizes and strides
         or x.dtype not in _KERNEL_TYPES
-        or type(theta) is not torch.nn.Parameter
+        or (type(theta) is not torch.nn.Parameter and (type(theta) is not Tensor or theta.shape != (order.count,)))
+        or not theta.is_contiguous()
     ):
         return None
     if bias is not None and (

@@ -24,7 +24,7 @@ class SparseWeight(torch.Tensor):
     """A converted weight: ``F.linear`` with it is sparse compute; shape, dtype and device are free; anything else builds it.
 
     Args:
-        theta: [K].
+        theta: [K], this tensor's own.
         slots: its :class:`lightning_deepr.connections.KSlots`.
     """
 
@@ -41,7 +41,7 @@ class SparseWeight(torch.Tensor):
 
     def build(self) -> Tensor:
         """The dense-shaped weight, connected to theta's gradient."""
-        return self._slots.dense(self._theta)  # type: ignore[no-any-return]
+        return self._slots.weight_of(self._theta)  # type: ignore[no-any-return]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
