@@ -1,0 +1,406 @@
+"""Every method at every connectivity on MNIST: LeNet-300-100, batch 10, 10 epochs.
+
+    python benchmarks/comparison/mnist.py --root data                        # whatever is not in results.csv yet
+    python benchmarks/comparison/mnist.py --root data --parts common --arms deepr soft_deepr
+    python benchmarks/comparison/mnist.py --table                            # tables and the figure from results.csv
+
+Parts, in this order:
+
+- common: the paper's protocol for all (SGD, learning rate .05, batch 10), test set;
+- tune: as many short trials (2 epochs, validation on the last 10,000 training images) for every arm at 1 and at 10 %;
+- tuned: each arm with the best of its trials (those at 1 % for 1 and 2 %, those at 10 % for 5, 10 and 20 %), test set;
+- scope: one K per layer against one K for the whole network, 1 %;
+- rewiring: what rewiring more slowly, or ending it early, brings, 1 %.
+
+A run is a line of results.csv; the script can be stopped and started again at any time. Connectivity counts all 266,200 weights, and all
+arms get the same number; biases are dense. A plain loop: the callback is attached to the optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import math
+import random
+import statistics
+import sys
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lightning_deepr
+from lightning_deepr import LinearDecay, LrPower, connectivity_report
+from lightning_deepr.models import LeNet300100
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import axes
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.csv"
+COLUMNS = ("part", "arm", "connectivity", "seed", "trial", "epochs", "split", "accuracy", "connections", "per_layer", "settings",
+           "seconds", "torch")  # fmt: skip
+TOTAL = 266_200
+CONNECTIVITIES = (0.01, 0.02, 0.05, 0.1, 0.2)
+TRIALS = 8
+BATCH = 10
+# T of SoftDeepR by connectivity: with it the connectivity ends near the wanted one (see README.md)
+SOFT_T = 1e-7
+
+Settings = dict[str, Any]
+
+ARMS: dict[str, str | None] = {
+    "dense": None,
+    "deepr": "DeepR",
+    "soft_deepr": "SoftDeepR",
+    "fixed_random": "FixedRandom",
+    "fixed_random_free_signs": "FixedRandom",
+    "pruning": "MagnitudePruning",
+    "l1_shrinkage": "L1Shrinkage",
+    "set": "SET",
+    "rigl": "RigL",
+}
+COMMON: dict[str, Settings] = {
+    "dense": {},
+    "deepr": {"l1": 1e-4, "temperature": ["LrPower", 1e-12, 2]},
+    "soft_deepr": {"l1": 1e-4, "temperature": SOFT_T},
+    "fixed_random": {},
+    "fixed_random_free_signs": {"signs": "free"},
+    "pruning": {},
+    "l1_shrinkage": {"l1": 1e-4},
+    "set": {},
+    "rigl": {},
+}
+
+
+def space(arm: str, draw: random.Random, first: bool) -> Settings:
+    """The settings of one trial; the first of every arm is the same optimizer with the arm's own defaults."""
+    if first:
+        return {"lr": 0.4, "schedule": "cosine", "distribution": "deepr", **COMMON[arm]}
+    found: Settings = {
+        "lr": draw.choice([0.05, 0.1, 0.2, 0.4]),
+        "schedule": draw.choice(["constant", "cosine", "cosine"]),
+        "distribution": draw.choice(["deepr", "erdos_renyi"]),
+    }
+    if arm in ("deepr", "soft_deepr", "l1_shrinkage"):
+        alpha = draw.choice([3e-5, 1e-4, 2e-4, 4e-4])
+        found["l1"] = draw.choice([alpha, ["LinearDecay", alpha, 0.0]]) if arm == "deepr" else alpha
+    if arm == "deepr":
+        found["temperature"] = draw.choice([0.0, ["LrPower", 1e-12, 2]])
+    if arm == "soft_deepr":
+        found["temperature"] = draw.choice([1e-8, 3e-8, 1e-7, 3e-7])
+    if arm == "fixed_random_free_signs":
+        found["signs"] = "free"
+    if arm == "pruning":
+        found["prune_from"], found["prune_until"], found["prunings"] = draw.choice(
+            [(0.3, 0.3, 1), (0.5, 0.5, 1), (0.1, 0.6, 5), (0.2, 0.8, 10)]
+        )
+    if arm == "l1_shrinkage":
+        found["freeze_at"] = draw.choice([0.5, 0.8])
+    if arm in ("set", "rigl"):
+        found["drop_fraction"] = draw.choice([0.1, 0.3, 0.5])
+        found["rewire_every_n_steps"] = draw.choice([100, 300, 1000])
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    part: str
+    arm: str
+    connectivity: float
+    seed: int
+    trial: str
+    epochs: int
+    split: str
+    settings: str  # json
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.part, self.arm, f"{self.connectivity:g}", str(self.seed), self.trial)
+
+
+def seeds_at(connectivity: float) -> range:
+    return range(3 if connectivity in (0.01, 0.05, 1.0) else 1)
+
+
+def jobs(part: str, arms: list[str]) -> list[Job]:
+    """What a part consists of; the first seeds of all come first."""
+    found = []
+    if part == "common":
+        for arm in arms:
+            for c in (1.0,) if arm == "dense" else CONNECTIVITIES:
+                for seed in seeds_at(c):
+                    settings = {"lr": 0.05, "schedule": "constant", "distribution": "deepr", **COMMON[arm]}
+                    found.append(Job(part, arm, c, seed, "", 10, "test", json.dumps(settings)))
+    elif part == "tune":
+        for arm in arms:
+            for c in (1.0,) if arm == "dense" else (0.01, 0.1):
+                draw = random.Random(f"{arm} {c}")
+                for trial in range(TRIALS):
+                    settings = space(arm, draw, first=trial == 0)
+                    found.append(Job(part, arm, c, 100, str(trial), 2, "validation", json.dumps(settings)))
+    elif part == "tuned":
+        rows = [row for row in read() if row["part"] == "tune"]
+        for arm in arms:
+            for c in (1.0,) if arm == "dense" else CONNECTIVITIES:
+                source = f"{1.0 if arm == 'dense' else 0.01 if c < 0.05 else 0.1:g}"
+                mine = [row for row in rows if row["arm"] == arm and row["connectivity"] == source]
+                if len(mine) < TRIALS:
+                    continue
+                best = max(mine, key=lambda row: float(row["accuracy"]))
+                found += [Job(part, arm, c, seed, best["trial"], 10, "test", best["settings"]) for seed in seeds_at(c)]
+    else:
+        best_deepr: Settings = {"lr": 0.4, "schedule": "cosine", "distribution": "deepr", "l1": ["LinearDecay", 2e-4, 0.0]}
+        variants: dict[str, Settings]
+        if part == "scope":
+            variants = {
+                "layer": {},
+                "global, budget": {"scope": "global"},
+                "global, uniform": {"scope": "global", "reactivation": "uniform"},
+            }
+        else:
+            variants = {
+                "every step": {},
+                **{f"every {n} steps": {"rewire_every_n_steps": n} for n in (3, 10, 100)},
+                **{f"until {u:g}": {"rewire_until": u} for u in (0.9, 0.7, 0.5)},
+            }
+        for trial, changed in variants.items():
+            found += [
+                Job(part, "deepr", 0.01, seed, trial, 10, "test", json.dumps({**best_deepr, **changed})) for seed in range(3)
+            ]
+    return sorted(found, key=lambda job: job.seed)
+
+
+def _value(entry: Any) -> Any:
+    kinds = {"LrPower": LrPower, "LinearDecay": LinearDecay}
+    return kinds[entry[0]](*entry[1:]) if isinstance(entry, list) else entry
+
+
+_data: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+
+def digits(root: str, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if split not in _data:
+        from lightning_deepr.recipes.digits import MNISTDataModule
+
+        images, labels, test_images, test_labels = MNISTDataModule(root).load()
+        if split == "validation":
+            images, labels, test_images, test_labels = images[:-10_000], labels[:-10_000], images[-10_000:], labels[-10_000:]
+        flat = [x.flatten(1).float() / 255 for x in (images, test_images)]
+        _data[split] = flat[0], labels, flat[1], test_labels
+    return _data[split]
+
+
+def run(job: Job, root: str) -> dict[str, Any]:
+    """Train once, test once at the end."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    images, labels, test_images, test_labels = digits(root, job.split)
+    settings = {name: _value(entry) for name, entry in json.loads(job.settings).items()}
+    lr, schedule = settings.pop("lr"), settings.pop("schedule")
+    torch.manual_seed(job.seed)
+    net: nn.Module = LeNet300100()
+    kind, callback = ARMS[job.arm], None
+    if kind is not None:
+        callback = getattr(lightning_deepr, kind)(round(job.connectivity * TOTAL), seed=job.seed, **settings)
+        callback.prepare(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    steps = job.epochs * (len(labels) // BATCH)
+    if callback is not None:
+        callback.attach(net, optimizer, total_steps=steps)
+    group, step = optimizer.param_groups[0], 0
+    order = torch.Generator().manual_seed(job.seed)
+    started = time.perf_counter()
+    for _ in range(job.epochs):
+        shuffled = torch.randperm(len(labels), generator=order)
+        for first in range(0, len(labels) - BATCH + 1, BATCH):
+            if schedule == "cosine":
+                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            batch = shuffled[first : first + BATCH]
+            optimizer.zero_grad()
+            F.cross_entropy(net(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            step += 1
+    seconds = time.perf_counter() - started
+    net.eval()
+    with torch.no_grad():
+        accuracy = (net(test_images).argmax(1) == test_labels).double().mean().item()
+    report = connectivity_report(net)
+    return {
+        "part": job.part,
+        "arm": job.arm,
+        "connectivity": f"{job.connectivity:g}",
+        "seed": job.seed,
+        "trial": job.trial,
+        "epochs": job.epochs,
+        "split": job.split,
+        "accuracy": round(100 * accuracy, 2),
+        "connections": report.active if kind is not None else TOTAL,
+        "per_layer": " ".join(str(row["active"]) for row in report),
+        "settings": job.settings,
+        "seconds": round(seconds),
+        "torch": torch.__version__.split("+")[0],
+    }
+
+
+def read() -> list[dict[str, str]]:
+    if not RESULTS.is_file():
+        return []
+    with RESULTS.open() as file:
+        return list(csv.DictReader(file))
+
+
+def write(row: dict[str, Any]) -> None:
+    new = not RESULTS.is_file()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+PARTS = ("common", "tune", "tuned", "scope", "rewiring")
+
+
+# -- what came of it --------------------------------------------------------------------------------------------------------
+
+
+def summary(values: list[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread} ({len(values)})"
+
+
+def tables() -> str:
+    rows, lines = read(), []
+    for part in ("common", "tuned"):
+        lines += [
+            f"**{part}**: test accuracy, % (runs)",
+            "",
+            "| arm | " + " | ".join(f"{100 * c:g} %" for c in CONNECTIVITIES) + " |",
+        ]
+        lines.append("|---" * (len(CONNECTIVITIES) + 1) + "|")
+        for arm in ARMS:
+            mine = [row for row in rows if row["part"] == part and row["arm"] == arm]
+            if arm == "dense":
+                lines.append(
+                    f"| dense (100 %) | {summary([float(row['accuracy']) for row in mine])} |"
+                    + " |" * (len(CONNECTIVITIES) - 1)
+                )
+                continue
+            cells = []
+            for c in CONNECTIVITIES:
+                at = [row for row in mine if row["connectivity"] == f"{c:g}"]
+                cell = summary([float(row["accuracy"]) for row in at])
+                ended = [int(row["connections"]) / TOTAL for row in at]
+                if ended and abs(statistics.mean(ended) / c - 1) > 0.005:
+                    cell += f", ends at {100 * statistics.mean(ended):.2f} %"
+                cells.append(cell)
+            lines.append(f"| {arm.replace('_', ' ')} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [
+        "**tune**: the best trial of each arm (validation accuracy after 2 epochs, %)",
+        "",
+        "| arm | connectivity | best | settings |",
+        "|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        for c in ("1", "0.01", "0.1"):
+            mine = [row for row in rows if row["part"] == "tune" and row["arm"] == arm and row["connectivity"] == c]
+            if mine:
+                best = max(mine, key=lambda row: float(row["accuracy"]))
+                lines.append(
+                    f"| {arm.replace('_', ' ')} | {100 * float(c):g} % | {best['accuracy']} of {len(mine)} | `{best['settings']}` |"
+                )
+    for part in ("scope", "rewiring"):
+        lines += [
+            "",
+            f"**{part}**: DeepR at 1 %, test accuracy, % (runs)",
+            "",
+            "| variant | accuracy | connections per layer at the end |",
+            "|---|---|---|",
+        ]
+        mine = [row for row in rows if row["part"] == part]
+        for trial in dict.fromkeys(row["trial"] for row in mine):
+            at = [row for row in mine if row["trial"] == trial]
+            lines.append(
+                f"| {trial} | {summary([float(row['accuracy']) for row in at])} | {'; '.join(row['per_layer'] for row in at)} |"
+            )
+    return "\n".join(lines)
+
+
+def figure() -> None:
+    """Accuracy over connectivity, as in the paper: one panel per protocol."""
+    rows = read()
+    drawing, panels = axes(2, width=5.6, height=4.4)
+    for panel, part in zip(panels, ("common", "tuned"), strict=True):
+        for number, arm in enumerate(ARMS):
+            mine = [row for row in rows if row["part"] == part and row["arm"] == arm]
+            if not mine:
+                continue
+            if arm == "dense":
+                panel.axhline(
+                    statistics.mean(float(row["accuracy"]) for row in mine), color="black", linewidth=1, label="dense"
+                )
+                continue
+            points = []
+            for c in CONNECTIVITIES:
+                at = [row for row in mine if row["connectivity"] == f"{c:g}"]
+                if at:
+                    accuracies = [float(row["accuracy"]) for row in at]
+                    ended = statistics.mean(int(row["connections"]) / TOTAL for row in at)
+                    points.append(
+                        (100 * ended, statistics.mean(accuracies), statistics.stdev(accuracies) if len(at) > 1 else 0.0)
+                    )
+            x, y, spread = zip(*points, strict=True)
+            panel.errorbar(x, y, spread, marker="o", markersize=4, capsize=2, label=arm.replace("_", " "), color=f"C{number}")
+        panel.set_xscale("log")
+        panel.set_xlabel("connectivity at the end, %")
+        panel.set_ylabel("test accuracy, %")
+        panel.set_title(
+            {"common": "the paper's protocol: SGD .05, batch 10", "tuned": "each method tuned with the same budget"}[part],
+            fontsize=10,
+        )
+        panel.set_ylim(86, 99)
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8, loc="lower right")
+    drawing.savefig(HERE / "accuracy_connectivity.png", dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data", help="folder with MNIST/raw")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--workers", type=int, default=2, help="trainings at a time, one thread each")
+    parser.add_argument("--table", action="store_true", help="only print the tables and draw the figure")
+    options = parser.parse_args()
+    if not options.table:
+        for part in options.parts:
+            done = {(r["part"], r["arm"], r["connectivity"], r["seed"], r["trial"]) for r in read()}
+            todo = [job for job in jobs(part, options.arms) if job.key not in done]
+            print(f"{part}: {len(todo)} trainings to do", flush=True)
+            with ProcessPoolExecutor(options.workers) as pool:
+                waiting = [pool.submit(run, job, options.root) for job in todo]
+                for number, finished in enumerate(as_completed(waiting), 1):
+                    row = finished.result()
+                    write(row)
+                    print(f"{number}/{len(todo)}", *(row[name] for name in COLUMNS[:10]), row["seconds"], "s", flush=True)
+    print(tables())
+    figure()
+
+
+if __name__ == "__main__":
+    main()
