@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -1046,8 +1047,11 @@ def fresh_compiler() -> Iterator[None]:
         torch._dynamo.reset()
 
 
+NEEDS_A_COMPILER = (pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler"))
+
+
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning", "ignore:.*is deprecated:FutureWarning")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=NEEDS_A_COMPILER)])
 def test_a_compiled_network_follows_rewiring_loading_and_copies(backend: str) -> None:
     with fresh_compiler():
         one = Trained("sparse")
