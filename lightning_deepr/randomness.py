@@ -116,24 +116,6 @@ def normal(stream_key: int, counter: Tensor) -> Tensor:
     return radius.mul_(angle.cos_())
 
 
-def normal_field(stream_key: int, index: int, total: int, device: torch.device | str = "cpu") -> Tensor:
-    """A standard normal deviate for every place of a tensor (float64): both of Box and Muller's, for places 2 i and 2 i + 1.
-
-    Args:
-        stream_key: a result of :func:`key`.
-        index: the tensor's place in the order of conversion.
-        total: N.
-        device: where the result lies; the deviates are the same on every device, to rounding.
-
-    Returns:
-        float64 [N].
-    """
-    word = bits(stream_key, counters(index, torch.arange((total + 1) // 2, device=device)))
-    radius = ((word >> 32).bitwise_and_(0xFFFFFFFF).double() + 0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
-    angle = (word.bitwise_and_(0xFFFFFFFF).double() + 0.5).mul_(2.0 * math.pi * 2.0**-32)
-    return torch.stack([radius * angle.cos(), radius * angle.sin()], 1).view(-1)[:total]
-
-
 def counters(index: int, slots: Tensor) -> Tensor:
     """The counters of a tensor's slots: ``index`` is the tensor's place in the order of conversion."""
     return slots + (index << SLOT_BITS)

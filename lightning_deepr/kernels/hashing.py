@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba import njit
 
@@ -31,11 +29,3 @@ def extend(state, coordinate):
 @njit(inline="always")
 def bits(key, counter):
     return mix(counter * GOLDEN + key)
-
-
-@njit(inline="always")
-def normal(word):
-    """A standard normal deviate from 64 bits (``randomness.normal``)."""
-    first = (np.float64(word >> np.uint64(32)) + 0.5) * 2.0**-32
-    second = (np.float64(word & np.uint64(0xFFFFFFFF)) + 0.5) * (2.0 * math.pi * 2.0**-32)
-    return math.sqrt(math.log(first) * -2.0) * math.cos(second)

@@ -20,7 +20,8 @@ import numpy as np
 from numba import carray, njit
 
 from lightning_deepr import randomness
-from lightning_deepr.kernels.hashing import GOLDEN, LARGEST, bits, extend, normal
+from lightning_deepr.kernels.deviates import BLOCK, deviates
+from lightning_deepr.kernels.hashing import GOLDEN, LARGEST, bits, extend
 from lightning_deepr.kernels.native import (
     Kernel,
     advise_huge_pages,
@@ -339,8 +340,12 @@ def rewire_kernel(size: int) -> Kernel:
                     values[k] -= less
             if scale != 0.0:
                 key = extend(extend(extend(np.uint64(3), np.uint64(seed)), NOISE_STREAM), np.uint64(step))
-                for k in range(count):
-                    values[k] += real(normal(bits(key, np.uint64(counter + k))) * scale)
+                noise = np.empty(BLOCK, np.float64)
+                for first in range(0, count, BLOCK):
+                    length = min(BLOCK, count - first)
+                    deviates(key, counter + first, length, noise)
+                    for k in range(length):
+                        values[first + k] += real(noise[k] * scale)
             if rewires == 0:  # active at 0, with its place and its sign
                 for k in range(count):
                     if values[k] < 0:

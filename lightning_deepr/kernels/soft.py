@@ -1,90 +1,22 @@
-"""What follows the optimizer's step under soft-DEEP R, in one pass over a tensor: see ``soft_rewiring.step``.
-
-Every theta draws a deviate in every step, and a logarithm and a cosine of the C library would be most of the time. Here both
-are polynomials, so that the loop is vectorized; they agree with the library's to a few units in the last place of a float64.
-"""
+"""What follows the optimizer's step under soft-DEEP R, in one pass over a tensor: see ``soft_rewiring.step``."""
 
 from __future__ import annotations
 
 import ctypes
-import math
 from functools import cache
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray
 from torch import Tensor
 
 from lightning_deepr import randomness
-from lightning_deepr.kernels.hashing import bits
+from lightning_deepr.kernels.deviates import BLOCK, deviates
 from lightning_deepr.kernels.native import Kernel, fetch_add, load_float, load_int64, pointer, threads_for
 
 # arguments: the next task; addresses of theta and before; N; eta * alpha, sqrt(2 * eta * T) and theta_min (float64); whether the
 # step rewires; the counter of place 0; the key of the step's noise; births; deaths
 TASK, THETA, BEFORE, COUNT, DECREMENT, SCALE, BOUND, REWIRES, COUNTER, KEY, BIRTHS, DEATHS, ARGUMENTS = range(13)
 PIECE = 1 << 14  # places of a task
-BLOCK = 1 << 9  # deviates at a time
-
-
-@intrinsic
-def as_float(typingctx, word):
-    """The float64 with these bits."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.DoubleType())
-
-    return types.float64(types.uint64), codegen
-
-
-@intrinsic
-def as_word(typingctx, value):
-    """The bits of a float64."""
-
-    def codegen(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.IntType(64))
-
-    return types.uint64(types.float64), codegen
-
-
-_EXPONENT_OF_2_52 = np.uint64(0x4330000000000000)
-_MANTISSA, _ONE = np.uint64(0xFFFFFFFFFFFFF), np.uint64(0x3FF0000000000000)
-_HALF_WORD = np.uint64(0xFFFFFFFF)
-# sin z = z - z^3 / 3! + ... for |z| <= pi / 2, and 2 atanh(s) = 2 s (1 + s^2 / 3 + ...) for |s| <= .172: the rest is below 1e-17
-S3, S5, S7, S9, S11, S13, S15, S17, S19, S21 = (math.cos(math.pi * i) / math.factorial(2 * i + 1) for i in range(1, 11))
-L1, L3, L5, L7, L9, L11, L13, L15, L17, L19, L21 = (2.0 / (2 * i + 1) for i in range(11))
-
-
-@njit(inline="always")
-def small(word):
-    """An integer below 2**52 as a float64 (the conversion of a uint64 would not be vectorized)."""
-    return as_float(word | _EXPONENT_OF_2_52) - 2.0**52
-
-
-@njit(inline="always")
-def log(x):
-    """Of a positive, normal float64."""
-    word = as_word(x)
-    mantissa, exponent = as_float((word & _MANTISSA) | _ONE), small(word >> np.uint64(52)) - 1023.0
-    large = mantissa > 1.4142135623730951
-    mantissa, exponent = (mantissa * 0.5 if large else mantissa), (exponent + 1.0 if large else exponent)
-    s = (mantissa - 1.0) / (mantissa + 1.0)
-    q = s * s
-    series = L11 + q * (L13 + q * (L15 + q * (L17 + q * (L19 + q * L21))))
-    series = L1 + q * (L3 + q * (L5 + q * (L7 + q * (L9 + q * series))))
-    return exponent * 0.6931471805599453 + s * series
-
-
-@njit(inline="always")
-def normal(word):
-    """A standard normal deviate from 64 bits (``randomness.normal``)."""
-    first = (small(word >> np.uint64(32)) + 0.5) * 2.0**-32
-    turn = (small(word & _HALF_WORD) + 0.5) * 2.0**-32
-    z = (abs(turn - 0.5) - 0.25) * (2.0 * math.pi)  # cos(2 pi t) = sin(2 pi (|t - 1/2| - 1/4))
-    q = z * z
-    series = S11 + q * (S13 + q * (S15 + q * (S17 + q * (S19 + q * S21))))
-    cosine = z + z * q * (S3 + q * (S5 + q * (S7 + q * (S9 + q * series))))
-    return math.sqrt(log(first) * -2.0) * cosine
 
 
 @cache
@@ -97,29 +29,27 @@ def soft_kernel(size: int) -> Kernel:
         decrement, scale = real(load_float(a + 8 * DECREMENT, 8)), load_float(a + 8 * SCALE, 8)
         bound = real(load_float(a + 8 * BOUND, 8))
         key, counter = np.uint64(load_int64(a + 8 * KEY)), load_int64(a + 8 * COUNTER)
-        noise = np.empty(BLOCK, real)
+        noise = np.empty(BLOCK, np.float64)
         births, deaths = 0, 0
         task = fetch_add(a + 8 * TASK, 1)
         while task * PIECE < count:
             first, end = task * PIECE, min((task + 1) * PIECE, count)
             while first < end:
                 length = min(BLOCK, end - first)
-                start = np.uint64(counter + first)
-                for k in range(length):
-                    noise[k] = real(normal(bits(key, start + np.uint64(k))) * scale)
+                deviates(key, counter + first, length, noise)
                 theta = carray(pointer(load_int64(a + 8 * THETA) + first * size), length, real)
                 before = carray(pointer(load_int64(a + 8 * BEFORE) + first * size), length, real)
                 if rewires:
                     for k in range(length):
                         was = before[k]
-                        value = max((theta[k] - decrement if was >= 0 else was) + noise[k], bound)
+                        value = max((theta[k] - decrement if was >= 0 else was) + real(noise[k] * scale), bound)
                         theta[k] = value
                         births += (was < 0) & (value >= 0)
                         deaths += (was >= 0) & (value < 0)
                 else:
                     for k in range(length):
                         was = before[k]
-                        theta[k] = max((theta[k] - decrement) + noise[k], real(0)) if was >= 0 else was
+                        theta[k] = max((theta[k] - decrement) + real(noise[k] * scale), real(0)) if was >= 0 else was
                 first += length
             task = fetch_add(a + 8 * TASK, 1)
         fetch_add(a + 8 * BIRTHS, births)
