@@ -72,6 +72,7 @@ class DeepR(SparseTraining):
     """
 
     scopes = ("layer", "global")
+    watches_for_collapse = True
 
     def __init__(
         self,

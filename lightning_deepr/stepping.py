@@ -87,9 +87,14 @@ class _Tables(dict[Any, Any]):
 class Stepper(ABC):
     """The part of a callback that needs no Trainer.
 
+    Attributes:
+        watches_for_collapse: whether to warn when a tensor is reborn over and over; the advice is DEEP R's.
+
     Args:
         temperature, rewire_every_n_steps, rewire_until, seed, check_invariants, log_every_n_steps: see :class:`DeepR`.
     """
+
+    watches_for_collapse = False
 
     def __init__(
         self,
@@ -158,7 +163,8 @@ class Stepper(ABC):
             if self.check_invariants:
                 self.check(item, born, optimizer)
             tensor.step += 1
-            if tensor.turnover.add(born.births + born.moved, born.newborns, item.rewires):
+            collapsed = tensor.turnover.add(born.births + born.moved, born.newborns, item.rewires)
+            if collapsed and self.watches_for_collapse:
                 rank_zero_warn(collapse_message(tensor.name, item.alpha))
 
     def _stepped(self, tensor: TrackedTensor, theta: Tensor, optimizer: Optimizer, group_index: int) -> Stepped:
