@@ -243,7 +243,8 @@ class MaskedTheta(DenseTheta):
         return self.mask.clone() if self.fixed else self.mask & (theta != 0)
 
     def dense(self, theta: Tensor) -> Tensor:
-        return torch.where(self.mask, theta, 0.0)
+        # as long as nothing is masked the weight is theta
+        return torch.where(self.mask, theta, 0.0) if self.fixed else theta.view_as(theta)
 
     def overwritten(self, theta: Tensor) -> bool:
         return False  # theta is the weight: who writes it writes the weight

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -291,7 +292,7 @@ class L1Shrinkage(_Masking):
             if slots.fixed:
                 continue
             # w <- sign(w) * max(|w| - eta * alpha, 0)
-            theta.copy_(theta.sign() * (theta.abs() - item.lr * item.alpha).clamp_(min=0))
+            theta.copy_(F.softshrink(theta, float(item.lr * item.alpha)))
             if self.freezes and item.tensor.step - item.tensor.start + 1 >= self.step_at(self.freeze_at):
                 slots.keep(theta != 0, theta)
                 _keep_largest([item], slots.wanted)
