@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lightning_deepr.cli import find_recipe
+
+pytestmark = pytest.mark.slow  # a process each, that imports all and compiles at the least settings
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -34,7 +38,6 @@ def test_step_time(tmp_path: Path) -> None:
     assert all(float(row["reborn_per_step"].rstrip("%")) >= 10 for row in ours), ours
 
 
-@pytest.mark.slow
 def test_step_time_of_the_large_networks(tmp_path: Path) -> None:
     rows, _ = run("step_time", tmp_path, "--steps", "2", "--only", "mlp,cifar")
     assert {row["arm"] for row in rows if row["network"].startswith("CIFAR")} == {"dense", "DeepR, auto", "DeepR, dense"}
@@ -67,7 +70,6 @@ def test_rewiring_cost(tmp_path: Path) -> None:
     assert {row["N"] for row in rows if row["series"] == "by N"} == {"1e+07", "1e+08", "1e+09", "1e+10"}
 
 
-@pytest.mark.slow
 def test_memory(tmp_path: Path) -> None:
     rows, _ = run("memory", tmp_path, "--steps", "2", "--only", "million,mlp")
     taken = {row["training"]: float(row["peak_MB_above_imports"]) for row in rows}
@@ -117,3 +119,29 @@ def test_an_arm_has_the_settings_of_its_recipe(arm: str, recipe: str) -> None:
 
     assert written["sparsity"]["class_path"] == "lightning_deepr.DeepR"
     assert {name: plain(value) for name, value in settings["deepr"].items()} == written["sparsity"]["init_args"]
+
+
+def test_every_arm_of_the_comparison_trains(tmp_path: Path) -> None:
+    sys.path.insert(0, str(SCRIPTS / "comparison"))
+    try:
+        spec = importlib.util.spec_from_file_location("comparison", SCRIPTS / "comparison" / "mnist.py")
+        assert spec is not None and spec.loader is not None
+        comparison = sys.modules["comparison"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(comparison)
+    finally:
+        sys.path.pop(0)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(300, 784, generator=generator), torch.randint(0, 10, (300,), generator=generator)
+    comparison._data.update(dict.fromkeys(("test", "validation"), (x, y, x, y)))
+    threads = torch.get_num_threads()
+    jobs = [job for part in ("common", "tune", "scope", "rewiring") for job in comparison.jobs(part, list(comparison.ARMS))]
+    first = {(job.part, job.arm, job.trial if job.part == "scope" else ""): job for job in reversed(jobs)}
+    try:
+        for job in first.values():
+            row = comparison.run(dataclasses.replace(job, epochs=1), "")
+            wanted = round(job.connectivity * comparison.TOTAL)
+            assert int(row["connections"]) == wanted or job.arm in ("soft_deepr", "l1_shrinkage"), row
+            assert set(row) == set(comparison.COLUMNS)
+    finally:
+        torch.set_num_threads(threads)
+    assert {arm for _, arm, _ in first} == set(comparison.ARMS)
