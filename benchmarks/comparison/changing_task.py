@@ -168,7 +168,7 @@ def figure() -> None:
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
     panels[0].set_ylim(75, 100)
-    panels[0].legend(fontsize=7)
+    panels[0].legend(fontsize=7, loc="lower right")
     drawing.savefig(HERE / "changing_task.png", dpi=130)
 
 

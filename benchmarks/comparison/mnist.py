@@ -296,6 +296,9 @@ def summary(values: list[float]) -> str:
 def tables() -> str:
     rows, lines = read(), []
     for part in ("common", "tuned"):
+        if not any(row["part"] == part for row in rows):
+            lines += [f"**{part}**: nothing yet", ""]
+            continue
         lines += [
             f"**{part}**: test accuracy, % (runs)",
             "",
@@ -354,8 +357,9 @@ def tables() -> str:
 def figure() -> None:
     """Accuracy over connectivity, as in the paper: one panel per protocol."""
     rows = read()
-    drawing, panels = axes(2, width=5.6, height=4.4)
-    for panel, part in zip(panels, ("common", "tuned"), strict=True):
+    parts = [part for part in ("common", "tuned") if any(row["part"] == part for row in rows)]
+    drawing, panels = axes(len(parts), width=5.6, height=4.4)
+    for panel, part in zip(panels, parts, strict=True):
         for number, arm in enumerate(ARMS):
             mine = [row for row in rows if row["part"] == part and row["arm"] == arm]
             if not mine:
