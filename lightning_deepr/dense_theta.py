@@ -158,20 +158,12 @@ class SoftTheta(DenseTheta):
     ) -> None:
         super().__init__(shape, wanted, index, sign_seed, exceptions, dtype, notice)
         self.signs = self.all_signs(dtype)  # the weight's shape
-        self._theta_min: float | Tensor = math.nan  # of the last step that had one; nan: not known yet
+        self.theta_min: Any = math.nan  # of the last step that had one; nan: not known yet
         self.before: Tensor | None = None  # theta before the optimizer's step, for the length of that step
 
     def all_signs(self, dtype: torch.dtype) -> Tensor:
         places = torch.arange(self.total, device=self.exceptions.device)
         return self.signs_at(places, dtype).view(self.shape)
-
-    @property
-    def theta_min(self) -> Any:
-        return self._theta_min
-
-    @theta_min.setter
-    def theta_min(self, value: float | Tensor) -> None:
-        self._theta_min = value
 
     def is_active(self, theta: Tensor) -> Tensor:
         return theta >= 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,6 +145,16 @@ def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None
             )
 
 
+def requirement(tensor: TrackedTensor) -> Callable[[bool, str], None]:
+    """What ``check_invariants`` calls with a condition and what to say where it does not hold."""
+
+    def require(holds: bool, what: str) -> None:
+        if not holds:
+            raise RuntimeError(f"check_invariants: `{tensor.name}`, step {tensor.step}: {what}.")
+
+    return require
+
+
 def check_invariants(
     tensor: TrackedTensor,
     item: Stepped,
@@ -160,10 +170,7 @@ def check_invariants(
     """
     slots, theta = tensor.slots, item.theta
 
-    def require(holds: bool, what: str) -> None:
-        if not holds:
-            raise RuntimeError(f"check_invariants: `{tensor.name}`, step {tensor.step}: {what}.")
-
+    require = requirement(tensor)
     places = slots.places
     require(
         theta.shape == places.shape == (tensor.turnover.count,), f"expected {tensor.turnover.count} slots, found {theta.shape}"

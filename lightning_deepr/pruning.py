@@ -9,6 +9,7 @@ Signs are free, and the network is dense while it trains: the mask saves neither
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_deepr import guards
 from lightning_deepr.dense_theta import MaskedTheta
 from lightning_deepr.dense_training import DenseTraining
 from lightning_deepr.schedules import LinearDecay
@@ -45,9 +47,9 @@ class _Masking(DenseTraining):
         none = torch.empty(0, dtype=torch.long)
         return [Reborn(0, 0, none) for _ in stepped]
 
+    @abstractmethod
     def act(self, stepped: Sequence[Stepped]) -> None:
         """What the method does after a step."""
-        raise NotImplementedError
 
     def step_at(self, fraction: float) -> int:
         """The step, counted from 1, that ends this fraction of the training."""
@@ -76,12 +78,8 @@ class _Masking(DenseTraining):
 
     @override
     def check(self, item: Stepped, born: Reborn, optimizer: Optimizer) -> None:
-        tensor, slots, theta = item.tensor, item.tensor.slots, item.theta
-
-        def require(holds: bool, what: str) -> None:
-            if not holds:
-                raise RuntimeError(f"check_invariants: `{tensor.name}`, step {tensor.step}: {what}.")
-
+        slots, theta = item.tensor.slots, item.theta
+        require = guards.requirement(item.tensor)
         require(theta.shape == slots.shape, f"expected theta of shape {tuple(slots.shape)}, found {tuple(theta.shape)}")
         require(bool(torch.isfinite(theta).all()), "theta is not finite")
         require(slots.fixed or bool(slots.mask.all()), "connections are masked, but the mask is not fixed")

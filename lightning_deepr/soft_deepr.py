@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_deepr import kernels, soft_rewiring
+from lightning_deepr import guards, kernels, soft_rewiring
 from lightning_deepr.dense_theta import SoftTheta
 from lightning_deepr.dense_training import DenseTraining, on_host
 from lightning_deepr.schedules import LinearDecay, LrPower
@@ -266,11 +266,7 @@ class SoftDeepR(DenseTraining):
     @override
     def check(self, item: Stepped, born: Reborn, optimizer: Optimizer) -> None:
         tensor, slots, theta = item.tensor, item.tensor.slots, item.theta
-
-        def require(holds: bool, what: str) -> None:
-            if not holds:
-                raise RuntimeError(f"check_invariants: `{tensor.name}`, step {tensor.step}: {what}.")
-
+        require = guards.requirement(item.tensor)
         require(theta.shape == slots.shape, f"expected theta of shape {tuple(slots.shape)}, found {tuple(theta.shape)}")
         require(bool(torch.isfinite(theta).all()), "theta is not finite")
         if item.rewires and not _is_nan(slots.theta_min):
