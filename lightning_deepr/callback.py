@@ -314,7 +314,10 @@ class SparseTraining(Stepper, Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         step = max((tensor.step for tensor in self._tensors), default=0)
-        if not trainer.loggers or step % self.log_every_n_steps or not any(t.turnover.steps for t in self._tensors):
+        if not trainer.loggers or step % self.log_every_n_steps:
+            return
+        self._settle()
+        if not any(t.turnover.steps for t in self._tensors):
             return
         metrics = self.statistics()
         for logger in trainer.loggers:
@@ -322,6 +325,7 @@ class SparseTraining(Stepper, Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle()
         self._unhook()
 
     @override
@@ -529,6 +533,7 @@ class SparseTraining(Stepper, Callback):
                 f"{type(self).__name__}: a function as l1 or temperature can't be saved; give the same one when you resume, or "
                 "use LinearDecay and LrPower."
             )
+        self._settle()
         return {
             "version": 1,
             "seed": self.seed,
@@ -557,6 +562,7 @@ class SparseTraining(Stepper, Callback):
         if self._loaded is None or not self._tensors:
             return
         state, self._loaded, self._continues = self._loaded, None, True
+        self._settle()
         recorded: Mapping[str, Any] = state["tensors"]
         mine = {tensor.name: tensor for tensor in self._tensors}
         if set(recorded) != set(mine):

@@ -172,7 +172,7 @@ class KSlots(Parametrization):
             _told.add(kind)
             warnings.warn(
                 f"Sparse compute has no kernel for {kind}: it runs in plain PyTorch, which is slower. Kernels are there for float32 and "
-                'float64 on the CPU, where numba can be imported. compute="dense" is the alternative.',
+                'float64 on the CPU, where numba can be imported, and for CUDA, where Triton can. compute="dense" is the alternative.',
                 stacklevel=4,
             )
         return False

@@ -15,10 +15,12 @@ from lightning_deepr.callback import SparseTraining
 from lightning_deepr.connections import restart_averages
 from lightning_deepr.global_rewiring import RULES
 from lightning_deepr.global_scope import Pool, refuse_small_total
+from lightning_deepr.kernels import gpu
 from lightning_deepr.schedules import LinearDecay, LrPower
 from lightning_deepr.stepping import Reborn, Stepped, TrackedTensor
 
 if TYPE_CHECKING:
+    from lightning_deepr.kernels import triton_step
     from lightning_deepr.kernels.step import Table
 
 MOST_STATES = 4  # state tensors of an optimizer that the kernel resets; more are reset in PyTorch
@@ -126,17 +128,19 @@ class DeepR(SparseTraining):
     def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Reborn]:
         if self.scope == "global":
             return self._deep_r_of_networks(stepped, optimizer)
-        # tensors on one device that took part in equally many steps are handled together: nearly always all of them
-        groups = {(item.tensor.step, item.theta.device) for item in stepped}
+        # tensors of a kind that took part in equally many steps are handled together: nearly always all of them
+        groups = {(item.tensor.step, item.theta.device, item.theta.dtype) for item in stepped}
         if len(groups) == 1:
             return self._deep_r(stepped, optimizer, stepped[0].tensor.step)
         reborn: dict[int, Reborn] = {}
-        for step, device in groups:
-            group = [item for item in stepped if (item.tensor.step, item.theta.device) == (step, device)]
+        for step, device, dtype in groups:
+            group = [i for i in stepped if (i.tensor.step, i.theta.device, i.theta.dtype) == (step, device, dtype)]
             reborn.update(zip(map(id, group), self._deep_r(group, optimizer, step), strict=True))
         return [reborn[id(item)] for item in stepped]
 
     def _deep_r(self, stepped: Sequence[Stepped], optimizer: Optimizer, step: int) -> list[Reborn]:
+        if all(gpu.rewires(item.theta, item.tensor.slots) for item in stepped):
+            return self._deep_r_on_gpu(stepped, optimizer, step)
         dtype = stepped[0].theta.dtype
         if all(item.theta.dtype == dtype and kernels.suits(item.theta) for item in stepped):
             return self._deep_r_in_one_call(stepped, optimizer, step)
@@ -182,6 +186,32 @@ class DeepR(SparseTraining):
             if born.births and len(done) < len(found):
                 for value, start in found:
                     value.index_fill_(0, born.slots, start)
+            if born.births and item.tensor.slots.averages:
+                restart_averages(item.tensor.slots, born.slots)
+        return reborn
+
+    def _deep_r_on_gpu(self, stepped: Sequence[Stepped], optimizer: Optimizer, step: int) -> list[Reborn]:
+        """The same in Triton. The host learns nothing of the outcome, unless it has to: looking would make it wait."""
+        look = self.check_invariants or any(item.tensor.slots.averages for item in stepped)
+        counts, dormant = self._gpu_table(stepped).step(
+            [item.theta for item in stepped],
+            [item.lr * item.alpha for item in stepped],
+            [(2 * item.lr * item.temperature) ** 0.5 for item in stepped],
+            [item.rewires for item in stepped],
+            [self._starting_state.tensors(optimizer, item.group_index, item.tensor.theta) for item in stepped],
+            step - self.rewire_every_n_steps,
+            self.seed,
+            step,
+            want_dormant=look,
+        )
+        nothing = torch.empty(0, dtype=torch.long, device=counts.device)
+        if not look or not any(item.rewires for item in stepped):
+            return [Reborn(0, 0, nothing, pending=(counts, i) if item.rewires else None) for i, item in enumerate(stepped)]
+        reborn = [
+            Reborn(births, newborns, mask.nonzero().view(-1))
+            for (births, newborns), mask in zip(counts.tolist(), dormant, strict=True)
+        ]
+        for item, born in zip(stepped, reborn, strict=True):
             if born.births and item.tensor.slots.averages:
                 restart_averages(item.tensor.slots, born.slots)
         return reborn
@@ -277,6 +307,16 @@ class DeepR(SparseTraining):
 
             table = self._tables[key] = Table([item.tensor.slots for item in stepped], stepped[0].theta.element_size())
         return table
+
+    def _gpu_table(self, stepped: Sequence[Stepped]) -> triton_step.Table:
+        first = stepped[0].theta
+        key = (first.device, first.dtype, *(id(item.tensor.slots) for item in stepped))
+        table = self._tables.get(key)
+        if table is None or any(a is not b.tensor.slots for a, b in zip(table.tensors, stepped, strict=True)):
+            from lightning_deepr.kernels.triton_step import Table
+
+            table = self._tables[key] = Table([item.tensor.slots for item in stepped], first.dtype)
+        return table  # type: ignore[no-any-return]
 
 
 def _kernel_can_write(states: list[tuple[Tensor, float]]) -> bool:

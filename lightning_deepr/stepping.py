@@ -19,6 +19,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_deepr import global_scope, guards
 from lightning_deepr.connections import Converted
+from lightning_deepr.ledger import Ledger
 from lightning_deepr.optimizer_state import StartingState
 from lightning_deepr.schedules import default_l1, evaluate
 from lightning_deepr.statistics import Turnover, collapse_message
@@ -68,6 +69,8 @@ class Reborn(NamedTuple):
     newborns: int  # how many of the slots had been reborn in the rewiring before, too
     numbers: Tensor  # int64: the first ``births`` are the slots that were reborn; valid until the next step
     moved: int = 0  # how many more connections died than were born: they are born in other layers (scope="global")
+    # births and newborns stay on the device: int64 [tensors, 2] and the row of this tensor; ``numbers`` is empty then
+    pending: tuple[Tensor, int] | None = None
 
     @property
     def slots(self) -> Tensor:
@@ -120,6 +123,7 @@ class Stepper(ABC):
         self._matches: dict[int, tuple[weakref.ref[Optimizer], int, list[tuple[TrackedTensor, int]]]] = {}
         self._starting_state = StartingState()
         self._tables = _Tables()
+        self._ledger = Ledger()
         self._continues = False  # a state was loaded: what begins is no new training
         self._told: set[str] = set()
 
@@ -163,9 +167,20 @@ class Stepper(ABC):
             if self.check_invariants:
                 self.check(item, born, optimizer)
             tensor.step += 1
+            if born.pending is not None:
+                self._ledger.note(*born.pending, tensor, item.alpha)
+                continue
             collapsed = tensor.turnover.add(born.births + born.moved, born.newborns, item.rewires)
             if collapsed and self.watches_for_collapse:
                 rank_zero_warn(collapse_message(tensor.name, item.alpha))
+        if self._ledger.is_full:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Count the births that lie on a device still, before somebody reads the counts."""
+        for tensor, alpha in self._ledger.settle():
+            if self.watches_for_collapse:
+                rank_zero_warn(collapse_message(tensor.name, alpha))
 
     def _stepped(self, tensor: TrackedTensor, theta: Tensor, optimizer: Optimizer, group_index: int) -> Stepped:
         group = optimizer.param_groups[group_index]
@@ -292,4 +307,5 @@ class Stepper(ABC):
 
     def statistics(self) -> dict[str, float]:
         """Means per step since the last call: ``deepr/<tensor>/turnover``, ``.../newborn_deaths``, ``.../mature_deaths``."""
+        self._settle()
         return {f"deepr/{t.name}/{key}": value for t in self._tensors for key, value in t.turnover.take().items()}

@@ -21,6 +21,7 @@ from torch.nn.functional import linear as torch_linear
 from lightning_deepr.compute.buffers import LARGE, empty
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses
+from lightning_deepr.kernels import gpu
 
 
 class _Plan(NamedTuple):
@@ -318,7 +319,11 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
     theta = theta.contiguous()
     bias = bias if bias is None else bias.contiguous()
     flat = x if x.dim() == 2 else x.reshape(-1, columns)
-    if not slots.has_kernel(theta):
+    if not torch.compiler.is_dynamo_compiling() and _modes() == 0 and _transforms() is None and gpu.multiplies(theta, slots):
+        from lightning_deepr.compute import sparse_gpu
+
+        y = sparse_gpu.linear(flat, theta, bias, slots)
+    elif not slots.has_kernel(theta):
         from lightning_deepr.compute import gather
 
         y = gather.linear(flat, theta, bias, slots)
