@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 
 
 class LeNet300100(nn.Module):
@@ -32,3 +34,149 @@ class LeNet300100(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x.flatten(1)).relu()
         return self.fc3(self.fc2(x).relu())
+
+
+class ResponseNorm(nn.Module):
+    """Local response normalization over channels: x / (k + alpha / size * sum of x^2 over ``size`` channels) ** .75.
+
+    The same as :class:`torch.nn.LocalResponseNorm` with beta .75, as a 1 x 1 convolution with a band of ones: on the CPU torch's own takes
+    as long as both convolutions of :class:`CIFAR10CNN`.
+
+    Args:
+        channels: C.
+        size: of the window, odd.
+        alpha: torch's; TensorFlow's times ``size``.
+        k: TensorFlow's ``bias``.
+
+    Shapes:
+        input and output [batch, C, H, W].
+
+    Example::
+
+        >>> x = torch.randn(2, 64, 5, 5)
+        >>> torch.allclose(ResponseNorm(64)(x), nn.LocalResponseNorm(9, 1e-3, 0.75, 1.0)(x), atol=1e-6)
+        True
+    """
+
+    band: Tensor
+
+    def __init__(self, channels: int, size: int = 9, alpha: float = 1e-3, k: float = 1.0) -> None:
+        super().__init__()
+        if size % 2 == 0:
+            raise ValueError(f"size: expected an odd number of channels, found {size}.")
+        self.k = k
+        i = torch.arange(channels)
+        band = ((i[:, None] - i).abs() <= size // 2).to(torch.get_default_dtype()) * (alpha / size)
+        self.register_buffer("band", band[:, :, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        root = (conv2d(x * x, self.band) + self.k).rsqrt()
+        return x * (root * root.sqrt())  # t ** -.75 without a power
+
+
+class CIFAR10CNN(nn.Module):
+    """The CNN of TensorFlow's "deep_cnn" tutorial, of the paper's CIFAR-10 experiment; 1,067,584 weights.
+
+    Two convolutions of 5 x 5 with 64 channels, each with max-pooling 3/2 and local response normalization (in the order of the tutorial:
+    pooled before the first, after the second), and three linear layers 2304-384-192-10. The start is the tutorial's: truncated normal
+    weights with standard deviation .05, .05, .04, .04 and 1/192, biases 0, .1, .1, .1 and 0.
+
+    Shapes:
+        input [batch, 3, 24, 24] (standardized per image), output [batch, 10] (logits).
+
+    Example::
+
+        >>> CIFAR10CNN()(torch.zeros(2, 3, 24, 24)).shape
+        torch.Size([2, 10])
+        >>> sum(p.numel() for name, p in CIFAR10CNN().named_parameters() if name.endswith("weight"))
+        1067584
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 5, padding=2)
+        self.norm1 = ResponseNorm(64)
+        self.conv2 = nn.Conv2d(64, 64, 5, padding=2)
+        self.norm2 = ResponseNorm(64)
+        self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)  # on 24 and 12 pixels the same as TensorFlow's "SAME"
+        self.local3 = nn.Linear(2304, 384)
+        self.local4 = nn.Linear(384, 192)
+        self.output = nn.Linear(192, 10)
+        start = (
+            (self.conv1, 0.05, 0.0),
+            (self.conv2, 0.05, 0.1),
+            (self.local3, 0.04, 0.1),
+            (self.local4, 0.04, 0.1),
+            (self.output, 1 / 192, 0.0),
+        )
+        for layer, deviation, bias in start:
+            nn.init.trunc_normal_(layer.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+            assert layer.bias is not None
+            nn.init.constant_(layer.bias, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.pool(self.conv1(x).relu()))
+        x = self.pool(self.norm2(self.conv2(x).relu()))
+        x = self.local3(x.flatten(1)).relu()
+        return self.output(self.local4(x).relu())
+
+
+class BLSTMClassifier(nn.Module):
+    """A bidirectional LSTM with a linear layer over each frame, as for the paper's TIMIT experiment; its sizes are ours.
+
+    With the defaults 186,368 weights: 39,936 of the inputs, 131,072 recurrent ones, 15,360 in the last layer.
+
+    Args:
+        inputs: features per frame.
+        hidden: units per direction.
+        classes: of a frame.
+        layers: of the LSTM.
+        dropout: of the LSTM's outputs, in each layer.
+
+    Shapes:
+        input [batch, time, inputs] and lengths int64 [batch] (None: all are ``time`` long), output [batch, time, classes] (logits).
+        Sequences are padded at the end; what is in the padding has no effect on a frame before it, and the logits there mean nothing.
+
+    Example::
+
+        >>> BLSTMClassifier()(torch.zeros(2, 50, 39), torch.tensor([50, 30])).shape
+        torch.Size([2, 50, 60])
+    """
+
+    def __init__(self, inputs: int = 39, hidden: int = 128, classes: int = 60, layers: int = 1, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(
+            inputs, hidden, layers, batch_first=True, bidirectional=True, dropout=dropout if layers > 1 else 0.0
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(2 * hidden, classes)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        time = x.shape[1]
+        if lengths is not None and lengths.shape != x.shape[:1]:
+            raise ValueError(f"lengths: expected one per sequence, shape {tuple(x.shape[:1])}, found {tuple(lengths.shape)}.")
+        lengths = None if lengths is None else lengths.cpu()
+        if lengths is None or bool((lengths == time).all()):  # nothing to hide: spares the packing
+            y, _ = self.lstm(x)
+        else:
+            if int(lengths.min()) < 1 or int(lengths.max()) > time:
+                raise ValueError(f"lengths: expected 1 to {time} frames, found {int(lengths.min())} to {int(lengths.max())}.")
+            y = self._two_passes(x, lengths) if self._avoid_packing(x) else self._packed(x, lengths)
+        return self.head(self.dropout(y))
+
+    def _avoid_packing(self, x: Tensor) -> bool:
+        """On the CPU the backward pass of a packed sequence takes time in proportion to its square: 15 times that of two passes at 500 frames."""
+        return self.lstm.num_layers == 1 and x.device.type == "cpu" and torch.is_grad_enabled()
+
+    def _packed(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])[0]
+
+    def _two_passes(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """The forward direction with the padding at the end, the backward one with the padding moved to the beginning: neither reads it."""
+        total, hidden = x.shape[1], self.lstm.hidden_size
+        time, shift = torch.arange(total), (total - lengths)[:, None]
+        moved = x.gather(1, ((time - shift) % total)[:, :, None].expand_as(x))
+        forward, backward = self.lstm(x)[0][..., :hidden], self.lstm(moved)[0][..., hidden:]
+        backward = backward.gather(1, ((time + shift) % total)[:, :, None].expand_as(backward))
+        return torch.cat([forward, backward], -1)

@@ -7,6 +7,7 @@ epoch goes on with the batches that it would have seen.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,75 @@ from lightning_deepr import randomness
 _ORDER, _SHIFT = 101, 102  # streams of their own, apart from the rewiring's
 
 
-class Batches:
-    """An iterable over (images float [B, 1, H, W] in [0, 1], labels int64 [B]), resumable in the middle of an epoch.
+class TensorBatches(ABC):
+    """An iterable over (images float [B, C, H, W], labels int64 [B]), resumable in the middle of an epoch.
+
+    Subclasses say how a batch is made (:meth:`images_of`).
+
+    Args:
+        images: of any shape [n, ...].
+        labels: int64 [n].
+        batch_size: B.
+        shuffle: a new order in every epoch.
+        seed: of the order, and of what else a subclass draws.
+        drop_last: leave out a last batch that is smaller (else it is yielded).
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+        self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
+        self.epoch = 0
+        self._next = 0
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.labels), self.batch_size)
+        return whole if self.drop_last or not rest else whole + 1
+
+    @property
+    def sampler(self) -> TensorBatches:
+        """Lightning tells the epoch to a loader's sampler."""
+        return self
+
+    @property  # noqa: B027
+    def batch_sampler(self) -> None:
+        """Lightning looks here, too, where there is a sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "next": self._next}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epoch, self._next = state_dict["epoch"], state_dict["next"]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        count = len(self.labels)
+        order = torch.arange(count)
+        if self.shuffle:
+            order = order[randomness.bits(randomness.key(self.seed, _ORDER, self.epoch), order).argsort()]
+        first, self._next = (self._next if self._next < len(self) else 0), 0
+        for i in range(first, len(self)):
+            chosen = order[i * self.batch_size : (i + 1) * self.batch_size]
+            self._next = i + 1
+            yield self.images_of(chosen, i), self.labels[chosen]
+
+    @abstractmethod
+    def images_of(self, chosen: Tensor, i: int) -> Tensor:
+        """The images with the numbers ``chosen`` (int64 [B]) as the ``i``-th batch of the epoch has them, float [B, C, H, W]."""
+
+
+class Batches(TensorBatches):
+    """Grey images in [0, 1], shifted on request: (images float [B, 1, H, W], labels int64 [B]).
 
     Args:
         images: uint8 [n, H, W].
@@ -43,49 +111,17 @@ class Batches:
         shift_probability: float = 0.0,
         shift_epochs: float = float("inf"),
     ) -> None:
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.shuffle, self.seed = shuffle, seed
+        super().__init__(images, labels, batch_size, shuffle=shuffle, seed=seed)
         self.shift_probability, self.shift_epochs = shift_probability, shift_epochs
-        self.epoch = 0
-        self._next = 0
         height, width = images.shape[1:]
         self._padded = torch.nn.functional.pad(images, (1, 1, 1, 1)).flatten(1) if shift_probability else images.flatten(1)
         rows, columns = torch.arange(height), torch.arange(width)
         self._window = (rows[:, None] * (width + 2) + columns).view(-1)  # the image's pixels in the padded one
 
-    def __len__(self) -> int:
-        return -(-len(self.labels) // self.batch_size)
+    def images_of(self, chosen: Tensor, i: int) -> Tensor:
+        return self._bytes(chosen, i).div(255.0)
 
-    @property
-    def sampler(self) -> Batches:
-        """Lightning tells the epoch to a loader's sampler."""
-        return self
-
-    @property
-    def batch_sampler(self) -> None:
-        """Lightning looks here, too, where there is a sampler."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "next": self._next}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.epoch, self._next = state_dict["epoch"], state_dict["next"]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        count = len(self.labels)
-        order = torch.arange(count)
-        if self.shuffle:
-            order = order[randomness.bits(randomness.key(self.seed, _ORDER, self.epoch), order).argsort()]
-        first, self._next = (self._next if self._next < len(self) else 0), 0
-        for i in range(first, len(self)):
-            chosen = order[i * self.batch_size : (i + 1) * self.batch_size]
-            self._next = i + 1
-            yield self._images(chosen, i).div(255.0), self.labels[chosen]
-
-    def _images(self, chosen: Tensor, i: int) -> Tensor:
+    def _bytes(self, chosen: Tensor, i: int) -> Tensor:
         height, width = self.images.shape[1:]
         if not self.shift_probability:
             return self._padded[chosen].view(-1, 1, height, width)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
@@ -91,6 +91,29 @@ def draw(before: Tensor, after: Tensor, tensor: str, path: Path) -> None:
         axis.set_yticks([])
     figure.colorbar(picture, ax=axes, label=f"connections per input pixel ({tensor})", shrink=0.9)
     figure.savefig(path, dpi=130)
+
+
+class RampedEMA(WeightAveraging):
+    """Lightning's ``WeightAveraging`` with TensorFlow's moving average: decay min(``decay``, (1 + n) / (10 + n)) at the n-th update.
+
+    Args:
+        decay: at the end.
+
+    Example::
+
+        >>> RampedEMA(0.999)._kwargs["avg_fn"](torch.zeros(1), torch.ones(1), torch.tensor(0))
+        tensor([0.9000])
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: expected a number from 0 to below 1, found {decay}.")
+
+        def average(averaged: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+            n = int(updates)
+            return averaged.lerp(current, 1 - min(decay, (1 + n) / (10 + n)))
+
+        super().__init__(use_buffers=False, avg_fn=average)
 
 
 class SparseCheckpoint(Callback):

@@ -1,4 +1,4 @@
-"""The LightningModule of the MNIST recipes. Nothing in it knows of sparsity: that is the callback's."""
+"""The LightningModules of the MNIST and CIFAR-10 recipes. Nothing in them knows of sparsity: that is the callback's."""
 
 from __future__ import annotations
 
@@ -11,39 +11,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_deepr.models import LeNet300100
+from lightning_deepr.models import CIFAR10CNN, LeNet300100
 
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("constant", "cosine", "exponential")
 
 
-class DigitClassifier(LightningModule):
-    """LeNet-300-100 on digits, with cross-entropy.
+class ImageClassifier(LightningModule):
+    """Cross-entropy and accuracy on (images, labels); subclasses set ``net`` and make the optimizer."""
 
-    Args:
-        lr: learning rate at the start.
-        momentum: of SGD.
-        optimizer: "sgd" | "adam".
-        schedule: of the learning rate: "constant" | "cosine" (to 0, per step) | "exponential" (times ``gamma`` per epoch).
-        gamma: see ``schedule``.
-        bias: whether the layers have (dense) biases.
-    """
+    net: nn.Module
+    log_every_n_batches = 1
 
-    def __init__(
-        self,
-        lr: float = 0.05,
-        momentum: float = 0.0,
-        optimizer: str = "sgd",
-        schedule: str = "constant",
-        gamma: float = 0.7,
-        bias: bool = True,
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        for name, value, known in (("optimizer", optimizer, OPTIMIZERS), ("schedule", schedule, SCHEDULES)):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, found {value!r}.")
-        self.save_hyperparameters()
-        self.net: nn.Module = LeNet300100(bias=bias)
         self.val_accuracy = MulticlassAccuracy(10, average="micro")
         self.test_accuracy = MulticlassAccuracy(10, average="micro")
 
@@ -53,7 +34,7 @@ class DigitClassifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = cross_entropy(self.net(images), labels)
-        if batch_idx % 50 == 0:  # logging costs as much as a step of so small a network
+        if batch_idx % self.log_every_n_batches == 0:
             self.log("train_loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -67,6 +48,63 @@ class DigitClassifier(LightningModule):
         self.test_accuracy(self.net(images), labels)
         self.log("test_accuracy", self.test_accuracy)
 
+    def cosine(self, optimizer: torch.optim.Optimizer, warmup_epochs: float = 0.0) -> Any:
+        """The learning rate rises linearly over ``warmup_epochs`` and falls to 0 on a cosine, per step."""
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError('schedule="cosine" has to know its length: give the Trainer max_epochs or max_steps.')
+        warm = 0.0
+        if warmup_epochs:
+            epochs = self.trainer.max_epochs
+            if not epochs or epochs < 0:
+                raise ValueError("warmup_epochs has to know the length of an epoch: give the Trainer max_epochs.")
+            warm = steps * warmup_epochs / epochs
+
+        def factor(step: int) -> float:
+            return min((step + 1) / warm, 1.0) * cosine_factor(step / steps) if warm else cosine_factor(step / steps)
+
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}]
+
+
+def cosine_factor(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def check_choices(*choices: tuple[str, str, tuple[str, ...]]) -> None:
+    """Refuse a value (name, value, known values) that is not known."""
+    for name, value, known in choices:
+        if value not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, found {value!r}.")
+
+
+class DigitClassifier(ImageClassifier):
+    """LeNet-300-100 on digits, with cross-entropy.
+
+    Args:
+        lr: learning rate at the start.
+        momentum: of SGD.
+        optimizer: "sgd" | "adam".
+        schedule: of the learning rate: "constant" | "cosine" (to 0, per step) | "exponential" (times ``gamma`` per epoch).
+        gamma: see ``schedule``.
+        bias: whether the layers have (dense) biases.
+    """
+
+    log_every_n_batches = 50  # logging costs as much as a step of so small a network
+
+    def __init__(
+        self,
+        lr: float = 0.05,
+        momentum: float = 0.0,
+        optimizer: str = "sgd",
+        schedule: str = "constant",
+        gamma: float = 0.7,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        check_choices(("optimizer", optimizer, OPTIMIZERS), ("schedule", schedule, SCHEDULES))
+        self.save_hyperparameters()
+        self.net = LeNet300100(bias=bias)
+
     def configure_optimizers(self) -> Any:
         h = self.hparams
         optimizer: torch.optim.Optimizer
@@ -78,10 +116,51 @@ class DigitClassifier(LightningModule):
             return optimizer
         if h["schedule"] == "exponential":
             return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, h["gamma"])]
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError('schedule="cosine" has to know its length: give the Trainer max_epochs or max_steps.')
-        cosine = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
-        )
-        return [optimizer], [{"scheduler": cosine, "interval": "step"}]
+        return self.cosine(optimizer)
+
+
+class CIFAR10Classifier(ImageClassifier):
+    """The tutorial's CNN (:class:`lightning_deepr.models.CIFAR10CNN`) with the tutorial's optimizer, or a cosine.
+
+    The network runs in the channels-last memory format.
+
+    Args:
+        lr: learning rate at the start.
+        momentum: of SGD; the tutorial has none.
+        weight_decay: of the weights of ``local3`` and ``local4`` (the tutorial's L2 term of .004); no other tensor has any.
+        schedule: "exponential": times ``gamma`` every ``decay_epochs`` epochs, the tutorial's; "cosine": to 0, per step; "constant".
+        gamma, decay_epochs: see ``schedule``.
+        warmup_epochs: of the cosine: a linear rise over so many epochs.
+    """
+
+    def __init__(
+        self,
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.004,
+        schedule: str = "exponential",
+        gamma: float = 0.1,
+        decay_epochs: int = 350,
+        warmup_epochs: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_choices(("schedule", schedule, SCHEDULES))
+        self.save_hyperparameters()
+        self.net = CIFAR10CNN().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def configure_optimizers(self) -> Any:
+        h = self.hparams
+        decayed = [p for name, p in self.named_parameters() if is_decayed(name)]
+        others = [p for name, p in self.named_parameters() if not is_decayed(name)]
+        groups = [{"params": decayed, "weight_decay": h["weight_decay"]}, {"params": others}]
+        optimizer = torch.optim.SGD(groups, lr=h["lr"], momentum=h["momentum"])
+        if h["schedule"] == "constant":
+            return optimizer
+        if h["schedule"] == "exponential":
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, h["decay_epochs"], h["gamma"])]
+        return self.cosine(optimizer, h["warmup_epochs"])
+
+
+def is_decayed(name: str) -> bool:
+    """Whether a parameter of the CNN is under weight decay: ``local3.weight``, and ``local3.parametrizations.weight.original``."""
+    return any(f"{layer}." in name for layer in ("local3", "local4")) and not name.endswith("bias")

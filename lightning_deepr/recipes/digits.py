@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from lightning_deepr.recipes.batches import Batches
+from lightning_deepr.recipes.resumable import ResumableDataModule
 
 EMBEDDED = "mnist_digits.xz"
 EMBEDDED_TRAIN, EMBEDDED_TEST = 17_000, 3_000
@@ -39,7 +39,7 @@ def embedded_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[:EMBEDDED_TRAIN], labels[:EMBEDDED_TRAIN], images[EMBEDDED_TRAIN:], labels[EMBEDDED_TRAIN:]
 
 
-class DigitsDataModule(LightningDataModule):
+class DigitsDataModule(ResumableDataModule):
     """Images of digits in memory; the base of :class:`MNISTDataModule`, itself the embedded subset.
 
     Args:
@@ -83,7 +83,7 @@ class DigitsDataModule(LightningDataModule):
         images, labels = self._part(0)
         keep = len(labels) - self.val_size
         epochs = self.trainer.max_epochs if self.trainer is not None else None
-        return Batches(
+        batches = Batches(
             images[:keep],
             labels[:keep],
             self.batch_size,
@@ -92,6 +92,7 @@ class DigitsDataModule(LightningDataModule):
             shift_probability=self.shift_probability,
             shift_epochs=self.shift_until * epochs if epochs and epochs > 0 else float("inf"),
         )
+        return self.resuming(batches)
 
     def val_dataloader(self) -> Any:
         if self.val_size == 0:

@@ -1,0 +1,151 @@
+"""What the studies of accuracy share: trainings as lines of a csv, resumable, several at a time; tables and figures over connectivity."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import axes
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    part: str
+    arm: str
+    connectivity: float
+    seed: int
+    trial: str
+    split: str
+    settings: str  # json
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.part, self.arm, f"{self.connectivity:g}", str(self.seed), self.trial)
+
+
+class Results:
+    """The csv: one line per training, the job's fields first."""
+
+    def __init__(self, path: Path, *columns: str) -> None:
+        self.path = path
+        self.columns = ("part", "arm", "connectivity", "seed", "trial", "split", *columns, "settings", "seconds", "torch")
+
+    def read(self) -> list[Row]:
+        if not self.path.is_file():
+            return []
+        with self.path.open() as file:
+            return list(csv.DictReader(file))
+
+    def write(self, row: dict[str, Any]) -> None:
+        new = not self.path.is_file()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def train(self, jobs: Sequence[Job], run: Callable[..., dict[str, Any]], workers: int, *arguments: Any) -> None:
+        """Runs what has no line yet; ``run(job, *arguments)`` returns the columns that the job itself does not have."""
+        done = {(r["part"], r["arm"], r["connectivity"], r["seed"], r["trial"]) for r in self.read()}
+        todo = [job for job in jobs if job.key not in done]
+        print(f"{len(todo)} trainings to do of {len(jobs)}", flush=True)
+        with ProcessPoolExecutor(workers, initializer=quiet) as pool:
+            waiting = {pool.submit(run, job, *arguments): job for job in todo}
+            for number, finished in enumerate(as_completed(waiting), 1):
+                job = waiting[finished]
+                row = {**asdict(job), "connectivity": f"{job.connectivity:g}", "torch": torch.__version__.split("+")[0]}
+                row |= finished.result()
+                self.write(row)
+                shown = [row[name] for name in self.columns if name not in ("split", "settings", "torch", "seconds")]
+                print(f"{number}/{len(todo)}", *shown, row["seconds"], "s", flush=True)
+
+
+def quiet() -> None:
+    """One thread per training, and no words from Lightning."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def summary(values: Sequence[float]) -> str:
+    """Mean, spread and number of runs."""
+    if not values:
+        return "-"
+    spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread} ({len(values)})"
+
+
+def ended(rows: Sequence[Row], total: int) -> float:
+    """The mean connectivity at the end."""
+    return statistics.mean(int(row["connections"]) / total for row in rows)
+
+
+def table(rows: Sequence[Row], arms: Sequence[str], connectivities: Sequence[float], total: int, value: str) -> list[str]:
+    """Arms by connectivities; the arm "dense" in a line of its own. Says where a run did not end at its connectivity."""
+    dense = [float(row[value]) for row in rows if row["arm"] == "dense"]
+    lines = [f"dense (100 %): {summary(dense)}", ""]
+    lines += [
+        "| arm | " + " | ".join(f"{100 * c:g} %" for c in connectivities) + " |",
+        "|---" * (len(connectivities) + 1) + "|",
+    ]
+    for arm in arms:
+        if arm == "dense":
+            continue
+        cells = []
+        for c in connectivities:
+            at = [row for row in rows if row["arm"] == arm and row["connectivity"] == f"{c:g}"]
+            cell = summary([float(row[value]) for row in at])
+            if at and abs(ended(at, total) / c - 1) > 0.005:
+                cell += f", ends at {100 * ended(at, total):.2f} %"
+            cells.append(cell)
+        lines.append(f"| {arm.replace('_', ' ')} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def figure(
+    rows: Sequence[Row],
+    arms: Sequence[str],
+    connectivities: Sequence[float],
+    total: int,
+    value: str,
+    title: str,
+    label: str,
+    path: Path,
+) -> None:
+    """The value over the connectivity at the end, as in the paper's figures."""
+    drawing, (panel,) = axes(1, width=6, height=4.4)
+    for number, arm in enumerate(arms):
+        mine = [row for row in rows if row["arm"] == arm]
+        if arm == "dense":
+            if mine:
+                panel.axhline(statistics.mean(float(r[value]) for r in mine), color="black", linewidth=1, label="dense")
+            continue
+        points = []
+        for c in connectivities:
+            at = [row for row in mine if row["connectivity"] == f"{c:g}"]
+            if at:
+                values = [float(row[value]) for row in at]
+                spread = statistics.stdev(values) if len(at) > 1 else 0.0
+                points.append((100 * ended(at, total), statistics.mean(values), spread))
+        if points:
+            x, y, spreads = zip(*points, strict=True)
+            panel.errorbar(x, y, spreads, marker="o", markersize=4, capsize=2, label=arm.replace("_", " "), color=f"C{number}")
+    panel.set_xscale("log")
+    panel.set_xlabel("connectivity at the end, % of all weights")
+    panel.set_ylabel(label)
+    panel.set_title(title, fontsize=10)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    drawing.savefig(path, dpi=130)

@@ -1,0 +1,243 @@
+"""CIFAR-10 with the tutorial's CNN: every method from dense to 2 % connectivity, under one schedule.
+
+    python benchmarks/reproduction/cifar10.py --root data                     # whatever is not in cifar10.csv yet
+    python benchmarks/reproduction/cifar10.py --root data --parts study --arms deepr fixed_random
+    python benchmarks/reproduction/cifar10.py --table                         # tables and the figure from cifar10.csv
+
+Parts: `tune` (short trainings, validation on the last 5,000 training images) and `study` (20 epochs, test set). All arms share the network
+(1,067,584 weights, biases dense), the data (24 x 24 crops and flips, without the tutorial's contrast), batch 128, SGD with momentum .9,
+weight decay on the two linear layers, one epoch of warm-up and a cosine to 0. Connectivity counts *all* weights: conv1 and the output
+layer stay dense where there is room for them and are counted. Each run is one line; the script can be stopped and started again at
+any time (a run of its own goes on from its last epoch). A plain loop: the callback is attached to the optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lightning_deepr
+from lightning_deepr import LinearDecay, connectivity_report
+from lightning_deepr.models import CIFAR10CNN
+from lightning_deepr.recipes.cifar10 import CIFAR10DataModule
+from lightning_deepr.recipes.classifier import is_decayed
+from lightning_deepr.recipes.crops import Crops
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from grid import Job, Results, figure, table
+
+HERE = Path(__file__).parent
+RESULTS = Results(HERE / "cifar10.csv", "accuracy", "train_loss", "connections", "per_layer")
+SIZES = {"conv1": 4_800, "conv2": 102_400, "local3": 884_736, "local4": 73_728, "output": 1_920}
+TOTAL = sum(SIZES.values())
+CONNECTIVITIES = (0.02, 0.05, 0.1, 0.2)
+EPOCHS = {"tune": 6, "study": 20}
+Settings = dict[str, Any]
+
+ARMS: dict[str, str | None] = {
+    "dense": None,
+    "deepr": "DeepR",
+    "soft_deepr": "SoftDeepR",
+    "fixed_random": "FixedRandom",
+    "fixed_random_free_signs": "FixedRandom",
+    "pruning": "MagnitudePruning",
+    "l1_shrinkage": "L1Shrinkage",
+}
+SCHEDULE: Settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "warmup": 1.0}
+# What each arm adds; `shares`: connectivity of conv2 and local4 over that of local3.
+OWN: dict[str, Settings] = {
+    "dense": {},
+    "deepr": {"l1": 1e-3, "shares": 10},
+    "soft_deepr": {"l1": 1e-3, "temperature": 1e-9, "shares": 10},
+    "fixed_random": {"shares": 10},
+    "fixed_random_free_signs": {"signs": "free", "shares": 10},
+    "pruning": {"shares": 10},
+    "l1_shrinkage": {"l1": 1e-4, "shares": 10},
+}
+
+
+def budget(connectivity: float, shares: float) -> dict[str, int]:
+    """Connections per layer, ``round(connectivity * TOTAL)`` in all.
+
+    conv1 and the output layer (.6 % of the weights) stay dense; conv2 and local4 get ``shares`` times the connectivity of local3, at most 1.
+    """
+    total = round(connectivity * TOTAL)
+    left = total - SIZES["conv1"] - SIZES["output"]
+    p = left / (SIZES["local3"] + shares * (SIZES["conv2"] + SIZES["local4"]))
+    if shares * p > 1:
+        p = (left - SIZES["conv2"] - SIZES["local4"]) / SIZES["local3"]
+    counts = {"conv2": min(1.0, shares * p) * SIZES["conv2"], "local4": min(1.0, shares * p) * SIZES["local4"]}
+    found = {name: round(count) for name, count in counts.items()}
+    found["local3"] = left - sum(found.values())
+    return found
+
+
+def jobs(part: str, arms: list[str]) -> list[Job]:
+    """What a part consists of; the first seeds of all come first."""
+    found = []
+    for arm in arms:
+        if part == "study":
+            for c in (1.0,) if arm == "dense" else CONNECTIVITIES:
+                for seed in range(2 if arm in ("dense", "deepr", "fixed_random") and c in (1.0, 0.05) else 1):
+                    settings = {**SCHEDULE, **OWN[arm]}
+                    found.append(Job(part, arm, c, seed, "", "test", json.dumps(settings)))
+        else:
+            c = 1.0 if arm == "dense" else 0.05
+            for trial, changed in TRIALS.get(arm, {}).items():
+                settings = {**SCHEDULE, **OWN[arm], **changed}
+                found.append(Job(part, arm, c, 100, trial, "validation", json.dumps(settings)))
+    return sorted(found, key=lambda job: job.seed)
+
+
+TRIALS: dict[str, dict[str, Settings]] = {
+    "dense": {"first": {}, "lr .1": {"lr": 0.1}, "weight decay 4e-3": {"weight_decay": 4e-3}},
+    "deepr": {
+        "first": {},
+        "l1 3e-3": {"l1": 3e-3},
+        "l1 3e-4": {"l1": 3e-4},
+        "lr .1": {"lr": 0.1},
+        "shares 5": {"shares": 5},
+        "shares 20": {"shares": 20},
+        "no weight decay": {"weight_decay": 0.0},
+        "weight decay 4e-3": {"weight_decay": 4e-3},
+    },
+    "fixed_random": {"first": {}, "lr .1": {"lr": 0.1}, "shares 20": {"shares": 20}},
+    "fixed_random_free_signs": {"first": {}, "lr .1": {"lr": 0.1}},
+    "pruning": {"first": {}, "lr .1": {"lr": 0.1}},
+    "l1_shrinkage": {"first": {}, "l1 3e-5": {"l1": 3e-5}, "l1 3e-4": {"l1": 3e-4}},
+}
+
+
+def callback_of(job: Job, settings: Settings) -> Any:
+    shares = settings.pop("shares")
+    kind = ARMS[job.arm]
+    assert kind is not None
+    if "l1" in settings and job.arm == "deepr":
+        settings["l1"] = LinearDecay(settings["l1"], 0.0)
+    if job.arm == "soft_deepr":
+        settings.setdefault("target_modules", ["conv2", "local3", "local4"])
+    return getattr(lightning_deepr, kind)(budget(job.connectivity, shares), seed=job.seed, **settings)
+
+
+def run(job: Job, root: str, keep: str | None) -> Settings:
+    """Train once, test once at the end; with ``keep`` a folder, go on from the last epoch after an interruption."""
+    epochs = EPOCHS[job.part]
+    images, labels, test_images, test_labels = CIFAR10DataModule(root).load()
+    if job.split == "validation":
+        images, labels, test_images, test_labels = images[:-5000], labels[:-5000], images[-5000:], labels[-5000:]
+    training = Crops(images, labels, 128, distort=True, contrast=(1, 1), shuffle=True, seed=job.seed, drop_last=True)
+    settings = json.loads(job.settings)
+    lr, momentum, decay, warmup = (settings.pop(name) for name in ("lr", "momentum", "weight_decay", "warmup"))
+    torch.manual_seed(job.seed)
+    net: nn.Module = CIFAR10CNN().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    callback = None if ARMS[job.arm] is None else callback_of(job, settings)
+    if callback is not None:
+        callback.prepare(net)
+    decayed = [p for name, p in net.named_parameters() if is_decayed(name)]
+    others = [p for name, p in net.named_parameters() if not is_decayed(name)]
+    optimizer = torch.optim.SGD([{"params": decayed, "weight_decay": decay}, {"params": others}], lr=lr, momentum=momentum)
+    steps = epochs * len(training)
+    if callback is not None:
+        callback.attach(net, optimizer, total_steps=steps)
+    step, seconds, first = 0, 0.0, 0
+    file = Path(keep) / ("_".join((*job.key, "state")).replace(" ", "-") + ".pt") if keep else None
+    if file is not None and file.is_file():
+        state = torch.load(file, weights_only=True)
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        if callback is not None:
+            callback.load_state_dict(state["callback"])
+        step, seconds, first = state["step"], state["seconds"], state["epoch"]
+    loss_sum = 0.0
+    for epoch in range(first, epochs):
+        started, loss_sum = time.perf_counter(), 0.0
+        training.set_epoch(epoch)
+        for x, y in training:
+            rising = min(1.0, (step + 1) / (warmup * len(training))) if warmup else 1.0
+            for group in optimizer.param_groups:
+                group["lr"] = lr * rising * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            optimizer.step()
+            loss_sum += float(loss.detach())
+            step += 1
+        seconds += time.perf_counter() - started
+        if file is not None:
+            state = {
+                "net": net.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "seconds": seconds,
+                "epoch": epoch + 1,
+            }
+            state["callback"] = callback.state_dict() if callback is not None else {}
+            torch.save(state, file.with_suffix(".new"))
+            file.with_suffix(".new").replace(file)
+    net.eval()
+    right = 0
+    with torch.no_grad():
+        for x, y in Crops(test_images, test_labels, 500):
+            right += int((net(x).argmax(1) == y).sum())
+    report = connectivity_report(net)
+    dense = SIZES["conv1"] + SIZES["output"]
+    if file is not None:
+        file.unlink(missing_ok=True)
+    return {
+        "accuracy": round(100 * right / len(test_labels), 2),
+        "train_loss": round(loss_sum / len(training), 4),
+        "connections": report.active + dense if callback is not None else TOTAL,
+        "per_layer": " ".join(f"{row['name'].split('.')[0]} {row['active']}" for row in report),
+        "seconds": round(seconds),
+    }
+
+
+def tables() -> str:
+    rows, lines = RESULTS.read(), []
+    study = [row for row in rows if row["part"] == "study"]
+    if study:
+        lines += ["**study**: test accuracy after 20 epochs, % (runs)", ""]
+        lines += [*table(study, list(ARMS), CONNECTIVITIES, TOTAL, "accuracy"), ""]
+    tune = [row for row in rows if row["part"] == "tune"]
+    if tune:
+        lines += [
+            "**tune**: validation accuracy after 6 epochs, %, at 5 %",
+            "",
+            "| arm | trial | accuracy | training loss |",
+            "|---|---|---|---|",
+        ]
+        lines += [f"| {r['arm'].replace('_', ' ')} | {r['trial']} | {r['accuracy']} | {r['train_loss']} |" for r in tune]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data", help="folder with cifar-10-batches-py")
+    parser.add_argument("--parts", nargs="*", default=list(EPOCHS), choices=list(EPOCHS))
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--workers", type=int, default=2, help="trainings at a time, one thread each")
+    parser.add_argument("--keep", help="folder for the states of interrupted runs")
+    parser.add_argument("--table", action="store_true", help="only print the tables and draw the figure")
+    options = parser.parse_args()
+    if options.keep:
+        Path(options.keep).mkdir(parents=True, exist_ok=True)
+    if not options.table:
+        for part in options.parts:
+            RESULTS.train(jobs(part, options.arms), run, options.workers, options.root, options.keep)
+    print(tables())
+    study = [row for row in RESULTS.read() if row["part"] == "study"]
+    title = "CIFAR-10, the tutorial's CNN, 20 epochs"
+    figure(study, list(ARMS), CONNECTIVITIES, TOTAL, "accuracy", title, "test accuracy, %", HERE / "cifar10.png")
+
+
+if __name__ == "__main__":
+    main()
