@@ -1,0 +1,284 @@
+"""The TIMIT sample with a bidirectional LSTM: every method from dense to 1 % connectivity, over four rotated speaker splits.
+
+    python benchmarks/reproduction/timit.py --root data/corpora/timit         # whatever is not in timit.csv yet
+    python benchmarks/reproduction/timit.py --root data/corpora/timit --parts study --arms deepr dense
+    python benchmarks/reproduction/timit.py --table                           # tables and figures from timit.csv
+
+Parts: `tune` (validation speakers) and `study` (test speakers; the seed is the split: 10 speakers train, 2 validate, 4 test, disjoint tests).
+All arms: 128 units per direction (186,368 weights, the last layer counted), chunks of 100 frames, 32 a batch, Adam with a cosine to 0,
+gradients clipped at norm 1, noise on the inputs, a moving average of the weights that is what gets evaluated, and early stopping: every
+25 steps the validation speakers' frame error is taken, and the test error is that of the best of these moments at which the network has
+no more than its share of connections (1.2 times for soft-DEEP R; a network that is pruned during training does not count before). Frame error: share of wrong
+frames among 39 classes, posteriors of 60 phones summed. Each run is one line; the script can be stopped and started again at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import lightning_deepr
+from lightning_deepr import LinearDecay, connectivity_report
+from lightning_deepr.models import BLSTMClassifier
+from lightning_deepr.recipes.sequences import SequenceBatches
+from lightning_deepr.recipes.speech import frame_errors, frame_loss
+from lightning_deepr.recipes.timit_data import load_timit
+from lightning_deepr.recipes.timit_phones import folding
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import axes
+from grid import Job, Results, figure, table
+
+HERE = Path(__file__).parent
+RESULTS = Results(HERE / "timit.csv", "frame_error", "val_error", "best_step", "connections", "per_layer", "curve")
+INPUT, RECURRENT, HEAD = 39_936, 131_072, 15_360
+TOTAL = INPUT + RECURRENT + HEAD
+CONNECTIVITIES = (0.01, 0.02, 0.05, 0.1, 0.2)
+EVERY = 25  # steps between evaluations
+Settings = dict[str, Any]
+
+ARMS: dict[str, str | None] = {
+    "dense": None,
+    "small_dense": None,  # a dense LSTM of as many weights
+    "deepr": "DeepR",
+    "soft_deepr": "SoftDeepR",
+    "fixed_random": "FixedRandom",
+    "pruning": "MagnitudePruning",
+    "l1_shrinkage": "L1Shrinkage",
+}
+COMMON: Settings = {"steps": 500, "lr": 0.02, "noise": 0.5, "dropout": 0.0, "ema": 0.97}
+SHARES = (0.15, 0.014, 0.1)  # of the input, recurrent and last weights, in proportion
+OWN: dict[str, Settings] = {
+    "dense": {"lr": 0.01, "dropout": 0.5, "steps": 200},
+    "small_dense": {"lr": 0.02},
+    "deepr": {"l1": 0.3, "shares": SHARES},
+    "soft_deepr": {"l1": 0.3, "temperature": 1e-7, "shares": SHARES},
+    "fixed_random": {"shares": SHARES},
+    "pruning": {"shares": SHARES},
+    "l1_shrinkage": {"l1": 0.03, "shares": SHARES},
+}
+# What is tried at 5 %, for each arm as many
+TRIALS: dict[str, dict[str, Settings]] = {
+    "dense": {
+        "first": {},
+        "500 steps": {"steps": 500},
+        "lr .005": {"lr": 0.005},
+        "lr .02": {"lr": 0.02},
+        "noise .7": {"noise": 0.7},
+        "noise .3": {"noise": 0.3},
+    },
+    "small_dense": {
+        "first": {},
+        "1000 steps": {"steps": 1000},
+        "lr .04": {"lr": 0.04},
+        "lr .01": {"lr": 0.01},
+        "noise .3": {"noise": 0.3},
+        "dropout .2": {"dropout": 0.2},
+    },
+    "deepr": {
+        "first": {},
+        "1000 steps": {"steps": 1000},
+        "1000 steps, l1 to 0": {"steps": 1000, "l1": ["LinearDecay", 0.3, 0.0]},
+        "noise .3": {"noise": 0.3},
+        "lr .04": {"lr": 0.04},
+    },
+    "fixed_random": {
+        "first": {},
+        "1000 steps": {"steps": 1000},
+        "lr .04": {"lr": 0.04},
+        "noise .3": {"noise": 0.3},
+        "uniform": {"shares": [1, 1, 1]},
+        "free signs": {"signs": "free"},
+    },
+}
+
+
+def budget(connectivity: float, shares: tuple[float, float, float]) -> dict[str, int]:
+    """Connections of the input weights, the recurrent ones and the last layer, in proportion to ``shares``, full where they would overflow."""
+    sizes = {"lstm.weight_ih*": INPUT, "lstm.weight_hh*": RECURRENT, "head": HEAD}
+    left = round(connectivity * TOTAL)
+    found: dict[str, int] = {}
+    open_ = dict(zip(sizes, shares, strict=True))
+    while open_:
+        scale = left / sum(share * sizes[name] for name, share in open_.items())
+        full = [name for name, share in open_.items() if scale * share >= 1]
+        if not full:
+            break
+        for name in full:
+            found[name] = sizes[name]
+            left -= sizes[name]
+            del open_[name]
+    *first, last = open_
+    for name in first:
+        found[name] = round(scale * open_[name] * sizes[name])
+    found[last] = round(connectivity * TOTAL) - sum(found.values())
+    return found
+
+
+def hidden_of(weights: int) -> int:
+    """Units per direction of a dense network with so many weights: 8 h (39 + h) + 120 h."""
+    return round((math.sqrt(432**2 + 32 * weights) - 432) / 16)
+
+
+def jobs(part: str, arms: list[str]) -> list[Job]:
+    """What a part consists of; the first splits of all come first."""
+    found = []
+    for arm in arms:
+        if part == "study":
+            for c in (1.0,) if arm == "dense" else CONNECTIVITIES:
+                for seed in range(4):
+                    found.append(Job(part, arm, c, seed, "", "test", json.dumps({**COMMON, **OWN[arm]})))
+        else:
+            for trial, changed in TRIALS.get(arm, {}).items():
+                for seed in range(2):
+                    c = 1.0 if arm == "dense" else 0.05
+                    found.append(Job(part, arm, c, seed, trial, "validation", json.dumps({**COMMON, **OWN[arm], **changed})))
+    return sorted(found, key=lambda job: job.seed)
+
+
+def error(net: nn.Module, frames: Any, matrix: Tensor) -> float:
+    """Frame error over whole utterances, %."""
+    net.eval()
+    wrong, count = 0.0, 0
+    with torch.no_grad():
+        for x, y, lengths in SequenceBatches(frames, 16):
+            found = frame_errors(net(x, lengths), y, matrix)
+            wrong, count = wrong + float(found.sum()), count + len(found)
+    net.train()
+    return 100 * wrong / count
+
+
+def run(job: Job, root: str, cache: str | None) -> Settings:
+    """Train once; the test error at the step with the smallest validation error."""
+    data = load_timit(root, rotation=job.seed, cache_dir=cache)
+    settings = json.loads(job.settings)
+    steps, lr, noise, dropout, ema = (settings.pop(name) for name in ("steps", "lr", "noise", "dropout", "ema"))
+    matrix = folding(60)
+    torch.manual_seed(job.seed)
+    hidden = hidden_of(round(job.connectivity * TOTAL)) if job.arm == "small_dense" else 128
+    net = BLSTMClassifier(hidden=hidden, dropout=dropout)
+    kind, callback = ARMS[job.arm], None
+    if kind is not None:
+        counts = budget(job.connectivity, settings.pop("shares"))
+        if isinstance(settings.get("l1"), list):
+            settings["l1"] = LinearDecay(*settings["l1"][1:])
+        init = {} if job.arm in ("pruning", "l1_shrinkage") else {"init": settings.pop("init", "deepr")}
+        callback = getattr(lightning_deepr, kind)(counts, seed=job.seed, **init, **settings)
+        callback.prepare(net)
+    averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(ema))
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    if callback is not None:
+        callback.attach(net, optimizer, total_steps=steps)
+    batches = SequenceBatches(data.train, 32, chunk_frames=100, shuffle=True, seed=job.seed)
+    step, epoch, curve, best, started = 0, 0, [], (math.inf, 0.0, 0), time.perf_counter()
+    while step < steps:
+        batches.set_epoch(epoch)
+        epoch += 1
+        for x, y, lengths in batches:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.zero_grad()
+            frame_loss(net(x + noise * torch.randn_like(x), lengths), y).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            averaged.update_parameters(net)
+            step += 1
+            if step % EVERY == 0 or step == steps:
+                validation = error(averaged, data.val, matrix)
+                curve.append(round(validation, 2))
+                active = connectivity_report(net).active if callback is not None else 0
+                sparse = active <= (1.2 if job.arm == "soft_deepr" else 1.005) * job.connectivity * TOTAL
+                if (sparse and validation < best[0]) or (step == steps and best[2] == 0):
+                    best = (validation, error(averaged, data.test, matrix) if job.split == "test" else math.nan, step)
+            if step == steps:
+                break
+    report = connectivity_report(net)
+    weights = sum(p.numel() for name, p in net.named_parameters() if "bias" not in name)
+    return {
+        "frame_error": round(best[1], 2),
+        "val_error": round(best[0], 2),
+        "best_step": best[2],
+        "connections": report.active if callback is not None else weights,
+        "per_layer": " ".join(str(row["active"]) for row in report),
+        "curve": " ".join(map(str, curve)),
+        "seconds": round(time.perf_counter() - started),
+    }
+
+
+def tables() -> str:
+    rows, lines = RESULTS.read(), []
+    study = [row for row in rows if row["part"] == "study"]
+    if study:
+        lines += ["**study**: test frame error, % (splits)", ""]
+        lines += [*table(study, list(ARMS), CONNECTIVITIES, TOTAL, "frame_error"), ""]
+        dense = {row["seed"]: float(row["frame_error"]) for row in study if row["arm"] == "dense"}
+        lines += ["Minus dense on the same split:", "", "| arm | connectivity | difference |", "|---|---|---|"]
+        for arm in list(ARMS)[1:]:
+            for c in CONNECTIVITIES:
+                differences = [
+                    float(row["frame_error"]) - dense[row["seed"]]
+                    for row in study
+                    if row["arm"] == arm and row["connectivity"] == f"{c:g}" and row["seed"] in dense
+                ]
+                if len(differences) > 1:
+                    standard_error = statistics.stdev(differences) / math.sqrt(len(differences))
+                    mean = statistics.mean(differences)
+                    lines.append(f"| {arm.replace('_', ' ')} | {100 * c:g} % | {mean:+.2f} +- {standard_error:.2f} |")
+        lines.append("")
+    tune = [row for row in rows if row["part"] == "tune"]
+    if tune:
+        lines += ["**tune**: validation frame error at 5 %, mean over splits", "", "| arm | trial | error |", "|---|---|---|"]
+        for arm, trial in dict.fromkeys((row["arm"], row["trial"]) for row in tune):
+            errors = [float(row["val_error"]) for row in tune if (row["arm"], row["trial"]) == (arm, trial)]
+            lines.append(f"| {arm.replace('_', ' ')} | {trial} | {statistics.mean(errors):.2f} ({len(errors)}) |")
+    return "\n".join(lines)
+
+
+def over_time(study: list[dict[str, str]]) -> None:
+    """Validation error over the training, each arm at 5 %: the paper saw dense training and l1-shrinkage drop suddenly."""
+    drawing, (panel,) = axes(1, width=6, height=4.4)
+    for number, arm in enumerate(ARMS):
+        mine = [row for row in study if row["arm"] == arm and row["connectivity"] in ("1", "0.05")]
+        for i, row in enumerate(mine):
+            curve = [float(value) for value in row["curve"].split()]
+            label = arm.replace("_", " ") if i == 0 else None
+            panel.plot([EVERY * (n + 1) for n in range(len(curve))], curve, color=f"C{number}", linewidth=1, label=label)
+    panel.set_xlabel("steps")
+    panel.set_ylabel("validation frame error, %")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    drawing.savefig(HERE / "timit_over_time.png", dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data/corpora/timit", help="folder of the sample (dr1-fvmh0 and so on in it)")
+    parser.add_argument("--cache", help="folder of the features")
+    parser.add_argument("--parts", nargs="*", default=["tune", "study"], choices=["tune", "study"])
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--workers", type=int, default=2, help="trainings at a time, one thread each")
+    parser.add_argument("--table", action="store_true", help="only print the tables and draw the figures")
+    options = parser.parse_args()
+    if not options.table:
+        for part in options.parts:
+            RESULTS.train(jobs(part, options.arms), run, options.workers, options.root, options.cache)
+    print(tables())
+    study = [row for row in RESULTS.read() if row["part"] == "study"]
+    if study:
+        title = "TIMIT sample, bidirectional LSTM, four speaker splits"
+        figure(study, list(ARMS), CONNECTIVITIES, TOTAL, "frame_error", title, "test frame error, %", HERE / "timit.png")
+        over_time(study)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Early stopping's other half: after training the network has the weights of its best validation."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+
+class BestWeights(Callback):
+    """Loads the best checkpoint of the Trainer's ``ModelCheckpoint(monitor=...)`` when training ends, so that it is what is tested and kept.
+
+    In the list of callbacks it comes after an averaging callback (which writes its average when training ends; the checkpoint
+    has the average of its own epoch) and before what writes the network to a file.
+
+    Raises:
+        ValueError: no ModelCheckpoint has a ``monitor``.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not self._watching(trainer):
+            raise ValueError(
+                "BestWeights: expected a ModelCheckpoint with a monitor among the Trainer's callbacks, found none: add one, such as "
+                'ModelCheckpoint(monitor="val_frame_error").'
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for checkpoint in self._watching(trainer):
+            if not checkpoint.best_model_path:  # stopped before the first validation
+                continue
+            path = trainer.strategy.broadcast(checkpoint.best_model_path)
+            state = torch.load(path, map_location=pl_module.device, weights_only=True)
+            pl_module.load_state_dict(state["state_dict"])
+            rank_zero_info(
+                f"The network has the weights of its best validation: {checkpoint.monitor} "
+                f"{float(checkpoint.best_model_score or 0):.4f} after epoch {state['epoch']}."
+            )
+            return
+
+    @staticmethod
+    def _watching(trainer: Trainer) -> list[ModelCheckpoint]:
+        return [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.monitor]

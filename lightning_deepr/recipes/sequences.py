@@ -1,0 +1,112 @@
+"""Batches of labelled sequences that lie in memory as tensors: whole utterances, padded, or chunks at random places.
+
+Everything random is a function of (seed, epoch, batch), as in :mod:`lightning_deepr.recipes.batches`: a training that stops
+in the middle of an epoch goes on with the batches that it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_deepr import randomness
+from lightning_deepr.recipes.timit_cache import Frames
+from lightning_deepr.recipes.timit_phones import IGNORED
+
+_ORDER, _OFFSET = 111, 112  # streams of their own, apart from the rewiring's and the images'
+
+
+class SequenceBatch(NamedTuple):
+    """A batch of sequences, padded at the end.
+
+    Attributes:
+        features: float32 [batch, longest, features], 0 in the padding.
+        labels: int64 [batch, longest], -100 in the padding and where a frame has no label.
+        lengths: int64 [batch], frames of each sequence.
+    """
+
+    features: Tensor
+    labels: Tensor
+    lengths: Tensor
+
+
+class SequenceBatches:
+    """An iterable over :class:`SequenceBatch`, resumable in the middle of an epoch.
+
+    Args:
+        frames: the utterances.
+        batch_size: sequences per batch; the last batch may be smaller.
+        chunk_frames: None: each utterance once per epoch, whole. A number: per epoch as many chunks of each utterance as
+            cover it (its length over ``chunk_frames``, rounded up), each at an offset of its own, uniform over those where
+            the chunk lies in the utterance; a shorter utterance is one chunk.
+        shuffle: a new order (and new offsets) in every epoch. Without it chunks lie end to end, the last one moved back to fit.
+        seed: of the order and of the offsets.
+    """
+
+    def __init__(
+        self, frames: Frames, batch_size: int, *, chunk_frames: int | None = None, shuffle: bool = False, seed: int = 0
+    ) -> None:
+        if batch_size < 1 or (chunk_frames is not None and chunk_frames < 1):
+            raise ValueError(
+                f"expected batch_size >= 1 and chunk_frames >= 1 (or none), found {batch_size} and {chunk_frames}."
+            )
+        self.frames, self.batch_size, self.chunk_frames = frames, batch_size, chunk_frames
+        self.shuffle, self.seed = shuffle, seed
+        self.epoch = 0
+        self._next = 0
+        lengths = frames.lengths
+        size = chunk_frames if chunk_frames is not None else int(lengths.max())
+        pieces = (lengths + size - 1) // size
+        self._utterance = torch.arange(len(frames)).repeat_interleave(pieces)
+        self._piece = torch.arange(len(self._utterance)) - (pieces.cumsum(0) - pieces)[self._utterance]
+        self._length = lengths[self._utterance].clamp(max=size)
+
+    def __len__(self) -> int:
+        return -(-len(self._utterance) // self.batch_size)
+
+    @property
+    def sampler(self) -> SequenceBatches:
+        """Lightning tells the epoch to a loader's sampler."""
+        return self
+
+    @property
+    def batch_sampler(self) -> None:
+        """Lightning looks here, too, where there is a sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "next": self._next}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epoch, self._next = state_dict["epoch"], state_dict["next"]
+
+    def __iter__(self) -> Iterator[SequenceBatch]:
+        every = torch.arange(len(self._utterance))
+        free = self.frames.lengths[self._utterance] - self._length  # offsets that a chunk can have, less one
+        if self.shuffle:
+            order = randomness.bits(randomness.key(self.seed, _ORDER, self.epoch), every).argsort()
+            draw = (randomness.bits(randomness.key(self.seed, _OFFSET, self.epoch), every) >> 1) & randomness.LARGEST
+            offset = draw % (free + 1)
+        else:
+            order, offset = every, torch.minimum(self._piece * (self.chunk_frames or 0), free)
+        first, self._next = (self._next if self._next < len(self) else 0), 0
+        for i in range(first, len(self)):
+            chosen = order[i * self.batch_size : (i + 1) * self.batch_size]
+            self._next = i + 1
+            yield self._batch(chosen, offset[chosen])
+
+    def _batch(self, chosen: Tensor, offset: Tensor) -> SequenceBatch:
+        lengths = self._length[chosen]
+        start = self.frames.offsets[self._utterance[chosen]] + offset
+        time = torch.arange(int(lengths.max()))
+        inside = time < lengths[:, None]
+        at = torch.where(inside, start[:, None] + time, 0)
+        features = self.frames.features[at]
+        if not bool(inside.all()):
+            features.masked_fill_(~inside[:, :, None], 0.0)
+        return SequenceBatch(features, self.frames.labels[at].masked_fill_(~inside, IGNORED), lengths)

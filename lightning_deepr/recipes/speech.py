@@ -1,0 +1,141 @@
+"""The LightningModule of the TIMIT recipes. Nothing in it knows of sparsity: that is the callback's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+
+from lightning_deepr import randomness
+from lightning_deepr.models import BLSTMClassifier
+from lightning_deepr.recipes.classifier import check_choices, cosine_factor
+from lightning_deepr.recipes.sequences import SequenceBatch
+from lightning_deepr.recipes.timit_phones import IGNORED, folding
+
+SCHEDULES = ("constant", "cosine")
+_NOISE = 113  # a stream of its own, apart from the rewiring's and the batches'
+
+
+def frame_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, the mean over all labelled frames of a batch; 0 where there is none.
+
+    Args:
+        logits: [batch, time, classes].
+        labels: int64 [batch, time], -100 where a frame does not count.
+    """
+    total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
+def frame_errors(logits: Tensor, labels: Tensor, matrix: Tensor) -> Tensor:
+    """Which labelled frames are classified wrongly when the posteriors are summed to the 39 scored classes.
+
+    Args:
+        logits: [batch, time, classes].
+        labels: int64 [batch, time], training targets, -100 where a frame does not count.
+        matrix: of :func:`lightning_deepr.recipes.timit_phones.folding`, [classes, 39].
+
+    Returns:
+        float32 [labelled frames], 1 where wrong.
+    """
+    counts = labels != IGNORED
+    posteriors = logits[counts].float().softmax(-1) @ matrix
+    return (posteriors.argmax(-1) != matrix.argmax(1)[labels[counts]]).float()
+
+
+class FrameClassifier(LightningModule):
+    """A bidirectional LSTM that names the phone of each frame, with cross-entropy and Adam.
+
+    Logs ``train_loss``, ``val_loss``, ``val_frame_error`` and ``test_frame_error``: the share of wrong frames among 39 classes.
+
+    Args:
+        hidden: LSTM units per direction.
+        layers: of the LSTM.
+        classes: training targets: 60 phones or the 39 scored classes; the same as the data's.
+        inputs: features per frame.
+        dropout: of the LSTM's outputs.
+        lr: of Adam, at the start.
+        schedule: of the learning rate: "constant" | "cosine" (to 0, per step).
+        input_noise: standard deviation of the normal noise added to the (normalized) features in training.
+        seed: of noise and dropout, which are a function of it, epoch and batch, so that an interrupted training goes on as it would
+            have; None: that of ``seed_everything``.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    folding: Tensor
+
+    def __init__(
+        self,
+        hidden: int = 128,
+        layers: int = 1,
+        classes: int = 60,
+        inputs: int = 39,
+        dropout: float = 0.0,
+        lr: float = 1e-3,
+        schedule: str = "constant",
+        input_noise: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_choices(("schedule", schedule, SCHEDULES))
+        if input_noise < 0:
+            raise ValueError(f"input_noise: expected a standard deviation, 0 or more, found {input_noise}.")
+        self.save_hyperparameters()
+        self.net = BLSTMClassifier(inputs, hidden, classes, layers, dropout)
+        self.register_buffer("folding", folding(classes), persistent=False)
+        self.val_error, self.test_error = MeanMetric(), MeanMetric()
+
+    def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return self.net(features, lengths)
+
+    def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        features, labels, lengths = batch
+        with self._drawing(batch_idx):
+            if self.hparams["input_noise"]:
+                features = features + self.hparams["input_noise"] * torch.randn_like(features)
+            loss = frame_loss(self.net(features, lengths), labels)
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(labels))
+        return loss
+
+    @contextmanager
+    def _drawing(self, batch_idx: int) -> Iterator[None]:
+        """Noise and dropout of this batch; the global generators are left as they were."""
+        if not self.hparams["input_noise"] and not self.hparams["dropout"]:
+            yield
+            return
+        seed = torch.initial_seed() if self.hparams["seed"] is None else self.hparams["seed"]
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(randomness.key(seed, _NOISE, self.current_epoch, batch_idx, self.global_rank))
+            yield
+
+    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        logits = self.net(batch.features, batch.lengths)
+        frames = int((batch.labels != IGNORED).sum())
+        self.val_error(frame_errors(logits, batch.labels, self.folding))
+        self.log("val_loss", frame_loss(logits, batch.labels), batch_size=frames)
+        self.log("val_frame_error", self.val_error, prog_bar=True)
+
+    def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        logits = self.net(batch.features, batch.lengths)
+        self.test_error(frame_errors(logits, batch.labels, self.folding))
+        self.log("test_frame_error", self.test_error)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
+        if self.hparams["schedule"] == "constant":
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError('schedule="cosine" has to know its length: give the Trainer max_epochs or max_steps.')
+        cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_factor(step / steps))
+        return [optimizer], [{"scheduler": cosine, "interval": "step"}]
