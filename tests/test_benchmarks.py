@@ -145,3 +145,13 @@ def test_every_arm_of_the_comparison_trains(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     assert {arm for _, arm, _ in first} == set(comparison.ARMS)
+
+
+def test_data_loading(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "data_loading.py"), "--steps", "1", "--threads", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with (tmp_path / "data_loading.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["recipe"].split(",")[0] for row in rows} == {"mnist_best", "cifar10", "timit_sample", "timit"}
+    assert all(0 < float(row["share_of_step"].rstrip(" %")) < 100 for row in rows)
