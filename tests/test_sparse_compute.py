@@ -808,7 +808,7 @@ def test_a_subclass_of_linear_profits(make: Callable[[], nn.Module]) -> None:
 @pytest.mark.parametrize("way", ["short", "operators"])
 def test_no_dense_tensor_is_ever_made(way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if way == "short":  # what eager mode runs; a dispatch mode at work would otherwise send all to the operators
-        monkeypatch.setattr("lightning_deepr.compute.sparse._is_plain", lambda x: True)
+        monkeypatch.setattr("lightning_deepr.compute.sparse.is_plain", lambda x: True)
     torch.manual_seed(0)
     columns, rows, count, batch = 3000, 4000, 3000, 8
     with Recording() as seen:

@@ -22,7 +22,7 @@ from torch.nn.functional import conv2d as torch_conv2d
 from lightning_deepr import kernels
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses
-from lightning_deepr.compute.sparse import _is_plain
+from lightning_deepr.compute.sparse import is_plain
 
 CACHE = 1 << 20  # bytes of planes that a band may go through: what the second-level cache is sure to keep
 MOST_BANDS = 8  # in the backward pass, where each band has its own K sums
@@ -443,7 +443,7 @@ def conv2d(
         y: Tensor = torch_conv2d(x, slots.dense(theta), bias, stride, padding, dilation)
         return y if cast is None else y.to(cast)
     order = slots.ordered()
-    if torch.compiler.is_compiling() or not _is_plain(x) or x.shape[0] == 0:
+    if torch.compiler.is_compiling() or not is_plain(x) or x.shape[0] == 0:
         y = conv2d_op(x, theta, bias, order.buffer, weight, stride, around, dilation)
     elif torch.is_grad_enabled():
         y = ConvFunction.apply(x.contiguous(), theta, bias, order.buffer, order, weight, (stride, around, dilation))

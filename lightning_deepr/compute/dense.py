@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from lightning_deepr import kernels
+from lightning_deepr.compute import sparse
+
+LARGE = 1 << 13  # connections from which on the kernels are worth their calls
 
 
 def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
@@ -21,5 +29,52 @@ def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size
     Returns:
         tensor of ``shape`` in theta's dtype.
     """
-    weight = torch.zeros(shape.numel(), dtype=theta.dtype, device=theta.device)
-    return weight.index_copy_(0, places, theta * signs).view(shape)
+    if places.numel() >= LARGE and not torch.compiler.is_compiling() and _fits(theta, signs, places):
+        weight: Tensor = _Scatter.apply(theta, signs, places, shape)
+        return weight
+    return _scattered(theta * signs, places, shape)
+
+
+def _scattered(values: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+    weight = torch.zeros(shape.numel(), dtype=values.dtype, device=values.device)
+    if (
+        not torch.compiler.is_compiling() and sparse.transforms() is not None
+    ):  # vmap writes into nothing that it does not map over
+        return weight.index_copy(0, places, values).view(shape)
+    return weight.index_copy_(0, places, values).view(shape)
+
+
+def _fits(*tensors: Tensor) -> bool:
+    """Whether the kernels, which know addresses only, may be used: nobody watches or transforms operators."""
+    theta = tensors[0]
+    return (
+        theta.dtype in (torch.float32, torch.float64)
+        and tensors[1].dtype is theta.dtype
+        and all(t.is_cpu and t.is_contiguous() and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and sparse.is_plain(tensors[1])
+        and forward_ad._current_level < 0
+        and kernels.available()
+    )
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size) -> Tensor:  # type: ignore[override]
+        from lightning_deepr.kernels import scatter
+
+        ctx.save_for_backward(signs, places)  # a backward pass after they were rewired is refused
+        weight = torch.zeros(shape, dtype=theta.dtype)
+        scatter.run(scatter.scatter_kernel(theta.element_size()), theta, signs, places, weight)
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        from lightning_deepr.kernels import scatter
+
+        signs, places = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        if torch.is_grad_enabled() or gradient.dtype is not signs.dtype or not _fits(gradient, signs, places):
+            return gradient.view(-1).index_select(0, places) * signs, None, None, None
+        found = torch.empty_like(signs)
+        scatter.run(scatter.gather_kernel(signs.element_size()), found, signs, places, gradient)
+        return found, None, None, None

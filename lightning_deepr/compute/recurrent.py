@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_deepr import kernels
 from lightning_deepr.compute.gather import TWICE
-from lightning_deepr.compute.sparse import _is_plain
+from lightning_deepr.compute.sparse import is_plain
 
 
 class _Plan(NamedTuple):
@@ -355,7 +355,7 @@ def _layers(module: Any) -> list[_Layer] | None:
 
 def _suits(module: Any, x: Any, states: list[Tensor], layers: list[_Layer]) -> bool:
     """Whether kernels can take these arguments; what doesn't fit is left to torch, which says so."""
-    if not isinstance(x, Tensor) or not _is_plain(x):
+    if not isinstance(x, Tensor) or not is_plain(x):
         return False
     if x.dim() not in (2, 3) or x.shape[-1] != module.input_size or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
         return False

@@ -237,12 +237,12 @@ linear_op.register_autograd(_differentiate, setup_context=_setup)
 linear_backward_op.register_autograd(_refuse_twice)
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Whether nobody watches or transforms operators: no fake or functional tensors, transforms or profiler."""
-    return type(x) is Tensor and _modes() == 0 and _transforms() is None and not torch.autograd._profiler_enabled()
+    return type(x) is Tensor and _modes() == 0 and transforms() is None and not torch.autograd._profiler_enabled()
 
 
-_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+_modes, transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 
 def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor | None:
@@ -258,7 +258,7 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> T
         or not x.is_cpu
         or not theta.is_cpu
         or _modes() != 0
-        or _transforms() is not None
+        or transforms() is not None
         or torch.autograd._profiler_enabled()
         or torch.is_autocast_enabled("cpu")
         or not x.is_contiguous()
@@ -319,7 +319,7 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
     theta = theta.contiguous()
     bias = bias if bias is None else bias.contiguous()
     flat = x if x.dim() == 2 else x.reshape(-1, columns)
-    if not torch.compiler.is_dynamo_compiling() and _modes() == 0 and _transforms() is None and gpu.multiplies(theta, slots):
+    if not torch.compiler.is_dynamo_compiling() and _modes() == 0 and transforms() is None and gpu.multiplies(theta, slots):
         from lightning_deepr.compute import sparse_gpu
 
         y = sparse_gpu.linear(flat, theta, bias, slots)
@@ -327,11 +327,11 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
         from lightning_deepr.compute import gather
 
         y = gather.linear(flat, theta, bias, slots)
-    elif not torch.compiler.is_dynamo_compiling() and _transforms() is not None:
+    elif not torch.compiler.is_dynamo_compiling() and transforms() is not None:
         from lightning_deepr.compute.transforms import TransformedLinear
 
         y = TransformedLinear.apply(flat, theta, bias, slots.ordered().buffer, rows, columns)
-    elif torch.compiler.is_dynamo_compiling() or not _is_plain(x) or flat.shape[0] == 0:
+    elif torch.compiler.is_dynamo_compiling() or not is_plain(x) or flat.shape[0] == 0:
         y = linear_op(flat, theta, bias, slots.ordered().buffer, rows, columns)
     else:
         if not flat.is_contiguous():
