@@ -41,8 +41,7 @@ from grid import Job, Results, figure, table
 
 HERE = Path(__file__).parent
 RESULTS = Results(HERE / "timit.csv", "frame_error", "val_error", "best_step", "connections", "per_layer", "curve")
-INPUT, RECURRENT, HEAD = 39_936, 131_072, 15_360
-TOTAL = INPUT + RECURRENT + HEAD
+TOTAL = 186_368  # 39,936 input weights, 131,072 recurrent ones, 15,360 of the last layer
 CONNECTIVITIES = (0.01, 0.02, 0.05, 0.1, 0.2)
 EVERY = 25  # steps between evaluations
 Settings = dict[str, Any]
@@ -103,9 +102,12 @@ TRIALS: dict[str, dict[str, Settings]] = {
 }
 
 
-def budget(connectivity: float, shares: tuple[float, float, float]) -> dict[str, int]:
-    """Connections of the input weights, the recurrent ones and the last layer, in proportion to ``shares``, full where they would overflow."""
-    sizes = {"lstm.weight_ih*": INPUT, "lstm.weight_hh*": RECURRENT, "head": HEAD}
+def budget(connectivity: float, shares: tuple[float, float, float], hidden: int = 128) -> dict[str, int]:
+    """Connections of the input weights, the recurrent ones and the last layer, in proportion to ``shares``, full where they would overflow.
+
+    ``connectivity`` is that of the network with 128 units per direction, also where there are more of them.
+    """
+    sizes = {"lstm.weight_ih*": 8 * hidden * 39, "lstm.weight_hh*": 8 * hidden * hidden, "head": 120 * hidden}
     left = round(connectivity * TOTAL)
     found: dict[str, int] = {}
     open_ = dict(zip(sizes, shares, strict=True))
@@ -165,11 +167,11 @@ def run(job: Job, root: str, cache: str | None) -> Settings:
     steps, lr, noise, dropout, ema = (settings.pop(name) for name in ("steps", "lr", "noise", "dropout", "ema"))
     matrix = folding(60)
     torch.manual_seed(job.seed)
-    hidden = hidden_of(round(job.connectivity * TOTAL)) if job.arm == "small_dense" else 128
+    hidden = hidden_of(round(job.connectivity * TOTAL)) if job.arm == "small_dense" else settings.pop("hidden", 128)
     net = BLSTMClassifier(hidden=hidden, dropout=dropout)
     kind, callback = ARMS[job.arm], None
     if kind is not None:
-        counts = budget(job.connectivity, settings.pop("shares"))
+        counts = budget(job.connectivity, settings.pop("shares"), hidden)
         if isinstance(settings.get("l1"), list):
             settings["l1"] = LinearDecay(*settings["l1"][1:])
         init = {} if job.arm in ("pruning", "l1_shrinkage") else {"init": settings.pop("init", "deepr")}
