@@ -1,8 +1,7 @@
-"""Sparse checkpoints: K values and K places for a converted weight; written as safetensors, loaded as recorded."""
+"""Sparse checkpoints: writing a network as a sparse file, and loading one, or a ``state_dict`` with connections, as recorded."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from os import PathLike
@@ -13,12 +12,20 @@ import torch
 from torch import nn
 
 from lightning_deepr import global_scope
-from lightning_deepr.connections import KSlots, converted_tensors, remove
+from lightning_deepr.connections import KSlots, remove
 from lightning_deepr.conversion import convert
-from lightning_deepr.dense_theta import STARTS, DenseTheta, active_by_record, kind_of_record, wanted_by_record
+from lightning_deepr.dense_theta import STARTS, active_by_record, kind_of_record, wanted_by_record
 from lightning_deepr.parametrization import FORMAT_KEY
-from lightning_deepr.report import ConnectivityReport, connectivity_report
+from lightning_deepr.report import ConnectivityReport
 from lightning_deepr.selection import Candidate, candidates
+from lightning_deepr.zoo import container, sparse_file
+from lightning_deepr.zoo.sparse_file import Connections
+
+# what zoo.info says of a file by itself
+RESERVED = frozenset(
+    {"architecture", "arguments", "bytes", "connectivity", "dense_parameters", "digest", "file", "format_version", "name"}
+    | {"package_version", "sha256"}
+)
 
 
 def load_state_dict(module: nn.Module, path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> nn.Module:
@@ -27,7 +34,7 @@ def load_state_dict(module: nn.Module, path_or_dict: str | PathLike[str] | Mappi
     Args:
         module: of the architecture of the checkpoint; tensors that are converted already must have the recorded K.
         path_or_dict: a ``state_dict``, a Lightning checkpoint (its ``state_dict`` is taken), or a path to one of them as
-            ``.ckpt``, ``.pt``, ``.pth`` (loaded with ``weights_only=True``) or ``.safetensors``.
+            ``.ckpt``, ``.pt``, ``.pth`` (loaded with ``weights_only=True``), or to a sparse file, ``.safetensors`` (:func:`save_sparse`).
 
     Returns:
         the module itself.
@@ -36,10 +43,26 @@ def load_state_dict(module: nn.Module, path_or_dict: str | PathLike[str] | Mappi
         ValueError: the file is no checkpoint, or names layers or shapes that the module does not have.
         RuntimeError: keys that are missing or left over (torch's own message). A module that was dense is unchanged then, too.
     """
+    if _is_sparse_file(path_or_dict):
+        from lightning_deepr.zoo.loading import load_contents
+
+        contents = _open(path_or_dict)  # type: ignore[arg-type]
+        with container.about(path_or_dict):  # type: ignore[arg-type]
+            return load_contents(contents, module)
     state = _read(path_or_dict) if isinstance(path_or_dict, (str, PathLike)) else path_or_dict
-    state = dict(state.get("state_dict", state))
+    return load_checked(module, dict(state.get("state_dict", state)), {})
+
+
+def load_checked(module: nn.Module, state: dict[str, Any], checked: Mapping[str, Connections]) -> nn.Module:
+    """:func:`load_state_dict` of a ``state_dict``.
+
+    Args:
+        checked: connections by the head of their entries in ``state``, where their places are known to be right: they begin as what they are.
+    """
     by_name = {(c.module_name, c.tensor_name): c for c in candidates(module)}
     chosen, counts, records, kinds = [], {}, {}, {}
+    known: dict[str, Connections] = {}
+    begun: set[str] = set()
     for key in state:
         if not key.endswith(".0." + FORMAT_KEY):
             continue
@@ -73,11 +96,19 @@ def load_state_dict(module: nn.Module, path_or_dict: str | PathLike[str] | Mappi
         chosen.append(candidate)
         counts[candidate.name], kinds[candidate.name] = count, kind
         records[candidate.name] = int(state[head + "0.index"])
+        if head in checked:
+            known[candidate.name] = checked[head]
+            begun.add(head)
     if chosen:
         chosen.sort(key=lambda candidate: records[candidate.name])
         before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
         def begin(candidate: Candidate, *args: Any, **options: Any) -> Any:
+            if candidate.name in known:
+                assert candidate.parameter is not None
+                dtype, device = candidate.parameter.dtype, options["device"]
+                found = known[candidate.name]
+                return found.theta.to(device, dtype), found.slots(dtype, device)
             return STARTS[kinds[candidate.name]](candidate, *args, **options)
 
         new = convert(module, chosen, counts, init="deepr", seed=0, compute="auto", begin=begin)
@@ -86,7 +117,7 @@ def load_state_dict(module: nn.Module, path_or_dict: str | PathLike[str] | Mappi
             if joined:
                 global_scope.join(sorted(joined, key=lambda converted: positions[converted.name]))
     try:
-        module.load_state_dict(state)
+        _load_rest(module, state, [head for head in checked if head in begun])
     except RuntimeError:
         if chosen and not any(tensor.device.type == "meta" for tensor in before.values()):
             for converted in new:
@@ -94,6 +125,14 @@ def load_state_dict(module: nn.Module, path_or_dict: str | PathLike[str] | Mappi
             module.load_state_dict(before)
         raise
     return module
+
+
+def _load_rest(module: nn.Module, state: dict[str, Any], begun: list[str]) -> None:
+    """``module.load_state_dict``, without what began as it is in ``state``, and need not be checked again."""
+    own = {key for head in begun for key in state if key.startswith(head)}
+    result = module.load_state_dict({key: value for key, value in state.items() if key not in own}, strict=False)
+    if own != set(result.missing_keys) or result.unexpected_keys:
+        module.load_state_dict(state)
 
 
 def _shared(state: Mapping[str, Any]) -> dict[int, dict[str, int]]:
@@ -106,60 +145,87 @@ def _shared(state: Mapping[str, Any]) -> dict[int, dict[str, int]]:
     return pools
 
 
+def _is_sparse_file(given: Any) -> bool:
+    return isinstance(given, (str, PathLike)) and Path(given).suffix == ".safetensors"
+
+
+def _open(path: str | PathLike[str]) -> container.Contents:
+    contents = container.read(Path(path))
+    with container.about(Path(path)):
+        sparse_file.check(contents)
+    return contents
+
+
 def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {file}.")
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
     loaded = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{file}: expected a state_dict or a Lightning checkpoint, found {type(loaded).__name__}.")
     return loaded
 
 
-def save_sparse(module: nn.Module, path: str | PathLike[str], **metadata: Any) -> Path:
-    """Write a module's ``state_dict`` (K-sized for converted weights) as safetensors, with the recorded connectivity.
+def save_sparse(
+    module: nn.Module,
+    path: str | PathLike[str],
+    *,
+    architecture: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    **metadata: Any,
+) -> Path:
+    """Write a module as a sparse file: K values and K places for each converted weight, everything else as it is (``docs/format.md``).
+
+    The same module and metadata give the same bytes. Connections are written in the order of their places: a network that was loaded has the same
+    weights, signs and exceptions, and draws on after the same step, but numbers its slots anew, so that its further births are other draws from
+    the same distribution. (Lightning's checkpoint, with the optimizer's state, goes on exactly.)
 
     Of a tensor with a theta for every potential connection (soft-DEEP R, pruning, l1-shrinkage) the active connections are
     written, as K slots: what loads is an ordinary sparse network. (To go on training as before, save its ``state_dict``.)
 
     Args:
-        module: a module with converted weights.
-        path: of the file to write; :func:`load_state_dict` reads it.
-        metadata: JSON values to put beside it.
+        module: a module with converted weights, all values finite.
+        path: of the file to write, ``.safetensors``; :func:`load_state_dict` and :func:`lightning_deepr.zoo.load` read it.
+        architecture: the name by which the zoo builds the network; None: recognized where it is one of :mod:`lightning_deepr.models`.
+        arguments: of the architecture; None: recognized.
+        metadata: JSON values to put beside it. The zoo's own models have ``algorithm``, ``hyperparameters``, ``seeds``, ``metrics``, ``data``,
+            ``recipe`` and ``license``.
 
     Returns:
         the path.
+
+    Raises:
+        ValueError: values that are not finite, metadata that JSON does not have or under a name that :func:`lightning_deepr.zoo.info` uses, an
+            architecture that is not known or not this module's.
+
+    Example::
+
+        >>> import tempfile
+        >>> from lightning_deepr import load_state_dict, sparsify
+        >>> net = sparsify(nn.Linear(100, 10), 0.05)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = load_state_dict(nn.Linear(100, 10), save_sparse(net, f"{folder}/net.safetensors", license="MIT"))
+        >>> torch.equal(again.weight + 0, net.weight + 0)
+        True
     """
-    from safetensors.torch import save_file
+    from lightning_deepr.zoo import architectures
 
-    record = {"format": "lightning-deepr", "connectivity": connectivity_report(module).to_dict(), **metadata}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _as_slots(module).items()}
-    save_file(tensors, path, metadata={name: json.dumps(value) for name, value in record.items()})
+    taken = sorted(RESERVED & metadata.keys())
+    if taken:
+        raise ValueError(
+            f"metadata: expected other names than those of what zoo.info finds out by itself, found {', '.join(taken)}."
+        )
+    known, own = architectures.recognize(module)
+    if architecture is not None and (architecture != known or (arguments is not None and dict(arguments) != own)):
+        raise ValueError(
+            f"architecture: expected {known!r} with {own}, which is what this {type(module).__name__} is, found {architecture!r} with "
+            f"{dict(arguments or {})}. Leave both out; a network that the zoo does not know is loaded with module=."
+        )
+    if architecture is None and arguments is not None:
+        raise ValueError(f"arguments: expected them with `architecture`, found {dict(arguments)} alone.")
+    record, tensors = sparse_file.contents_of(module, known, own, metadata)
+    container.write(Path(path), container.pack(record, tensors))
     return Path(path)
-
-
-def _as_slots(module: nn.Module) -> dict[str, Any]:
-    """The ``state_dict`` with K slots for every converted tensor."""
-    state = module.state_dict()
-    prefixes = {id(submodule): prefix for prefix, submodule in module.named_modules()}
-    for converted in converted_tensors(module):
-        if isinstance(converted.slots, DenseTheta):
-            head = f"{prefixes[id(converted.holder)]}."
-            state = {name: value for name, value in state.items() if not name.startswith(head)}
-            theta, slots = converted.slots.as_slots(converted.theta.detach())
-            state[head + "original"] = theta
-            slots._save_to_state_dict(state, head + "0.", keep_vars=False)
-        elif converted.slots.pool is not None:  # safetensors has no shared tensors: each layer gets its own piece
-            head = f"{prefixes[id(converted.holder)]}."
-            state[head + "original"] = converted.slots.own(converted.theta.detach()).clone()
-            del state[head + "0.pool"]
-            for name in converted.slots.records:  # pieces of one storage
-                state[head + "0." + name] = state[head + "0." + name].clone()
-    return state
 
 
 def report_of_checkpoint(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> ConnectivityReport:
@@ -171,25 +237,25 @@ def report_of_checkpoint(path_or_dict: str | PathLike[str] | Mapping[str, Any]) 
     Raises:
         ValueError: the checkpoint has no sparse tensor.
     """
-    state = _read(path_or_dict) if isinstance(path_or_dict, (str, PathLike)) else path_or_dict
-    state = state.get("state_dict", state)
+    if _is_sparse_file(path_or_dict):
+        from lightning_deepr.zoo.loading import rows_of
+
+        rows = rows_of(_open(path_or_dict))  # type: ignore[arg-type]
+    else:
+        state = _read(path_or_dict) if isinstance(path_or_dict, (str, PathLike)) else path_or_dict
+        rows = _rows(state.get("state_dict", state))
+    if not rows:
+        raise ValueError("expected a sparse checkpoint, found one without a converted tensor.")
+    return ConnectivityReport([{**row, "l1": None, "compute": "-"} for row in rows], {})
+
+
+def _rows(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for key in state:
         if key.endswith(".0." + FORMAT_KEY):
             head = key.removesuffix("0." + FORMAT_KEY)
             shape, count = tuple(state[head + "0.shape"].tolist()), active_by_record(state, head)
             total = math.prod(shape)
-            rows.append(
-                {
-                    "name": head.removesuffix(".").replace("parametrizations.", ""),
-                    "shape": shape,
-                    "total": total,
-                    "active": count,
-                    "connectivity": count / total,
-                    "l1": None,
-                    "compute": "-",
-                }
-            )
-    if not rows:
-        raise ValueError("expected a sparse checkpoint, found one without a converted tensor.")
-    return ConnectivityReport(rows, {})
+            name = head.removesuffix(".").replace("parametrizations.", "")
+            rows.append({"name": name, "shape": shape, "total": total, "active": count, "connectivity": count / total})
+    return rows

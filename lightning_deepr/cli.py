@@ -1,4 +1,4 @@
-"""The command line: ``lightning-deepr fit|validate|test --config NAME|PATH`` and ``lightning-deepr report CHECKPOINT``."""
+"""The command line: ``lightning-deepr fit|validate|test --config NAME|PATH`` ``report CHECKPOINT``, ``zoo list|info|verify``."""
 
 from __future__ import annotations
 
@@ -140,6 +140,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train(arguments)
     elif arguments and arguments[0] == "report":
         report(arguments[1:])
+    elif arguments and arguments[0] == "export":
+        from lightning_deepr.export.command import export
+
+        export(arguments[1:])
+    elif arguments and arguments[0] == "zoo":
+        from lightning_deepr.zoo.command import run
+
+        run(arguments[1:])
     elif arguments and arguments[0] == "recipes":
         for name, path in packaged_recipes().items():
             print(f"{name:24s} {path.read_text().splitlines()[0].removeprefix('#').strip()}")
@@ -147,11 +155,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(
             "usage: lightning-deepr fit|validate|test --config NAME|PATH [--model.lr 0.1 --sparsity.connectivity 0.05 ...]\n"
             "       lightning-deepr report CHECKPOINT\n"
+            "       lightning-deepr zoo list|info|verify|publish|pull ...\n"
+            "       lightning-deepr export CHECKPOINT --to dense|csr|onnx|c --out PATH [--module CLASS]\n"
             "       lightning-deepr recipes\n\n"
             f"recipes: {', '.join(packaged_recipes())}"
         )
         if arguments and arguments[0] not in ("-h", "--help"):
-            raise SystemExit(f"lightning-deepr: expected fit, validate, test, report or recipes, found {arguments[0]!r}.")
+            raise SystemExit(
+                f"lightning-deepr: expected fit, validate, test, report, zoo, export or recipes, found {arguments[0]!r}."
+            )
 
 
 if __name__ == "__main__":

@@ -831,7 +831,11 @@ def test_save_sparse_writes_layers_of_their_own(tmp_path: Path) -> None:
     net = trained()
     path = save_sparse(net, tmp_path / "net.safetensors")
     loaded = load_state_dict(plain_mlp(), path)
-    same(loaded, net)
+    for name, (_, places, values) in connections(net).items():  # written in the order of the places
+        order = places.argsort()
+        assert torch.equal(connections(loaded)[name][1], places[order]) and torch.equal(
+            connections(loaded)[name][2], values[order]
+        )
     assert all(slots.pool is None for slots in all_slots(loaded))
     assert len({id(c.theta) for c in converted_tensors(loaded)}) == 2
 

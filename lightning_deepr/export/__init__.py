@@ -1,0 +1,13 @@
+"""Trained sparse networks in the formats of others: dense ``state_dict``, CSR, ONNX, and C for microcontrollers.
+
+Each function takes a module as it is (from a callback, ``sparsify``, ``load_state_dict`` or a dense one) and leaves it unchanged. What each format
+keeps of the sparsity is in ``docs/export.md``.
+"""
+
+from __future__ import annotations
+
+from lightning_deepr.export.c_header import CHeader, to_c_header
+from lightning_deepr.export.matrices import to_csr, to_dense_state_dict, to_scipy
+from lightning_deepr.export.onnx_file import OnnxFile, to_onnx
+
+__all__ = ["CHeader", "OnnxFile", "to_c_header", "to_csr", "to_dense_state_dict", "to_onnx", "to_scipy"]

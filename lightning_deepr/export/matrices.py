@@ -1,0 +1,127 @@
+"""Dense ``state_dict`` and compressed sparse rows."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_deepr.conversion import connections
+from lightning_deepr.export.requirements import needed
+
+LARGEST_DENSE = 1 << 34  # bytes, as for densify
+
+
+def to_dense_state_dict(module: nn.Module) -> dict[str, Any]:
+    """The ``state_dict`` that the same module has without this package: dense weights, 0 where nothing is connected.
+
+    The module stays as it is, unlike with :func:`lightning_deepr.densify`.
+
+    Args:
+        module: a module with or without converted weights.
+
+    Returns:
+        copies of all tensors, on their devices, under the names of the plain module.
+
+    Raises:
+        RuntimeError: a dense weight would take more than 16 GiB.
+
+    Example::
+
+        >>> from lightning_deepr import sparsify
+        >>> state = to_dense_state_dict(sparsify(nn.Linear(100, 10), 0.05))
+        >>> sorted(state), int((state["weight"] != 0).sum())
+        (['bias', 'weight'], 50)
+        >>> nn.Linear(100, 10).load_state_dict(state)
+        <All keys matched successfully>
+    """
+    kept, heads = connections(module), {}
+    for name, (shape, _, values) in kept.items():
+        size = math.prod(shape) * values.element_size()
+        if size > LARGEST_DENSE:
+            raise RuntimeError(
+                f"`{name}` of shape {tuple(shape)} would take {size / 2**30:.0f} GiB as a dense weight (more than 16 GiB). "
+                "`to_csr(module)` keeps it sparse."
+            )
+        owner, _, tensor = name.rpartition(".")
+        heads[f"{owner}.parametrizations.{tensor}.".removeprefix(".")] = name
+    state: dict[str, Any] = {}
+    for key, value in module.state_dict().items():
+        head = next((head for head in heads if key.startswith(head)), None)
+        if head is None:
+            state[key] = value.detach().clone() if isinstance(value, Tensor) else value
+        elif heads[head] not in state:
+            shape, places, values = kept[heads[head]]
+            weight = values.new_zeros(math.prod(shape))
+            weight[places] = values
+            state[heads[head]] = weight.view(shape)
+    return state
+
+
+def to_csr(module: nn.Module) -> dict[str, Tensor]:
+    """Every converted weight as a ``torch.sparse_csr`` matrix; never builds a dense tensor.
+
+    Args:
+        module: a module with converted weights.
+
+    Returns:
+        {tensor name: CSR [rows, columns]} with all K connections, those of value 0 too, sorted by row and column. A weight of more than two
+        dimensions is a matrix of ``shape[0]`` rows: a convolution's columns are (channel, height, width), in that order. What was not converted
+        (biases, say) is not in it.
+
+    Example::
+
+        >>> from lightning_deepr import sparsify
+        >>> net = sparsify(nn.Linear(100, 10), 0.05)
+        >>> matrix = to_csr(net)["weight"]
+        >>> matrix.shape, matrix.values().shape
+        (torch.Size([10, 100]), torch.Size([50]))
+        >>> x = torch.randn(100)
+        >>> torch.allclose(matrix @ x + net.bias, net(x), atol=1e-5)
+        True
+    """
+    return {name: _csr(*found) for name, found in connections(module).items()}
+
+
+def to_scipy(module: nn.Module) -> dict[str, Any]:
+    """Every converted weight as a ``scipy.sparse.csr_array``, on the CPU; otherwise as :func:`to_csr`.
+
+    Raises:
+        ImportError: SciPy is missing (``pip install 'lightning-deepr[export]'``).
+
+    Example::
+
+        >>> from lightning_deepr import sparsify
+        >>> to_scipy(sparsify(nn.Linear(100, 10), 0.05))["weight"].nnz
+        50
+    """
+    (sparse,) = needed("scipy.sparse", purpose="to_scipy")
+    result = {}
+    for name, matrix in to_csr(module).items():
+        matrix = matrix.cpu()
+        values = matrix.values()
+        values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values  # SciPy multiplies neither
+        parts = (values.numpy(), matrix.col_indices().numpy(), matrix.crow_indices().numpy())
+        result[name] = sparse.csr_array(parts, shape=tuple(matrix.shape))
+    return result
+
+
+def rows_of(shape: torch.Size, places: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Connections in the order of rows and columns: row pointers int64 [rows + 1], columns int64 [K], values [K]."""
+    order = places.argsort()
+    places, values = places[order], values[order]
+    columns = max(math.prod(shape[1:]), 1)
+    counts = torch.bincount(places // columns, minlength=shape[0])
+    pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return pointers, places % columns, values
+
+
+def _csr(shape: torch.Size, places: Tensor, values: Tensor) -> Tensor:
+    pointers, columns, ordered = rows_of(shape, places, values)
+    size = (shape[0], math.prod(shape[1:]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(pointers, columns, ordered, size=size, check_invariants=True)

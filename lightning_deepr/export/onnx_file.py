@@ -1,0 +1,226 @@
+"""ONNX, checked with onnxruntime against PyTorch before it is written."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_deepr.conversion import connections, densify
+from lightning_deepr.export.onnx_weights import scatter_weights
+from lightning_deepr.export.requirements import needed
+
+LARGEST_FILE = 2**31 - 1  # a protobuf message
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What :func:`to_onnx` wrote, and how well onnxruntime agrees with PyTorch."""
+
+    path: Path
+    size: int  # bytes
+    opset: int
+    connections: int  # of the converted weights
+    potential: int  # their dense size
+    sparse_weights: tuple[str, ...]  # initializers that the file keeps as places and values
+    max_error: float  # largest absolute difference of any output
+    max_output: float  # largest absolute output, for comparison
+    checked_shapes: tuple[tuple[tuple[int, ...], ...], ...]  # of the inputs that were compared
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.size:,} bytes, opset {self.opset}, {self.connections:,} of {self.potential:,} connections, "
+            f"{'sparse' if self.sparse_weights else 'dense'} weights; onnxruntime differs by at most {self.max_error:.1e} "
+            f"(outputs up to {self.max_output:.3g})"
+        )
+
+
+def to_onnx(
+    module: nn.Module,
+    path: str | PathLike[str],
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    dynamic: Mapping[int, str] | None = None,
+    opset: int = 18,
+    sparse: bool = False,
+    tolerance: float = 1e-5,
+) -> OnnxFile:
+    """Write a network as ONNX, in eval mode, after onnxruntime has reproduced PyTorch's outputs.
+
+    The network that is exported is dense with zeros: ONNX's operators have no sparse weights. ``sparse=True`` makes the *file* small: weights with
+    few connections are kept as places and values (8 bytes per connection) and scattered by standard operators, which onnxruntime folds into dense
+    weights when it loads the file; its memory and speed are those of the dense network in either case.
+
+    Args:
+        module: a module with or without converted weights. It stays as it is. Of a LightningModule, pass the network inside (``model.net``).
+        path: of the file, one for everything.
+        example_inputs: the positional arguments, tensors of any size along the dynamic dimensions.
+        dynamic: {dimension: name} of every input that can vary at run time; None: {0: "batch"}. {} for none. For sequences
+            {0: "batch", 1: "time"}, with ``batch_first=False`` {0: "time", 1: "batch"}.
+        opset: ONNX operator set.
+        sparse: see above.
+        tolerance: the largest difference allowed, times the largest output where that is above 1.
+
+    Returns:
+        size, opset and the largest difference that was seen, over the example and two other sizes of the dynamic dimensions.
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is missing (``pip install 'lightning-deepr[export]'``).
+        ValueError: an LSTM with ``proj_size`` (ONNX's has none), an input that has no such dimension, or a file that would exceed ONNX's 2 GiB.
+        RuntimeError: the exporter failed, or onnxruntime differs by more than the tolerance. Nothing is written.
+
+    Example::
+
+        >>> from lightning_deepr import sparsify
+        >>> net = sparsify(nn.Sequential(nn.Linear(100, 10), nn.ReLU()), 0.05)
+        >>> file = to_onnx(net, "net.onnx", torch.randn(2, 100))  # doctest: +SKIP
+        >>> file.max_error <= 1e-5  # doctest: +SKIP
+        True
+    """
+    onnx, *_ = needed("onnx", "onnxscript", "onnxruntime", purpose="to_onnx")
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    dynamic = {0: "batch"} if dynamic is None else dict(dynamic)
+    _check_inputs(inputs, dynamic)
+    _refuse(module)
+    found = connections(module)
+    plain = densify(copy.deepcopy(module)).cpu().eval().requires_grad_(False)
+    inputs = tuple(tensor.detach().cpu() for tensor in inputs)
+    proto = _export(plain, inputs, dynamic, opset)
+    scattered = scatter_weights(proto) if sparse else ()
+    payload = proto.SerializeToString()
+    try:
+        onnx.checker.check_model(payload, full_check=True)
+    except Exception as error:
+        raise RuntimeError(f"to_onnx: PyTorch's exporter made an invalid file of {type(module).__name__}: {error}") from error
+    shapes, error_seen, output_seen = _compare(plain, payload, inputs, dynamic)
+    if not error_seen <= tolerance * max(1.0, output_seen):
+        raise RuntimeError(
+            f"to_onnx: expected onnxruntime to agree with PyTorch to {tolerance:g} (times the largest output, {output_seen:.3g}, if above 1), "
+            f"found a difference of {error_seen:.3g}. Nothing was written. Raise `tolerance` if that is acceptable, or try another `opset`."
+        )
+    Path(path).write_bytes(payload)
+    return OnnxFile(
+        path=Path(path),
+        size=len(payload),
+        opset=next(entry.version for entry in proto.opset_import if entry.domain == ""),
+        connections=sum(places.numel() for _, places, _ in found.values()),
+        potential=sum(shape.numel() for shape, _, _ in found.values()),
+        sparse_weights=tuple(scattered),
+        max_error=error_seen,
+        max_output=output_seen,
+        checked_shapes=shapes,
+    )
+
+
+def _check_inputs(inputs: tuple[Tensor, ...], dynamic: Mapping[int, str]) -> None:
+    for number, tensor in enumerate(inputs):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"example_inputs: expected a tensor or a sequence of tensors, found {type(tensor).__name__} at position {number}."
+            )
+        for dimension in dynamic:
+            if not 0 <= dimension < tensor.dim():
+                raise ValueError(
+                    f"dynamic: expected dimensions of every input, found {dimension} where input {number} has shape {tuple(tensor.shape)}. "
+                    "Give dynamic={} for fixed sizes."
+                )
+
+
+def _refuse(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, nn.LSTM) and part.proj_size:
+            raise ValueError(
+                f"to_onnx: `{name or type(module).__name__}` is an LSTM with proj_size={part.proj_size}, and ONNX's LSTM has no projection. "
+                "to_dense_state_dict and to_csr export it."
+            )
+    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values() if isinstance(tensor, Tensor))
+    size += sum(shape.numel() * values.element_size() for shape, _, values in connections(module).values())
+    if size > LARGEST_FILE:
+        raise ValueError(
+            f"to_onnx: dense, the weights take {size / 2**30:.1f} GiB, and an ONNX file holds less than 2 GiB. to_csr(module) keeps them sparse."
+        )
+
+
+def _export(plain: nn.Module, inputs: tuple[Tensor, ...], dynamic: Mapping[int, str], opset: int) -> Any:
+    # an example of size 1 may be taken for a constant
+    traced = tuple(_resized(tensor, {d: max(2, tensor.shape[d]) for d in dynamic}) for tensor in inputs)
+    shapes = tuple(dict(dynamic) for _ in traced) if dynamic else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporter's own, about PyTorch's and its own internals
+            program = torch.onnx.export(
+                plain, traced, dynamo=True, dynamic_shapes=shapes, opset_version=opset, verbose=False, external_data=False
+            )
+    except Exception as error:
+        raise RuntimeError(
+            f"to_onnx: PyTorch's exporter refused {type(plain).__name__} with inputs {[tuple(t.shape) for t in inputs]}, dynamic {dict(dynamic)}: "
+            f"{error}"
+        ) from error
+    if program is None:
+        raise RuntimeError(f"to_onnx: PyTorch's exporter returned nothing for {type(plain).__name__}.")
+    return _without_notes(program.model_proto)
+
+
+def _without_notes(proto: Any) -> Any:
+    """Take out what the exporter notes about each operation: stack traces, with the paths of this machine, of no use to a runtime."""
+    for entry in (
+        *proto.graph.node,
+        *proto.graph.value_info,
+        *proto.graph.input,
+        *proto.graph.output,
+        *proto.graph.initializer,
+    ):
+        entry.doc_string = ""
+        del entry.metadata_props[:]
+    for entry in (proto, proto.graph):
+        del entry.metadata_props[:]
+    return proto
+
+
+@torch.no_grad()
+def _compare(
+    plain: nn.Module, payload: bytes, inputs: tuple[Tensor, ...], dynamic: Mapping[int, str]
+) -> tuple[tuple[tuple[tuple[int, ...], ...], ...], float, float]:
+    """Shapes that were tried, the largest difference and the largest output."""
+    (runtime,) = needed("onnxruntime", purpose="to_onnx")
+    session = runtime.InferenceSession(payload, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    trials = [inputs]
+    if dynamic:
+        trials.append(tuple(_resized(tensor, dict.fromkeys(dynamic, 1)) for tensor in inputs))
+        trials.append(tuple(_resized(tensor, {d: tensor.shape[d] + 2 for d in dynamic}) for tensor in inputs))
+    error, largest = 0.0, 0.0
+    for trial in trials:
+        expected = [part for part in pytree.tree_leaves(plain(*trial)) if isinstance(part, Tensor)]
+        given = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, trial, strict=False)})
+        if [tuple(part.shape) for part in given] != [tuple(part.shape) for part in expected]:
+            raise RuntimeError(
+                f"to_onnx: expected outputs of shapes {[tuple(part.shape) for part in expected]}, found {[part.shape for part in given]} from "
+                f"onnxruntime for inputs {[tuple(t.shape) for t in trial]}: a size became a constant. Give dynamic={{}} or other dimensions."
+            )
+        for one, other in zip(given, expected, strict=True):
+            wanted = other.double().numpy()
+            error = _largest(error, np.abs(one.astype(np.float64) - wanted))
+            largest = _largest(largest, np.abs(wanted))
+    return tuple(tuple(tuple(tensor.shape) for tensor in trial) for trial in trials), error, largest
+
+
+def _largest(so_far: float, values: np.ndarray) -> float:
+    """The maximum; NaN stays NaN."""
+    return float(np.max(np.append(values.reshape(-1), so_far)))
+
+
+def _resized(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
+    """A tensor with other sizes, made of its own entries over and over."""
+    for dimension, size in sizes.items():
+        tensor = tensor.index_select(dimension, torch.arange(size) % tensor.shape[dimension])
+    return tensor

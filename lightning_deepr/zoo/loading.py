@@ -1,0 +1,223 @@
+"""Loading a model of the zoo or a file, and what is known of it."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_deepr.conversion import densify
+from lightning_deepr.zoo import architectures, container, sparse_file
+from lightning_deepr.zoo.container import Contents
+from lightning_deepr.zoo.gaps import FormatError
+from lightning_deepr.zoo.registry import entry_of, list_models
+
+if TYPE_CHECKING:
+    from lightning_deepr.hub import Published
+
+
+def folder() -> Path:
+    """Where the package's models are."""
+    return Path(str(resources.files("lightning_deepr.zoo.data")))
+
+
+def path_of(name_or_path: str | PathLike[str]) -> Path:
+    """Where a model's file is: a name of the zoo, or a path as it is.
+
+    Raises:
+        FileNotFoundError: neither; names those that come near.
+    """
+    entry = entry_of(name_or_path) if isinstance(name_or_path, str) else None
+    if entry is not None:
+        return folder() / entry.filename
+    path = Path(name_or_path)
+    if not path.is_file():
+        names = list_models()
+        near = difflib.get_close_matches(str(name_or_path), names, n=3, cutoff=0.5) or names
+        raise FileNotFoundError(
+            f"expected a model of the zoo or a file, found neither at {str(name_or_path)!r}. Models: {', '.join(near) or 'none'} "
+            '(zoo.list_models() names all). One of the Hub needs source="hub".'
+        )
+    return path
+
+
+def open_file(name_or_path: str | PathLike[str]) -> tuple[Path, Contents]:
+    """A checked file; of a model of the zoo the registry's sha256, too."""
+    path = path_of(name_or_path)
+    contents = container.read(path)
+    with container.about(path):
+        sparse_file.check(contents)
+        entry = entry_of(name_or_path) if isinstance(name_or_path, str) else None
+        if entry is not None and contents.sha256 != entry.sha256:
+            raise FormatError(
+                f"expected sha256 {entry.sha256} (the registry's), found {contents.sha256}: the installation is damaged. Install the package again."
+            )
+    return path, contents
+
+
+def load(
+    name_or_path: str | PathLike[str],
+    *,
+    dense: bool = False,
+    module: nn.Module | None = None,
+    source: str = "package",
+    revision: str | None = None,
+) -> nn.Module:
+    """A trained network, ready to use: in eval mode, on the CPU.
+
+    Only safetensors and JSON are read, and all of it is checked; code is never loaded from a file. No dense weight is built, unless asked for.
+
+    Args:
+        name_or_path: a name from :func:`list_models`, or the path of a file that :func:`save` wrote; ``owner/name`` with ``source="hub"``.
+        dense: ordinary dense weights, with zeros, instead of K slots each. The network no longer needs this package.
+        module: the network to load into (a dense one, of any class, also on the meta device), where the file names no architecture of
+            :mod:`lightning_deepr.models`.
+        source: "package" | "hub".
+        revision: with ``source="hub"``: a branch, tag or commit.
+
+    Returns:
+        the network; ``module`` itself where given. To train on, give it to a ``Trainer`` with ``DeepR()`` among its callbacks: it takes the
+        connections as they are.
+
+    Raises:
+        FileNotFoundError: neither a name nor a file.
+        FormatError: (a ValueError) the file is damaged, of a newer format, names an unknown architecture, or does not fit.
+
+    Example::
+
+        >>> import tempfile
+        >>> from lightning_deepr import sparsify, zoo
+        >>> from lightning_deepr.models import LeNet300100
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = zoo.save(sparsify(LeNet300100(), 0.01), f"{folder}/net.safetensors", license="Apache-2.0")
+        ...     net = zoo.load(path)
+        >>> type(net).__bases__[0].__name__, net.training, int((net.fc1.weight != 0).sum())
+        ('LeNet300100', False, 1810)
+    """
+    if source == "hub":
+        from lightning_deepr import hub
+
+        return hub.load(str(name_or_path), revision=revision, dense=dense, module=module)
+    if source != "package":
+        raise ValueError(f'source: expected "package" or "hub", found {source!r}.')
+    if revision is not None:
+        raise ValueError(f'revision: expected with source="hub" only, found {revision!r}.')
+    path, contents = open_file(name_or_path)
+    with container.about(path):
+        loaded = load_contents(contents, module)
+    return (densify(loaded) if dense else loaded).eval()
+
+
+def load_contents(contents: Contents, module: nn.Module | None = None) -> nn.Module:
+    """A checked file's network."""
+    from lightning_deepr.checkpoint import load_checked
+
+    state, found = sparse_file.state_of(contents)
+    if module is None:
+        record = contents.record
+        module = architectures.build(record["architecture"], record["arguments"])
+        _refuse_misfit(module, contents)
+        types = {value.dtype for value in state.values() if value.is_floating_point()}
+        if len(types) == 1:
+            module.to(types.pop())
+        # what is not sparse is the module's at once: nothing is initialized, and the global generator is not asked
+        module.load_state_dict({name: state[name] for name in sparse_file.dense_names(contents)}, strict=False, assign=True)
+    return load_checked(module, state, found)
+
+
+def _refuse_misfit(module: nn.Module, contents: Contents) -> None:
+    """A file's names and shapes against those of the network that it names, before anything is allocated."""
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    found = {name: contents.pieces[name].shape for name in sparse_file.dense_names(contents)}
+    found.update({name: tuple(entry["shape"]) for name, entry in contents.record["sparse"].items()})
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise FormatError(
+                f"`{name[:80]}`: {type(module).__name__} with the recorded arguments has {_shape(expected.get(name))}, the file has "
+                f"{_shape(found.get(name))}. Expected the file of such a network; give another one with module=."
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "no such tensor" if shape is None else f"shape {shape}"
+
+
+def connections_of(name_or_path: str | PathLike[str]) -> dict[str, tuple[torch.Size, Tensor, Tensor]]:
+    """The connections in a file, read without its network.
+
+    Args:
+        name_or_path: as for :func:`load`.
+
+    Returns:
+        {tensor name: (shape, places int64 [K], values [K])}, as :func:`lightning_deepr.connections` gives, by increasing places.
+    """
+    path, contents = open_file(name_or_path)
+    with container.about(path):
+        return {name: (torch.Size(c.shape), c.places, c.values) for name, c in sparse_file.all_connections(contents)}
+
+
+def info(name_or_path: str | PathLike[str]) -> dict[str, Any]:
+    """What is known of a model, from its file alone.
+
+    Args:
+        name_or_path: as for :func:`load`.
+
+    Returns:
+        name, file, bytes, sha256 (of the file), digest (of its contents), format_version, package_version, architecture, arguments, dense_parameters (numbers
+        that are not sparse), connectivity (``rows`` with name, shape, total, active, connectivity; total, active, connectivity, left_out) and
+        what :func:`save` was given: algorithm, hyperparameters, seeds, metrics, data, recipe, license, ...
+
+    Raises:
+        FileNotFoundError: neither a name nor a file.
+        FormatError: the file is damaged.
+    """
+    path, contents = open_file(name_or_path)
+    record = contents.record
+    rows = rows_of(contents)
+    total, active = record["connectivity"]["total"], record["connectivity"]["active"]
+    return {
+        **record["metadata"],
+        "name": str(name_or_path) if entry_of(str(name_or_path)) else path.stem,
+        "file": str(path),
+        "bytes": contents.size,
+        "sha256": contents.sha256,
+        "digest": contents.digest,
+        "format_version": container.VERSION,
+        "package_version": record["package_version"],
+        "architecture": record["architecture"],
+        "arguments": record["arguments"],
+        "dense_parameters": sum(contents.pieces[name].numel for name in sparse_file.dense_names(contents)),
+        "connectivity": {
+            "rows": rows,
+            "total": total,
+            "active": active,
+            "connectivity": active / total if total else 0.0,
+            "left_out": record["left_out"],
+        },
+    }
+
+
+def rows_of(contents: Contents) -> list[dict[str, Any]]:
+    """The connectivity per tensor, in the order of conversion."""
+    return [
+        {
+            "name": name,
+            "shape": tuple(entry["shape"]),
+            "total": entry["total"],
+            "active": entry["active"],
+            "connectivity": entry["active"] / entry["total"],
+        }
+        for name, entry in sorted(contents.record["sparse"].items(), key=lambda item: item[1]["index"])
+    ]
+
+
+def publish(name: str | PathLike[str] | nn.Module, repo_id: str, **options: Any) -> Published:
+    """Put a model on the Hugging Face Hub: :func:`lightning_deepr.hub.publish`, which has the arguments."""
+    from lightning_deepr import hub
+
+    return hub.publish(name, repo_id, **options)

@@ -1,0 +1,139 @@
+"""Whether a model is what it says: its bytes, its connections, its network and, with data, its recorded metric."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from os import PathLike
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_deepr.zoo import architectures, container, loading, sparse_file
+from lightning_deepr.zoo.gaps import FormatError
+from lightning_deepr.zoo.registry import entry_of
+
+
+class Verification(NamedTuple):
+    """What was checked and found right. Prints as a table.
+
+    Attributes:
+        name: of the model.
+        checks: (what, what was found).
+    """
+
+    name: str
+    checks: list[tuple[str, str]]
+
+    def __str__(self) -> str:
+        width = max(len(what) for what, _ in self.checks)
+        return "\n".join([f"{self.name}: as recorded", *(f"  {what.ljust(width)}  {found}" for what, found in self.checks)])
+
+
+def verify(
+    name_or_path: str | PathLike[str], data: Iterable[Any] | None = None, *, module: nn.Module | None = None
+) -> Verification:
+    """Check everything about a model that can be checked.
+
+    Args:
+        name_or_path: as for :func:`lightning_deepr.zoo.load`.
+        data: batches (inputs, labels) or (inputs, labels, lengths) of the test set on which the recorded metric was measured; the count of
+            correct predictions must be the recorded one, or off by one, as another BLAS may round.
+        module: as for :func:`lightning_deepr.zoo.load`; without it the network of an unknown architecture is not built.
+
+    Returns:
+        what was found: sha256, format, K per tensor, connectivity, the network, the metric.
+
+    Raises:
+        FileNotFoundError: neither a name nor a file.
+        FormatError: (a ValueError) the first thing that is not as recorded.
+        ValueError: data is given, but there is nothing to compare with.
+
+    Example::
+
+        >>> import tempfile
+        >>> from lightning_deepr import sparsify, zoo
+        >>> from lightning_deepr.models import LeNet300100
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(zoo.verify(zoo.save(sparsify(LeNet300100(), 0.01), f"{folder}/net.safetensors")))  # doctest: +ELLIPSIS
+        net: as recorded
+          sha256        ...
+          format        1
+          fc1.weight    K = 1,810 of 235,200 (0.770%)
+          fc2.weight    K = 762 of 30,000 (2.540%)
+          fc3.weight    K = 90 of 1,000 (9.000%)
+          connectivity  2,662 of 266,200 (1.000%)
+          network       lenet300_100
+    """
+    path, contents = loading.open_file(name_or_path)
+    known = isinstance(name_or_path, str) and entry_of(name_or_path) is not None
+    checks = [
+        ("sha256", contents.sha256 + (" (the registry's)" if known else "")),
+        ("format", str(container.VERSION)),
+    ]
+    with container.about(path):
+        for tensor, found in sparse_file.all_connections(contents):
+            checks.append((tensor, _share(len(found.places), contents.record["sparse"][tensor]["total"])))
+        sums = contents.record["connectivity"]
+        if sums["total"]:
+            checks.append(("connectivity", _share(sums["active"], sums["total"]).removeprefix("K = ")))
+        architecture = contents.record["architecture"]
+        if module is None and architecture not in architectures.ARCHITECTURES:
+            if data is not None:
+                architectures.build(architecture, {})  # says what to do
+            checks.append(("network", "not built: give module="))
+            return Verification(path.stem, checks)
+        net = loading.load_contents(contents, module).eval()
+        checks.append(("network", str(architecture or type(net).__name__)))
+        if data is not None:
+            checks.append(_measure(net, data, contents.record))
+    return Verification(path.stem, checks)
+
+
+def _share(active: int, total: int) -> str:
+    return f"K = {active:,} of {total:,} ({active / total:.3%})"
+
+
+def _measure(net: nn.Module, data: Iterable[Any], record: dict[str, Any]) -> tuple[str, str]:
+    recorded = record["metadata"].get("metrics")
+    counted = {
+        name: metric
+        for name, metric in (recorded if isinstance(recorded, dict) else {}).items()
+        if isinstance(metric, dict) and all(type(metric.get(key)) is int for key in ("correct", "examples"))
+    }
+    if len(counted) != 1:
+        raise ValueError(
+            f"expected one metric with `correct` and `examples` in the file, found {', '.join(counted) or 'none'}: there is nothing to compare with."
+        )
+    ((name, metric),) = counted.items()
+    architecture = architectures.ARCHITECTURES.get(record["architecture"])
+    count = architecture.count_correct if architecture is not None else None
+    correct, examples = evaluate(net, data, count or labels_hit)
+    if examples != metric["examples"] or abs(correct - metric["correct"]) > 1:
+        raise FormatError(
+            f"{name}: expected {metric['correct']} of {metric['examples']} right, as recorded, found {correct} of {examples}. Is this the test set of "
+            f"{record['metadata'].get('data', 'the record')}, prepared as its recipe does?"
+        )
+    return name, f"{correct:,} of {examples:,} ({correct / examples:.2%}), recorded {metric['correct']:,}"
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, data: Iterable[Any], count: Any) -> tuple[int, int]:
+    """How many predictions are right, and how many there are.
+
+    Args:
+        net: in eval mode.
+        data: batches (inputs, labels) or (inputs, labels, lengths).
+        count: logits and labels -> (right, all).
+    """
+    correct = examples = 0
+    for inputs, labels, *lengths in data:
+        right, all_ = count(net(inputs, *lengths), labels)
+        correct, examples = correct + right, examples + all_
+    return correct, examples
+
+
+def labels_hit(logits: Tensor, labels: Tensor) -> tuple[int, int]:
+    """Largest logit against label; negative labels do not count."""
+    counts = labels >= 0
+    return int((logits.argmax(-1) == labels)[counts].sum()), int(counts.sum())

@@ -1,0 +1,33 @@
+"""Writes cards and pictures: ``python -m lightning_deepr.zoo.write_cards FOLDER [NAME_OR_PATH ...]`` (without names: of the whole zoo)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_deepr import zoo
+from lightning_deepr.hub_files import describe
+from lightning_deepr.zoo.cards import card
+from lightning_deepr.zoo.pictures import draw
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write ``NAME.md`` and ``NAME.png`` for each model."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_deepr.zoo.write_cards", description="Cards and pictures of models."
+    )
+    parser.add_argument("folder", type=Path, help="where to write them")
+    parser.add_argument("models", nargs="*", help="names of the zoo or paths; none: the whole zoo")
+    given = parser.parse_args(arguments)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    for model in given.models or zoo.list_models():
+        info = describe(model)
+        picture = draw(zoo.connections_of(model), given.folder / f"{info['name']}.png", title=info["name"])
+        written = given.folder / f"{info['name']}.md"
+        written.write_text(card(info, picture=picture.name), encoding="utf-8")
+        print(f"{written} {picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The zoo: names, loading, what is known of a model, verification, the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_deepr import DeepR, cli, sparsify, zoo
+from lightning_deepr.connections import converted_tensors
+from lightning_deepr.models import CIFAR10CNN, BLSTMClassifier, LeNet300100
+from lightning_deepr.zoo import architectures, loading, registry
+
+NAME = "lenet300_100.deepr_1pct_test"
+METADATA = {
+    "algorithm": {"name": "DeepR", "hyperparameters": {"l1": 1e-4}},
+    "metrics": {"test_accuracy": {"value": 0.5, "correct": 10, "examples": 20, "mean": 0.5, "std": 0.0, "seeds": [0]}},
+    "license": "Apache-2.0",
+}
+NETWORKS = [
+    (lambda: LeNet300100(), (torch.randn(2, 784),)),
+    (lambda: LeNet300100(bias=False), (torch.randn(2, 1, 28, 28),)),
+    (lambda: CIFAR10CNN(), (torch.randn(2, 3, 24, 24),)),
+    (
+        lambda: BLSTMClassifier(inputs=7, hidden=11, classes=5, layers=2, dropout=0.5),
+        (torch.randn(2, 9, 7), torch.tensor([9, 4])),
+    ),
+]
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A zoo of one model."""
+    path = zoo.save(sparsify(LeNet300100(), 0.01, seed=1), tmp_path / f"{NAME}.safetensors", **METADATA)
+    entry = registry.Entry(NAME, hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(registry, "ENTRIES", (entry, registry.Entry("cifar10_cnn.other", "0" * 64)))
+    monkeypatch.setattr(loading, "folder", lambda: tmp_path)
+    return path
+
+
+# -- every model of the registry ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", zoo.list_models())
+def test_every_model_of_the_zoo(name: str) -> None:
+    verified = zoo.verify(name)
+    info = zoo.info(name)
+    assert ("network", name.partition(".")[0]) in verified.checks
+    assert {"algorithm", "hyperparameters", "seeds", "metrics", "data", "recipe", "license"} <= info.keys()
+    net, dense = zoo.load(name), zoo.load(name, dense=True)
+    assert not net.training and sum(c.slots.count for c in converted_tensors(net)) == info["connectivity"]["active"]
+    assert not list(converted_tensors(dense))
+
+
+def test_the_folder_and_the_registry_agree() -> None:
+    found = sorted(file.name for file in loading.folder().glob("*.safetensors"))
+    assert found == sorted(entry.filename for entry in zoo.ENTRIES)
+    assert all(entry.architecture in architectures.ARCHITECTURES for entry in zoo.ENTRIES)
+
+
+# -- loading ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("make", "inputs"), NETWORKS, ids=["lenet", "lenet without biases", "cnn", "blstm"])
+def test_load_builds_what_was_saved(tmp_path: Path, make: type[nn.Module], inputs: tuple[torch.Tensor, ...]) -> None:
+    net = sparsify(make(), 0.1).eval()
+    path = zoo.save(net, tmp_path / "net.safetensors")
+    state = torch.get_rng_state()
+    loaded, dense, own = zoo.load(path), zoo.load(path, dense=True), zoo.load(path, module=make())
+    with torch.device("meta"):
+        meta = LeNet300100(bias="fc1.bias" in dict(net.named_parameters())) if isinstance(net, LeNet300100) else None
+    torch.set_rng_state(state)
+    again = zoo.load(path)
+    assert torch.equal(torch.get_rng_state(), state), "loading draws from the global generator"
+    for other in (loaded, dense, own, again, zoo.load(path, module=meta)):
+        assert not other.training
+        assert all(tensor.device.type == "cpu" for tensor in other.state_dict().values())
+        with torch.no_grad():
+            torch.testing.assert_close(other(*inputs), net(*inputs), rtol=1e-4, atol=1e-6)
+    assert not list(converted_tensors(dense)) and type(dense) is type(make())
+    assert dense.load_state_dict(make().state_dict()) is not None
+
+
+def test_a_network_of_ones_own_needs_module(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 2))
+    path = zoo.save(sparsify(net, 0.2), tmp_path / "net.safetensors")
+    with pytest.raises(zoo.FormatError, match=r"the file names none.*zoo.load\(path, module=Net\(\)\)"):
+        zoo.load(path)
+    fresh = nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 2))
+    assert zoo.load(path, module=fresh) is fresh and not fresh.training
+    with pytest.raises(ValueError, match=r"expected a weight of shape \(19, 30\), found \(20, 30\)"):
+        zoo.load(path, module=nn.Sequential(nn.Linear(30, 19)))
+
+
+class Classifier(LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+def test_a_loaded_model_trains_on(model: Path, tmp_path: Path) -> None:
+    net = zoo.load(NAME)
+    places = {c.name: c.slots.places.clone() for c in converted_tensors(net)}
+    data = DataLoader(TensorDataset(torch.randn(40, 784), torch.randint(10, (40,))), 10)
+    trainer = Trainer(
+        max_epochs=2, callbacks=[DeepR(l1=0.05, check_invariants=True)], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(Classifier(net.train()), data)
+    assert any(not torch.equal(c.slots.places, places[c.name]) for c in converted_tensors(net)), "nothing was rewired"
+    assert sum(c.slots.count for c in converted_tensors(net)) == 2662
+
+
+def test_names(model: Path, tmp_path: Path) -> None:
+    assert zoo.list_models() == ["cifar10_cnn.other", NAME] and zoo.list_models("*1pct*") == [NAME]
+    assert zoo.path_of(NAME) == model == zoo.path_of(str(model)) == zoo.path_of(model)
+    assert zoo.load(NAME).fc1.weight.shape == (300, 784)
+    with pytest.raises(FileNotFoundError, match=r"'lenet300_100.deepr_1pct_tset'. Models: lenet300_100.deepr_1pct_test"):
+        zoo.load("lenet300_100.deepr_1pct_tset")
+    with pytest.raises(ValueError, match='source: expected "package" or "hub", found \'web\''):
+        zoo.load(NAME, source="web")
+    with pytest.raises(ValueError, match='revision: expected with source="hub" only'):
+        zoo.load(NAME, revision="v1")
+    # another sound file under a name of the zoo
+    zoo.save(sparsify(LeNet300100(), 0.01, seed=2), model, **METADATA)
+    with pytest.raises(zoo.FormatError, match=r"registry's.*Install the package again"):
+        zoo.load(NAME)
+    assert zoo.load(model) is not None
+
+
+def test_info(model: Path) -> None:
+    info = zoo.info(NAME)
+    assert info["name"] == NAME and info["bytes"] == model.stat().st_size and info["license"] == "Apache-2.0"
+    assert info["sha256"] == hashlib.sha256(model.read_bytes()).hexdigest() != info["digest"]
+    assert (info["architecture"], info["arguments"], info["format_version"]) == ("lenet300_100", {"bias": True}, 1)
+    assert [row["active"] for row in info["connectivity"]["rows"]] == [1810, 668, 184]
+    assert info["connectivity"]["connectivity"] == pytest.approx(0.01) and info["dense_parameters"] == 410
+    assert info["metrics"] == METADATA["metrics"] and json.dumps(info)
+    shape, places, values = zoo.connections_of(NAME)["fc3.weight"]
+    assert shape == (10, 100) and len(places) == len(values) == 184
+
+
+# -- verification -------------------------------------------------------------------------------------------------------------
+
+
+def labelled(net: nn.Module, right: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """20 examples in two batches, of which so many are classified as labelled; one more has no label."""
+    x = torch.randn(21, 784, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = net(x).argmax(1)
+    labels[right:] = (labels[right:] + 1) % 10
+    labels[20] = -100
+    return [(x[:8], labels[:8]), (x[8:], labels[8:])]
+
+
+def test_verify(model: Path) -> None:
+    net = zoo.load(NAME)
+    checks = dict(zoo.verify(NAME).checks)
+    assert checks["connectivity"] == "2,662 of 266,200 (1.000%)" and checks["network"] == "lenet300_100"
+    assert "registry" in checks["sha256"] and "registry" not in dict(zoo.verify(model).checks)["sha256"]
+    for right in (9, 10, 11):  # another BLAS may round one example the other way
+        assert dict(zoo.verify(NAME, labelled(net, right)).checks)["test_accuracy"].startswith(f"{right} of 20")
+    for right in (8, 12):
+        with pytest.raises(zoo.FormatError, match=f"test_accuracy: expected 10 of 20 right, as recorded, found {right} of 20"):
+            zoo.verify(NAME, labelled(net, right))
+    with pytest.raises(zoo.FormatError, match="found 7 of 8"):
+        zoo.verify(NAME, [(x, y.where(torch.arange(8) != 0, (y + 1) % 10)) for x, y in labelled(net, 20)[:1]])
+    zoo.save(net, model)
+    with pytest.raises(ValueError, match="there is nothing to compare with"):
+        zoo.verify(model, [])
+
+
+def test_verify_what_the_zoo_can_not_build(tmp_path: Path) -> None:
+    path = zoo.save(sparsify(nn.Linear(100, 10), 0.1), tmp_path / "net.safetensors")
+    assert ("network", "not built: give module=") in zoo.verify(path).checks
+    assert ("network", "ParametrizedLinear") in zoo.verify(path, module=nn.Linear(100, 10)).checks
+    with pytest.raises(zoo.FormatError, match="module="):
+        zoo.verify(path, [])
+    file = bytearray(path.read_bytes())
+    file[-3] ^= 4
+    path.write_bytes(file)
+    with pytest.raises(zoo.FormatError, match="sha256"):
+        zoo.verify(path)
+
+
+def test_timit_is_scored_in_39_classes(tmp_path: Path) -> None:
+    from lightning_deepr.recipes.speech import frame_errors
+    from lightning_deepr.recipes.timit_phones import folding
+
+    net = sparsify(BLSTMClassifier(hidden=16), 0.3).eval()
+    features, lengths = torch.randn(4, 30, 39), torch.tensor([30, 20, 25, 30])
+    labels = torch.randint(60, (4, 30)).masked_fill_(torch.arange(30) >= lengths[:, None], -100)
+    with torch.no_grad():
+        wrong = frame_errors(net(features, lengths), labels, folding(60))
+    metrics = {"test_frame_accuracy": {"correct": int((1 - wrong).sum()), "examples": wrong.numel()}}
+    path = zoo.save(net, tmp_path / "net.safetensors", metrics=metrics)
+    found = dict(zoo.verify(path, [(features, labels, lengths)]).checks)["test_frame_accuracy"]
+    assert found.startswith(f"{int((1 - wrong).sum())} of 105")
+
+
+# -- command line -------------------------------------------------------------------------------------------------------------
+
+
+def test_command_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["zoo", "list", "lenet*"])
+    header, _, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["name", "connections", "connectivity", "metric", "bytes"]
+    assert row.split() == [NAME, "2,662", "1.00%", "test_accuracy", "0.5", f"{model.stat().st_size:,}"]
+    cli.main(["zoo", "info", NAME])
+    out = capsys.readouterr().out
+    assert "fc1.weight  300x784  235,200   1,810" in out and "license" in out and "lenet300_100" in out
+    cli.main(["zoo", "info", str(model), "--json"])
+    assert json.loads(capsys.readouterr().out)["license"] == "Apache-2.0"
+    cli.main(["zoo", "verify", NAME, str(model)])
+    assert "2 models are as recorded" in capsys.readouterr().out
+    cli.main(["zoo", "list", "nothing*"])
+    assert "no model of that name" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"(?s)zoo verify: cifar10_cnn.other: There is no checkpoint"):
+        cli.main(["zoo", "verify"])
+    assert f"{NAME}: as recorded" in capsys.readouterr().out, "one failure kept the others from being looked at"
+    with pytest.raises(SystemExit, match="zoo info: expected a model of the zoo or a file"):
+        cli.main(["zoo", "info", "nothing"])
+    with pytest.raises(SystemExit, match="expected `recipe` among what is recorded, found none"):
+        cli.main(["zoo", "verify", NAME, "--data"])
