@@ -173,26 +173,16 @@ def places(rng: random.Random, parts: Parts) -> None:
     """Gaps that lead beyond the last place, end too soon or too late."""
     _, entry = parts.tensor(rng, ".gaps")
     begin, end = entry["data_offsets"]
-    if begin == end:
-        return
-    where = rng.randrange(begin, end)
-    parts.data[where : min(where + rng.choice((1, 4, 1000)), end)] = b""
-    parts.data[where:where] = rng.choice((b"\xff", b"\0", rng.randbytes(1))) * (
-        end - begin - (len(parts.data[begin:]) - len(parts.data[end:]))
-    )
-    missing = max(entry_end(parts) - len(parts.data), 0)
-    parts.data[where:where] = rng.choice((b"\xff", b"\0")) * missing
-
-
-def entry_end(parts: Parts) -> int:
-    return max(entry["data_offsets"][1] for name, entry in parts.header.items() if name != "__metadata__")
+    where = rng.randrange(begin, min(end, len(parts.data)))
+    length = min(rng.choice((1, 4, 1000)), end - where)
+    parts.data[where : where + length] = rng.choice((b"\xff", b"\0", rng.randbytes(1))) * length
 
 
 def not_finite(rng: random.Random, parts: Parts) -> None:
     floats = [entry for name, entry in parts.header.items() if name != "__metadata__" and entry["dtype"] == "F32"]
     begin, end = rng.choice(floats)["data_offsets"]
     if begin < end:
-        where = rng.randrange(begin, end, 4)
+        where = begin + 4 * rng.randrange((end - begin) // 4)
         parts.data[where : where + 4] = struct.pack("<f", rng.choice((float("nan"), float("inf"), float("-inf"))))
 
 

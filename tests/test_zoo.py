@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_deepr import DeepR, cli, sparsify, zoo
 from lightning_deepr.connections import converted_tensors
 from lightning_deepr.models import CIFAR10CNN, BLSTMClassifier, LeNet300100
-from lightning_deepr.zoo import architectures, loading, registry
+from lightning_deepr.zoo import architectures, command, loading, registry
+from lightning_deepr.zoo.verification import evaluate, labels_hit
 
 NAME = "lenet300_100.deepr_1pct_test"
 METADATA = {
@@ -232,5 +233,28 @@ def test_command_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{NAME}: as recorded" in capsys.readouterr().out, "one failure kept the others from being looked at"
     with pytest.raises(SystemExit, match="zoo info: expected a model of the zoo or a file"):
         cli.main(["zoo", "info", "nothing"])
-    with pytest.raises(SystemExit, match="expected `recipe` among what is recorded, found none"):
+    with pytest.raises(SystemExit, match=r"expected `recipe` among what is recorded, one of .*mnist.*, found none"):
         cli.main(["zoo", "verify", NAME, "--data"])
+
+
+def test_the_recorded_metric_on_the_test_set_of_the_recorded_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lightning-deepr"])
+    recipe = {"name": "mnist_quickstart", "overrides": ["--data.class_path=os.system", "--trainer.callbacks=os.system"]}
+    net = sparsify(LeNet300100(), 0.01).eval()
+    path = zoo.save(net, tmp_path / "net.safetensors", recipe=recipe)
+    right, examples = evaluate(net, command.test_set(zoo.info(path)), labels_hit)
+    assert examples == 3000 and 0 < right < 1200
+    zoo.save(net, path, recipe=recipe, metrics={"test_accuracy": {"correct": right, "examples": examples}})
+    cli.main(["zoo", "verify", str(path), "--data"])
+    assert f"{right} of 3,000" in capsys.readouterr().out
+    zoo.save(net, path, recipe=recipe, metrics={"test_accuracy": {"correct": right + 2, "examples": examples}})
+    with pytest.raises(SystemExit, match=f"expected {right + 2} of 3000 right, as recorded, found {right} of 3000"):
+        cli.main(["zoo", "verify", str(path), "--data"])
+    zoo.save(net, path, recipe={"name": str(tmp_path / "own.yaml")})
+    with pytest.raises(
+        SystemExit, match="expected `recipe` among what is recorded, one of"
+    ):  # a recipe of its own can name any class
+        cli.main(["zoo", "verify", str(path), "--data"])

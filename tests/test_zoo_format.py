@@ -357,6 +357,10 @@ REFUSED: dict[str, tuple[Callable[[Parts], Any], str]] = {
     "gone": (lambda parts: parts.record["sparse"].pop("fc3.weight"), "connectivity: expected"),
     "offsets": (lambda parts: parts.header["fc1.bias"].update(data_offsets=[4, 1204]), "tensors lie end to end"),
     "dtype": (lambda parts: parts.header["fc1.bias"].update(dtype="F8_E5M2"), "dtype: expected one of F64"),
+    "floats": (
+        lambda parts: parts.header["fc1.bias"].update(dtype="I32"),
+        "fc1.bias.*expected torch.float32.*found torch.int32",
+    ),
     "left over": (lambda parts: parts.data.extend(b"1234"), "bytes of data, found"),
     "newer": (lambda parts: parts.header["__metadata__"].update(version="2"), "expected 1, found '2'.*update lightning-deepr"),
     "version": (lambda parts: parts.header["__metadata__"].update(version="one"), "expected 1, found 'one'.*damaged"),

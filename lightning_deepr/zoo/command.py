@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -67,24 +68,50 @@ def verify(models: Sequence[str], with_data: bool) -> None:
 
 
 def test_set(info: Mapping[str, Any]) -> Iterable[Any]:
-    """The test batches of the recipe that trained a model."""
-    from lightning_deepr.cli import train
+    """The test batches of the recipe that trained a model.
+
+    A recipe and its overrides can name any class: of what a file records, only the name of a packaged recipe is taken and plain settings of its data.
+
+    Raises:
+        ValueError: no recipe is recorded, or none that is packaged.
+    """
+    from lightning_deepr.cli import packaged_recipes, train
 
     recipe = info.get("recipe")
-    name, overrides = (recipe.get("name"), recipe.get("overrides", [])) if isinstance(recipe, Mapping) else (recipe, [])
-    if not name:
+    name, overrides = (recipe.get("name"), recipe.get("overrides")) if isinstance(recipe, Mapping) else (recipe, None)
+    recipes = packaged_recipes()
+    if not isinstance(name, str) or name not in recipes:
+        found = "none" if name is None else repr(name)[:80]
         raise ValueError(
-            f"{info['name']}: expected `recipe` among what is recorded, found none: its test set is not known. In Python: zoo.verify(name, data)."
+            f"{info['name']}: expected `recipe` among what is recorded, one of {', '.join(recipes)}, found {found}: its test set is not known. In "
+            "Python: zoo.verify(name, data)."
         )
-    if isinstance(overrides, Mapping):
-        overrides = [text for key, value in overrides.items() for text in (f"--{key}", str(value))]
-    of_data = [str(text) for text in overrides]
-    data = train(
-        ["--config", str(name), *of_data, "--trainer.logger", "false", "--trainer.enable_checkpointing", "false"], run=False
-    ).datamodule
+    data = train(["--config", name, *settings_of_data(overrides), "--trainer.logger", "false"], run=False).datamodule
     data.prepare_data()
     data.setup("test")
     return data.test_dataloader()
+
+
+def settings_of_data(overrides: Any) -> list[str]:
+    """Those overrides that set a number or a word of the recipe's data.
+
+    Args:
+        overrides: of a file: {"data.classes": 39} or ["--data.classes", "39"] or ["--data.classes=39"]; anything else is passed over.
+
+    Example::
+
+        >>> settings_of_data(["--data.classes", "39", "--data.class_path=os.system", "--model.lr", "0.1", "--data.root", "/etc"])
+        ['--data.classes=39']
+    """
+    if isinstance(overrides, Mapping):
+        words = [f"--{key}={value}" for key, value in overrides.items()]
+    else:
+        words = [str(word) for word in overrides] if isinstance(overrides, (list, tuple)) else []
+    joined = [
+        f"{word}={after}" if "=" not in word and not after.startswith("--") else word
+        for word, after in zip(words, [*words[1:], ""], strict=True)
+    ]
+    return [word for word in joined if re.fullmatch(r"--data\.(?!class_path|init_args|dict_kwargs)[a-z_]+=[\w.+-]+", word)]
 
 
 def listing(names: Sequence[str]) -> str:

@@ -38,7 +38,7 @@ def encode(places: Places, bits: int) -> bytes:
     Example::
 
         >>> encode(np.array([0, 3, 20]), 4).hex(), decode(encode(np.array([0, 3, 20]), 4), 3, 4, total=21).tolist()
-        ('20f1', [0, 3, 20])
+        ('201f', [0, 3, 20])
     """
     gaps = _gaps(places)
     going_on = (1 << bits) - 1

@@ -60,8 +60,8 @@ def verify(
           sha256        ...
           format        1
           fc1.weight    K = 1,810 of 235,200 (0.770%)
-          fc2.weight    K = 762 of 30,000 (2.540%)
-          fc3.weight    K = 90 of 1,000 (9.000%)
+          fc2.weight    K = 668 of 30,000 (2.227%)
+          fc3.weight    K = 184 of 1,000 (18.400%)
           connectivity  2,662 of 266,200 (1.000%)
           network       lenet300_100
     """
