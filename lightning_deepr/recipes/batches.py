@@ -19,7 +19,44 @@ from lightning_deepr import randomness
 _ORDER, _SHIFT = 101, 102  # streams of their own, apart from the rewiring's
 
 
-class TensorBatches(ABC):
+class ResumableBatches(ABC):
+    """A loader that can go on in the middle of an epoch, and that Lightning tells the epoch."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self._next = 0
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+
+    @property
+    def sampler(self) -> ResumableBatches:
+        """Lightning tells the epoch to a loader's sampler."""
+        return self
+
+    @property  # noqa: B027
+    def batch_sampler(self) -> None:
+        """Lightning looks here, too, where there is a sampler."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "next": self._next}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epoch, self._next = state_dict["epoch"], state_dict["next"]
+
+    def remaining(self) -> Iterator[int]:
+        """The numbers of the epoch's batches that are still to come."""
+        first, self._next = (self._next if self._next < len(self) else 0), 0
+        for i in range(first, len(self)):
+            self._next = i + 1
+            yield i
+
+
+class TensorBatches(ResumableBatches):
     """An iterable over (images float [B, C, H, W], labels int64 [B]), resumable in the middle of an epoch.
 
     Subclasses say how a batch is made (:meth:`images_of`).
@@ -43,42 +80,20 @@ class TensorBatches(ABC):
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
+        super().__init__()
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
-        self.epoch = 0
-        self._next = 0
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.labels), self.batch_size)
         return whole if self.drop_last or not rest else whole + 1
 
-    @property
-    def sampler(self) -> TensorBatches:
-        """Lightning tells the epoch to a loader's sampler."""
-        return self
-
-    @property  # noqa: B027
-    def batch_sampler(self) -> None:
-        """Lightning looks here, too, where there is a sampler."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "next": self._next}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.epoch, self._next = state_dict["epoch"], state_dict["next"]
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        count = len(self.labels)
-        order = torch.arange(count)
+        order = torch.arange(len(self.labels))
         if self.shuffle:
             order = order[randomness.bits(randomness.key(self.seed, _ORDER, self.epoch), order).argsort()]
-        first, self._next = (self._next if self._next < len(self) else 0), 0
-        for i in range(first, len(self)):
+        for i in self.remaining():
             chosen = order[i * self.batch_size : (i + 1) * self.batch_size]
-            self._next = i + 1
             yield self.images_of(chosen, i), self.labels[chosen]
 
     @abstractmethod

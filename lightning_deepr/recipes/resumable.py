@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningDataModule
 
+from lightning_deepr.recipes.batches import ResumableBatches
 
-class Stateful(Protocol):
-    """A loader that knows where it is."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
-
-Loader = TypeVar("Loader", bound=Stateful)
+Loader = TypeVar("Loader", bound=ResumableBatches)
 
 
 class ResumableDataModule(LightningDataModule):
@@ -25,7 +18,7 @@ class ResumableDataModule(LightningDataModule):
     schedule is over all steps asks in ``configure_optimizers``, and the epoch would begin anew. A data module is restored before that.
     """
 
-    _batches: Stateful | None = None
+    _batches: ResumableBatches | None = None
     _saved: dict[str, Any] | None = None
 
     def resuming(self, loader: Loader) -> Loader:

@@ -7,12 +7,13 @@ in the middle of an epoch goes on with the batches that it would have seen.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_deepr import randomness
+from lightning_deepr.recipes.batches import ResumableBatches
 from lightning_deepr.recipes.timit_cache import Frames
 from lightning_deepr.recipes.timit_phones import IGNORED
 
@@ -33,7 +34,7 @@ class SequenceBatch(NamedTuple):
     lengths: Tensor
 
 
-class SequenceBatches:
+class SequenceBatches(ResumableBatches):
     """An iterable over :class:`SequenceBatch`, resumable in the middle of an epoch.
 
     Args:
@@ -49,14 +50,13 @@ class SequenceBatches:
     def __init__(
         self, frames: Frames, batch_size: int, *, chunk_frames: int | None = None, shuffle: bool = False, seed: int = 0
     ) -> None:
+        super().__init__()
         if batch_size < 1 or (chunk_frames is not None and chunk_frames < 1):
             raise ValueError(
                 f"expected batch_size >= 1 and chunk_frames >= 1 (or none), found {batch_size} and {chunk_frames}."
             )
         self.frames, self.batch_size, self.chunk_frames = frames, batch_size, chunk_frames
         self.shuffle, self.seed = shuffle, seed
-        self.epoch = 0
-        self._next = 0
         lengths = frames.lengths
         size = chunk_frames if chunk_frames is not None else int(lengths.max())
         pieces = (lengths + size - 1) // size
@@ -67,24 +67,6 @@ class SequenceBatches:
     def __len__(self) -> int:
         return -(-len(self._utterance) // self.batch_size)
 
-    @property
-    def sampler(self) -> SequenceBatches:
-        """Lightning tells the epoch to a loader's sampler."""
-        return self
-
-    @property
-    def batch_sampler(self) -> None:
-        """Lightning looks here, too, where there is a sampler."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "next": self._next}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.epoch, self._next = state_dict["epoch"], state_dict["next"]
-
     def __iter__(self) -> Iterator[SequenceBatch]:
         every = torch.arange(len(self._utterance))
         free = self.frames.lengths[self._utterance] - self._length  # offsets that a chunk can have, less one
@@ -94,10 +76,8 @@ class SequenceBatches:
             offset = draw % (free + 1)
         else:
             order, offset = every, torch.minimum(self._piece * (self.chunk_frames or 0), free)
-        first, self._next = (self._next if self._next < len(self) else 0), 0
-        for i in range(first, len(self)):
+        for i in self.remaining():
             chosen = order[i * self.batch_size : (i + 1) * self.batch_size]
-            self._next = i + 1
             yield self._batch(chosen, offset[chosen])
 
     def _batch(self, chosen: Tensor, offset: Tensor) -> SequenceBatch:
