@@ -114,18 +114,10 @@ def table(rows: Sequence[Row], arms: Sequence[str], connectivities: Sequence[flo
     return lines
 
 
-def figure(
-    rows: Sequence[Row],
-    arms: Sequence[str],
-    connectivities: Sequence[float],
-    total: int,
-    value: str,
-    title: str,
-    label: str,
-    path: Path,
+def over_connectivity(
+    panel: Any, rows: Sequence[Row], arms: Sequence[str], connectivities: Sequence[float], total: int, value: str
 ) -> None:
-    """The value over the connectivity at the end, as in the paper's figures."""
-    drawing, (panel,) = axes(1, width=6, height=4.4)
+    """Draw the value over the connectivity at the end, as in the paper's figures; dense as a line across."""
     for number, arm in enumerate(arms):
         mine = [row for row in rows if row["arm"] == arm]
         if arm == "dense":
@@ -143,9 +135,25 @@ def figure(
             x, y, spreads = zip(*points, strict=True)
             panel.errorbar(x, y, spreads, marker="o", markersize=4, capsize=2, label=arm.replace("_", " "), color=f"C{number}")
     panel.set_xscale("log")
+    panel.set_xlabel("connectivity at the end, %")
+    panel.grid(alpha=0.3)
+
+
+def figure(
+    rows: Sequence[Row],
+    arms: Sequence[str],
+    connectivities: Sequence[float],
+    total: int,
+    value: str,
+    title: str,
+    label: str,
+    path: Path,
+) -> None:
+    """A picture of :func:`over_connectivity`."""
+    drawing, (panel,) = axes(1, width=6, height=4.4)
+    over_connectivity(panel, rows, arms, connectivities, total, value)
     panel.set_xlabel("connectivity at the end, % of all weights")
     panel.set_ylabel(label)
     panel.set_title(title, fontsize=10)
-    panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
     drawing.savefig(path, dpi=130)

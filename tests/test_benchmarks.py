@@ -8,12 +8,15 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
 from lightning_deepr.cli import find_recipe
+from lightning_deepr.recipes.timit_cache import Frames
+from lightning_deepr.recipes.timit_data import TIMIT
 
 pytestmark = pytest.mark.slow  # a process each, that imports all and compiles at the least settings
 
@@ -121,30 +124,58 @@ def test_an_arm_has_the_settings_of_its_recipe(arm: str, recipe: str) -> None:
     assert {name: plain(value) for name, value in settings["deepr"].items()} == written["sparsity"]["init_args"]
 
 
-def test_every_arm_of_the_comparison_trains(tmp_path: Path) -> None:
-    sys.path.insert(0, str(SCRIPTS / "comparison"))
-    try:
-        spec = importlib.util.spec_from_file_location("comparison", SCRIPTS / "comparison" / "mnist.py")
-        assert spec is not None and spec.loader is not None
-        comparison = sys.modules["comparison"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(comparison)
-    finally:
-        sys.path.pop(0)
+def script(path: str) -> Any:
+    """A study's script as a module."""
+    file = SCRIPTS / path
+    name = "study_" + file.stem + file.parent.name
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def train_first(study: Any, parts: tuple[str, ...], *arguments: Any) -> None:
+    """The first job of each arm (and of each variant of some parts) trains, and its row has the file's columns."""
+    jobs = [job for part in parts for job in study.jobs(part, list(study.ARMS))]
+    first = {(job.part, job.arm, job.trial if job.part == "scope" else ""): job for job in reversed(jobs)}
+    for job in first.values():
+        row = study.run(job, *arguments)
+        wanted = round(job.connectivity * study.TOTAL)
+        assert int(row["connections"]) == wanted or job.arm in ("soft_deepr", "l1_shrinkage", "small_dense"), row
+        columns = set(study.RESULTS.columns) - {field.name for field in dataclasses.fields(job)} - {"torch"}
+        assert set(row) == columns
+    assert {arm for _, arm, _ in first} == set(study.ARMS)
+
+
+def test_every_arm_of_the_comparison_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = script("comparison/mnist.py")
     generator = torch.Generator().manual_seed(0)
     x, y = torch.rand(300, 784, generator=generator), torch.randint(0, 10, (300,), generator=generator)
     comparison._data.update(dict.fromkeys(("test", "validation"), (x, y, x, y)))
-    threads = torch.get_num_threads()
-    jobs = [job for part in ("common", "tune", "scope", "rewiring") for job in comparison.jobs(part, list(comparison.ARMS))]
-    first = {(job.part, job.arm, job.trial if job.part == "scope" else ""): job for job in reversed(jobs)}
-    try:
-        for job in first.values():
-            row = comparison.run(dataclasses.replace(job, epochs=1), "")
-            wanted = round(job.connectivity * comparison.TOTAL)
-            assert int(row["connections"]) == wanted or job.arm in ("soft_deepr", "l1_shrinkage"), row
-            assert set(row) == set(comparison.COLUMNS)
-    finally:
-        torch.set_num_threads(threads)
-    assert {arm for _, arm, _ in first} == set(comparison.ARMS)
+    monkeypatch.setattr(comparison, "epochs_of", lambda part: 1)
+    train_first(comparison, ("common", "tune", "scope", "rewiring"), "")
+
+
+def test_every_arm_trains_on_cifar10(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    study = script("reproduction/cifar10.py")
+    images = torch.randint(0, 256, (6000, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(6000) % 10
+    made_up = images[:256], labels[:256], images[:100], labels[:100]
+    monkeypatch.setattr(study.CIFAR10DataModule, "load", lambda self: made_up)
+    monkeypatch.setattr(study, "EPOCHS", {"study": 2})
+    train_first(study, ("study",), "", str(tmp_path))
+    assert not list(tmp_path.iterdir())  # the states of interrupted runs are gone when they end
+
+
+def test_every_arm_trains_on_timit(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = script("reproduction/timit.py")
+    frames = Frames(torch.randn(2000, 39), torch.arange(2000) % 60, torch.arange(0, 2001, 200))
+    made_up = TIMIT(frames, frames, frames, {}, torch.zeros(39), torch.ones(39))
+    monkeypatch.setattr(study, "load_timit", lambda *arguments, **options: made_up)
+    monkeypatch.setattr(study, "COMMON", {**study.COMMON, "steps": 6})
+    monkeypatch.setattr(study, "OWN", {arm: {k: v for k, v in own.items() if k != "steps"} for arm, own in study.OWN.items()})
+    train_first(study, ("study",), "", None)
 
 
 def test_data_loading(tmp_path: Path) -> None:

@@ -19,17 +19,11 @@ arms get the same number; biases are dense. A plain loop: the callback is attach
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import logging
 import math
 import random
-import statistics
 import sys
 import time
-import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +37,10 @@ from lightning_deepr.models import LeNet300100
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import axes
+from grid import Job, Results, over_connectivity, summary, table
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results.csv"
-COLUMNS = ("part", "arm", "connectivity", "seed", "trial", "epochs", "split", "accuracy", "connections", "per_layer", "settings",
-           "seconds", "torch")  # fmt: skip
+RESULTS = Results(HERE / "results.csv", "epochs", "accuracy", "connections", "per_layer")
 TOTAL = 266_200
 CONNECTIVITIES = (0.01, 0.02, 0.05, 0.1, 0.2)
 TRIALS = 8
@@ -115,22 +108,8 @@ def space(arm: str, draw: random.Random, first: bool) -> Settings:
     return found
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training."""
-
-    part: str
-    arm: str
-    connectivity: float
-    seed: int
-    trial: str
-    epochs: int
-    split: str
-    settings: str  # json
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return (self.part, self.arm, f"{self.connectivity:g}", str(self.seed), self.trial)
+def epochs_of(part: str) -> int:
+    return 2 if part == "tune" else 10
 
 
 def seeds_at(connectivity: float) -> range:
@@ -158,16 +137,16 @@ def jobs(part: str, arms: list[str]) -> list[Job]:
             for c in (1.0,) if arm == "dense" else CONNECTIVITIES:
                 for seed in seeds_at(c):
                     settings = {"lr": 0.05, "schedule": "constant", "distribution": "deepr", **COMMON[arm]}
-                    found.append(Job(part, arm, c, seed, "", 10, "test", json.dumps(settings)))
+                    found.append(Job(part, arm, c, seed, "", "test", json.dumps(settings)))
     elif part == "tune":
         for arm in arms:
             for c in (1.0,) if arm == "dense" else (0.01, 0.1):
                 draw = random.Random(f"{arm} {c}")
                 for trial in range(TRIALS):
                     settings = space(arm, draw, first=trial == 0)
-                    found.append(Job(part, arm, c, 100, str(trial), 2, "validation", json.dumps(settings)))
+                    found.append(Job(part, arm, c, 100, str(trial), "validation", json.dumps(settings)))
     elif part == "tuned":
-        rows = [row for row in read() if row["part"] == "tune"]
+        rows = [row for row in RESULTS.read() if row["part"] == "tune"]
         for arm in arms:
             for c in (1.0,) if arm == "dense" else CONNECTIVITIES:
                 source = f"{1.0 if arm == 'dense' else 0.01 if c < 0.05 else 0.1:g}"
@@ -175,7 +154,7 @@ def jobs(part: str, arms: list[str]) -> list[Job]:
                 if len(mine) < TRIALS:
                     continue
                 best = best_trial(mine)
-                found += [Job(part, arm, c, seed, best["trial"], 10, "test", best["settings"]) for seed in seeds_at(c)]
+                found += [Job(part, arm, c, seed, best["trial"], "test", best["settings"]) for seed in seeds_at(c)]
     else:
         best_deepr: Settings = {"lr": 0.4, "schedule": "cosine", "distribution": "deepr", "l1": ["LinearDecay", 2e-4, 0.0]}
         variants: dict[str, Settings]
@@ -192,9 +171,7 @@ def jobs(part: str, arms: list[str]) -> list[Job]:
                 **{f"until {u:g}": {"rewire_until": u} for u in (0.9, 0.7, 0.5)},
             }
         for trial, changed in variants.items():
-            found += [
-                Job(part, "deepr", 0.01, seed, trial, 10, "test", json.dumps({**best_deepr, **changed})) for seed in range(3)
-            ]
+            found += [Job(part, "deepr", 0.01, seed, trial, "test", json.dumps({**best_deepr, **changed})) for seed in range(3)]
     return sorted(found, key=lambda job: job.seed)
 
 
@@ -220,9 +197,7 @@ def digits(root: str, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def run(job: Job, root: str) -> dict[str, Any]:
     """Train once, test once at the end."""
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    epochs = epochs_of(job.part)
     images, labels, test_images, test_labels = digits(root, job.split)
     settings = {name: _value(entry) for name, entry in json.loads(job.settings).items()}
     lr, schedule = settings.pop("lr"), settings.pop("schedule")
@@ -239,13 +214,13 @@ def run(job: Job, root: str) -> dict[str, Any]:
         callback = getattr(lightning_deepr, kind)(round(job.connectivity * TOTAL), seed=job.seed, **settings)
         callback.prepare(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=lr)
-    steps = job.epochs * (len(labels) // BATCH)
+    steps = epochs * (len(labels) // BATCH)
     if callback is not None:
         callback.attach(net, optimizer, total_steps=steps)
     group, step = optimizer.param_groups[0], 0
     order = torch.Generator().manual_seed(job.seed)
     started = time.perf_counter()
-    for _ in range(job.epochs):
+    for _ in range(epochs):
         shuffled = torch.randperm(len(labels), generator=order)
         for first in range(0, len(labels) - BATCH + 1, BATCH):
             if schedule == "cosine":
@@ -261,36 +236,12 @@ def run(job: Job, root: str) -> dict[str, Any]:
         accuracy = (net(test_images).argmax(1) == test_labels).double().mean().item()
     report = connectivity_report(net)
     return {
-        "part": job.part,
-        "arm": job.arm,
-        "connectivity": f"{job.connectivity:g}",
-        "seed": job.seed,
-        "trial": job.trial,
-        "epochs": job.epochs,
-        "split": job.split,
+        "epochs": epochs,
         "accuracy": round(100 * accuracy, 2),
         "connections": report.active if kind is not None else TOTAL,
         "per_layer": " ".join(str(row["active"]) for row in report),
-        "settings": job.settings,
         "seconds": round(seconds),
-        "torch": torch.__version__.split("+")[0],
     }
-
-
-def read() -> list[dict[str, str]]:
-    if not RESULTS.is_file():
-        return []
-    with RESULTS.open() as file:
-        return list(csv.DictReader(file))
-
-
-def write(row: dict[str, Any]) -> None:
-    new = not RESULTS.is_file()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 PARTS = ("common", "scope", "rewiring", "tune", "tuned")
@@ -299,43 +250,12 @@ PARTS = ("common", "scope", "rewiring", "tune", "tuned")
 # -- what came of it --------------------------------------------------------------------------------------------------------
 
 
-def summary(values: list[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread} ({len(values)})"
-
-
 def tables() -> str:
-    rows, lines = read(), []
+    rows, lines = RESULTS.read(), []
     for part in ("common", "tuned"):
-        if not any(row["part"] == part for row in rows):
-            lines += [f"**{part}**: nothing yet", ""]
-            continue
-        lines += [
-            f"**{part}**: test accuracy, % (runs)",
-            "",
-            "| arm | " + " | ".join(f"{100 * c:g} %" for c in CONNECTIVITIES) + " |",
-        ]
-        lines.append("|---" * (len(CONNECTIVITIES) + 1) + "|")
-        for arm in ARMS:
-            mine = [row for row in rows if row["part"] == part and row["arm"] == arm]
-            if arm == "dense":
-                lines.append(
-                    f"| dense (100 %) | {summary([float(row['accuracy']) for row in mine])} |"
-                    + " |" * (len(CONNECTIVITIES) - 1)
-                )
-                continue
-            cells = []
-            for c in CONNECTIVITIES:
-                at = [row for row in mine if row["connectivity"] == f"{c:g}"]
-                cell = summary([float(row["accuracy"]) for row in at])
-                ended = [int(row["connections"]) / TOTAL for row in at]
-                if ended and abs(statistics.mean(ended) / c - 1) > 0.005:
-                    cell += f", ends at {100 * statistics.mean(ended):.2f} %"
-                cells.append(cell)
-            lines.append(f"| {arm.replace('_', ' ')} | " + " | ".join(cells) + " |")
-        lines.append("")
+        mine = [row for row in rows if row["part"] == part]
+        lines += [f"**{part}**: test accuracy, % (runs)", ""]
+        lines += [*table(mine, list(ARMS), CONNECTIVITIES, TOTAL, "accuracy"), ""]
     lines += [
         "**tune**: the best trial of each arm (validation accuracy after 2 epochs, %)",
         "",
@@ -367,41 +287,16 @@ def tables() -> str:
     return "\n".join(lines)
 
 
-def figure() -> None:
+def pictures() -> None:
     """Accuracy over connectivity, as in the paper: one panel per protocol."""
-    rows = read()
-    parts = [part for part in ("common", "tuned") if any(row["part"] == part for row in rows)]
-    drawing, panels = axes(len(parts), width=5.6, height=4.4)
-    for panel, part in zip(panels, parts, strict=True):
-        for number, arm in enumerate(ARMS):
-            mine = [row for row in rows if row["part"] == part and row["arm"] == arm]
-            if not mine:
-                continue
-            if arm == "dense":
-                panel.axhline(
-                    statistics.mean(float(row["accuracy"]) for row in mine), color="black", linewidth=1, label="dense"
-                )
-                continue
-            points = []
-            for c in CONNECTIVITIES:
-                at = [row for row in mine if row["connectivity"] == f"{c:g}"]
-                if at:
-                    accuracies = [float(row["accuracy"]) for row in at]
-                    ended = statistics.mean(int(row["connections"]) / TOTAL for row in at)
-                    points.append(
-                        (100 * ended, statistics.mean(accuracies), statistics.stdev(accuracies) if len(at) > 1 else 0.0)
-                    )
-            x, y, spread = zip(*points, strict=True)
-            panel.errorbar(x, y, spread, marker="o", markersize=4, capsize=2, label=arm.replace("_", " "), color=f"C{number}")
-        panel.set_xscale("log")
-        panel.set_xlabel("connectivity at the end, %")
+    titles = {"common": "the paper's protocol: SGD .05, batch 10", "tuned": "each method tuned with the same budget"}
+    drawing, panels = axes(len(titles), width=5.6, height=4.4)
+    for panel, (part, title) in zip(panels, titles.items(), strict=True):
+        rows = [row for row in RESULTS.read() if row["part"] == part]
+        over_connectivity(panel, rows, list(ARMS), CONNECTIVITIES, TOTAL, "accuracy")
         panel.set_ylabel("test accuracy, %")
-        panel.set_title(
-            {"common": "the paper's protocol: SGD .05, batch 10", "tuned": "each method tuned with the same budget"}[part],
-            fontsize=10,
-        )
+        panel.set_title(title, fontsize=10)
         panel.set_ylim(86, 99)
-        panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8, loc="lower right")
     drawing.savefig(HERE / "accuracy_connectivity.png", dpi=130)
 
@@ -416,17 +311,9 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         for part in options.parts:
-            done = {(r["part"], r["arm"], r["connectivity"], r["seed"], r["trial"]) for r in read()}
-            todo = [job for job in jobs(part, options.arms) if job.key not in done]
-            print(f"{part}: {len(todo)} trainings to do", flush=True)
-            with ProcessPoolExecutor(options.workers) as pool:
-                waiting = [pool.submit(run, job, options.root) for job in todo]
-                for number, finished in enumerate(as_completed(waiting), 1):
-                    row = finished.result()
-                    write(row)
-                    print(f"{number}/{len(todo)}", *(row[name] for name in COLUMNS[:10]), row["seconds"], "s", flush=True)
+            RESULTS.train(jobs(part, options.arms), run, options.workers, options.root)
     print(tables())
-    figure()
+    pictures()
 
 
 if __name__ == "__main__":
