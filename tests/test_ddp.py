@@ -115,6 +115,7 @@ torch.save({"state": net.state_dict(), "losses": net.losses}, Path(sys.argv[1]) 
 """
 
 
+@pytest.mark.slow
 def test_the_trainer_on_two_ranks(tmp_path: Path) -> None:
     script = tmp_path / "fit.py"
     script.write_text(SCRIPT)

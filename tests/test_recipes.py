@@ -59,6 +59,7 @@ def test_the_packaged_recipes_are_those_of_the_repository() -> None:
     assert set(cli.packaged_recipes()) == {file.stem for file in (REPOSITORY / "recipes").glob("*.yaml")}
 
 
+@pytest.mark.slow
 def test_quickstart_leaves_what_it_promises(tmp_path: Path) -> None:
     done = run("fit", "--config", "mnist_quickstart", "--trainer.max_steps", "120", cwd=tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_deepr import DeepR, sparsify
+from lightning_deepr import DeepR, kernels, sparsify
 from lightning_deepr.kernels import gpu
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,8 @@ def run(*arguments: str, **environment: str) -> str:
 
 
 @needs_triton
-@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("marked", ["not slow", "slow"])
 def test_in_the_interpreter(marked: str) -> None:
     said = run(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, "tests/triton_interpreted.py"), TRITON_INTERPRET="1"
@@ -97,6 +98,7 @@ def test_without_triton_or_with_kernels_turned_off_pytorch_rewires(monkeypatch: 
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises
     for name in [name for name in sys.modules if name.startswith("lightning_deepr.kernels.triton")]:
         monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(kernels, name.rsplit(".", 1)[1], raising=False)  # `from package import module` looks there first
     assert not gpu.rewires(torch.zeros(3), None)
 
 
