@@ -245,7 +245,7 @@ def test_the_recorded_metric_on_the_test_set_of_the_recorded_recipe(
     recipe = {"name": "mnist_quickstart", "overrides": ["--data.class_path=os.system", "--trainer.callbacks=os.system"]}
     net = sparsify(LeNet300100(), 0.01).eval()
     path = zoo.save(net, tmp_path / "net.safetensors", recipe=recipe)
-    right, examples = evaluate(net, command.test_set(zoo.info(path)), labels_hit)
+    right, examples = evaluate(net, command.data_of_recipe(zoo.info(path)), labels_hit)
     assert examples == 3000 and 0 < right < 1200
     zoo.save(net, path, recipe=recipe, metrics={"test_accuracy": {"correct": right, "examples": examples}})
     cli.main(["zoo", "verify", str(path), "--data"])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning_deepr import zoo
@@ -32,7 +35,11 @@ def run(arguments: Sequence[str]) -> None:
     command = commands.add_parser("verify", help="whether models are what they say")
     command.add_argument("models", nargs="*", help="names of the zoo, or files; none: the whole zoo")
     command.add_argument(
-        "--data", action="store_true", help="measure the recorded metric, too, on the test set of the recorded recipe"
+        "--data",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="measure the recorded metric, too, on the test set of the recorded recipe, in this folder (none given: where the recipe has it)",
     )
     commands.add_parser("publish", help="put a model on the Hugging Face Hub", add_help=False)
     commands.add_parser("pull", help="get a model's file from the Hugging Face Hub", add_help=False)
@@ -49,17 +56,24 @@ def run(arguments: Sequence[str]) -> None:
             found = zoo.info(given.model)
             print(json.dumps(found, indent=2) if given.json else describe(found))
         else:
-            verify(given.models or zoo.list_models(), given.data)
+            verify(*_models_and_folder(given.models, given.data))
     except (OSError, ValueError, RuntimeError) as error:
         raise SystemExit(f"lightning-deepr zoo {given.command}: {error}") from error
 
 
-def verify(models: Sequence[str], with_data: bool) -> None:
-    """Verify each; a failure does not keep the others from being looked at."""
+def _models_and_folder(models: list[str], data: str | None) -> tuple[list[str], str | None]:
+    """``--data MODEL``, too: what names a model is none of the data's folders."""
+    if data and (data in zoo.list_models() or Path(data).is_file()):
+        models, data = [*models, data], ""
+    return models or zoo.list_models(), data
+
+
+def verify(models: Sequence[str], folder: str | None) -> None:
+    """Verify each, with data where a folder is given ("": the recipe's); a failure does not keep the others from being looked at."""
     failures = []
     for model in models:
         try:
-            print(zoo.verify(model, test_set(zoo.info(model)) if with_data else None))
+            print(zoo.verify(model, None if folder is None else data_of_recipe(zoo.info(model), folder)))
         except (OSError, ValueError, RuntimeError) as error:
             failures.append(f"{model}: {error}")
     if failures:
@@ -67,8 +81,12 @@ def verify(models: Sequence[str], with_data: bool) -> None:
     print(f"{len(models)} models are as recorded." if models else "There are no models in the zoo.")
 
 
-def test_set(info: Mapping[str, Any]) -> Iterable[Any]:
+def data_of_recipe(info: Mapping[str, Any], folder: str = "") -> Iterable[Any]:
     """The test batches of the recipe that trained a model.
+
+    Args:
+        info: what the model's file records.
+        folder: of the data, where the recipe's data has one; "": the recipe's own.
 
     A recipe and its overrides can name any class: of what a file records, only the name of a packaged recipe is taken and plain settings of its data.
 
@@ -86,10 +104,28 @@ def test_set(info: Mapping[str, Any]) -> Iterable[Any]:
             f"{info['name']}: expected `recipe` among what is recorded, one of {', '.join(recipes)}, found {found}: its test set is not known. In "
             "Python: zoo.verify(name, data)."
         )
-    data = train(["--config", name, *settings_of_data(overrides), "--trainer.logger", "false"], run=False).datamodule
+    root = [f"--data.root={folder}"] if folder and "root:" in recipes[name].read_text(encoding="utf-8") else []
+    with quiet():
+        data = train(["--config", name, *settings_of_data(overrides), *root, "--trainer.logger", "false"], run=False).datamodule
     data.prepare_data()
     data.setup("test")
     return data.test_dataloader()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's words on seeds and devices, which a test set has nothing to do with."""
+    import lightning.pytorch  # noqa: F401 (sets the levels)
+
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def settings_of_data(overrides: Any) -> list[str]:

@@ -1,0 +1,82 @@
+"""Loads and tests every model of the zoo: ``python -m lightning_deepr.zoo.results --data FOLDER`` writes ``results.csv`` beside the models.
+
+Exits with 1 if a count of correct predictions is off by more than one from the recorded one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_deepr import zoo
+from lightning_deepr.zoo.architectures import ARCHITECTURES
+from lightning_deepr.zoo.command import data_of_recipe
+from lightning_deepr.zoo.loading import folder as folder_of_models
+from lightning_deepr.zoo.verification import evaluate, labels_hit
+
+COLUMNS = (
+    "name", "connections", "potential", "connectivity", "bytes", "bytes_per_connection", "metric",
+    "correct", "recorded", "examples", "value", "mean", "std", "seeds",
+)  # fmt: skip
+
+
+def row(name: str, folder: str) -> dict[str, Any]:
+    """One model, tested.
+
+    Args:
+        name: of the zoo, or a path.
+        folder: of its data; "": where its recipe has it.
+    """
+    info = zoo.info(name)
+    ((metric, recorded),) = info["metrics"].items()
+    count = ARCHITECTURES[info["architecture"]].count_correct or labels_hit
+    correct, examples = evaluate(zoo.load(name), data_of_recipe(info, folder), count)
+    connectivity = info["connectivity"]
+    return {
+        "name": info["name"],
+        "connections": connectivity["active"],
+        "potential": connectivity["total"],
+        "connectivity": f"{connectivity['connectivity']:.5f}",
+        "bytes": info["bytes"],
+        "bytes_per_connection": f"{info['bytes'] / connectivity['active']:.2f}",
+        "metric": metric,
+        "correct": correct,
+        "recorded": recorded["correct"],
+        "examples": examples,
+        "value": f"{correct / examples:.4f}",
+        "mean": f"{recorded['mean']:.4f}",
+        "std": f"{recorded['std']:.4f}" if "std" in recorded else "",
+        "seeds": len(recorded["seeds"]),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m lightning_deepr.zoo.results``."""
+    parser = argparse.ArgumentParser(prog="python -m lightning_deepr.zoo.results", description="Test every model of the zoo.")
+    parser.add_argument("models", nargs="*", help="names or paths; none: the whole zoo")
+    parser.add_argument("--data", default="", help="folder of the data sets; none: where the recipes have them")
+    parser.add_argument("--out", type=Path, default=folder_of_models() / "results.csv")
+    given = parser.parse_args(arguments)
+    names = given.models or zoo.list_models()
+    rows = []
+    for number, name in enumerate(names, 1):
+        rows.append(row(name, given.data))
+        found = rows[-1]
+        print(
+            f"{number}/{len(names)} {found['name']}: {found['correct']:,} of {found['examples']:,}, recorded {found['recorded']:,}"
+        )
+    with given.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    off = [found["name"] for found in rows if abs(found["correct"] - found["recorded"]) > 1]
+    if off:
+        sys.exit(f"not as recorded: {', '.join(off)}")
+
+
+if __name__ == "__main__":
+    main()
