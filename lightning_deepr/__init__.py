@@ -15,6 +15,7 @@ from lightning_deepr.report import connectivity_report
 from lightning_deepr.schedules import LinearDecay, LrPower
 
 if TYPE_CHECKING:
+    from lightning_deepr import zoo
     from lightning_deepr.callback import SparseTraining
     from lightning_deepr.comparisons import SET, FixedRandom
     from lightning_deepr.deepr import DeepR
@@ -41,6 +42,7 @@ __all__ = [
     "load_state_dict",
     "save_sparse",
     "sparsify",
+    "zoo",
 ]
 
 

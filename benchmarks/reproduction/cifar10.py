@@ -18,6 +18,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,27 +57,31 @@ SCHEDULE: Settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "warmup
 # What each arm adds; `shares`: connectivity of conv2 and local4 over that of local3.
 OWN: dict[str, Settings] = {
     "dense": {},
-    "deepr": {"l1": 1e-3, "shares": 10},
-    "soft_deepr": {"l1": 1e-3, "temperature": 1e-9, "shares": 10},
-    "fixed_random": {"shares": 10},
-    "fixed_random_free_signs": {"signs": "free", "shares": 10},
-    "pruning": {"shares": 10},
-    "l1_shrinkage": {"l1": 1e-4, "shares": 10},
+    "deepr": {"l1": 1e-3, "shares": [10, 10]},
+    "soft_deepr": {"l1": 1e-3, "temperature": 1e-9, "shares": [10, 10]},
+    "fixed_random": {"shares": [10, 10]},
+    "fixed_random_free_signs": {"signs": "free", "shares": [10, 10]},
+    "pruning": {"shares": [10, 10]},
+    "l1_shrinkage": {"l1": 1e-4, "shares": [10, 10]},
 }
 
 
-def budget(connectivity: float, shares: float) -> dict[str, int]:
+def budget(connectivity: float, shares: Sequence[float]) -> dict[str, int]:
     """Connections per layer, ``round(connectivity * TOTAL)`` in all.
 
     conv1 and the output layer (.6 % of the weights) stay dense; conv2 and local4 get ``shares`` times the connectivity of local3, at most 1.
     """
-    total = round(connectivity * TOTAL)
-    left = total - SIZES["conv1"] - SIZES["output"]
-    p = left / (SIZES["local3"] + shares * (SIZES["conv2"] + SIZES["local4"]))
-    if shares * p > 1:
-        p = (left - SIZES["conv2"] - SIZES["local4"]) / SIZES["local3"]
-    counts = {"conv2": min(1.0, shares * p) * SIZES["conv2"], "local4": min(1.0, shares * p) * SIZES["local4"]}
-    found = {name: round(count) for name, count in counts.items()}
+    left = round(connectivity * TOTAL) - SIZES["conv1"] - SIZES["output"]
+    wanted = dict(zip(("conv2", "local4"), shares, strict=True))
+    found: dict[str, int] = {}
+    while True:
+        rest = left - sum(found.values())
+        p = rest / (SIZES["local3"] + sum(wanted[name] * SIZES[name] for name in wanted if name not in found))
+        full = [name for name in wanted if name not in found and wanted[name] * p >= 1]
+        if not full:
+            break
+        found.update({name: SIZES[name] for name in full})
+    found.update({name: round(wanted[name] * p * SIZES[name]) for name in wanted if name not in found})
     found["local3"] = left - sum(found.values())
     return found
 
@@ -99,7 +104,15 @@ def jobs(part: str, arms: list[str]) -> list[Job]:
 
 
 TRIALS: dict[str, dict[str, Settings]] = {
-    "deepr": {"first": {}, "lr .1": {"lr": 0.1}, "l1 3e-3": {"l1": 3e-3}},
+    "deepr": {
+        "first": {},
+        "lr .1": {"lr": 0.1},
+        "l1 3e-3": {"l1": 3e-3},
+        "lr .1, l1 3e-3": {"lr": 0.1, "l1": 3e-3},
+        "lr .2": {"lr": 0.2},
+        "lr .1, l1 1e-2": {"lr": 0.1, "l1": 1e-2},
+        "more in conv2": {"lr": 0.1, "l1": 3e-3, "shares": [16, 8]},
+    },
     "dense": {"first": {}, "lr .1": {"lr": 0.1}},
     "fixed_random": {"first": {}, "lr .1": {"lr": 0.1}},
 }

@@ -6,6 +6,7 @@ python -m lightning_deepr.zoo.write_cards FOLDER [NAME_OR_PATH ...]
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -236,7 +237,7 @@ def _training(info: Mapping[str, Any], recipe: str | None) -> str:
         lines.append(f"- recipe: {file}")
         overrides = recorded.get("overrides") or []
         if isinstance(overrides, Mapping):
-            overrides = [f"--{key} {_short(value)}" for key, value in overrides.items()]
+            overrides = [f"--{key} {shlex.quote(_short(value))}" for key, value in overrides.items()]
         command = recorded.get("command") or " ".join(
             ["lightning-deepr fit --config", str(recorded["name"]), *map(str, overrides)]
         )

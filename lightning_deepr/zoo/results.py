@@ -1,4 +1,4 @@
-"""Loads and tests every model of the zoo: ``python -m lightning_deepr.zoo.results --data FOLDER`` writes ``results.csv`` beside the models.
+"""Loads and tests every model of the zoo: ``python -m lightning_deepr.zoo.results --data FOLDER`` writes ``results.csv`` and the README's table beside the models.
 
 Exits with 1 if a count of correct predictions is off by more than one from the recorded one.
 """
@@ -54,6 +54,29 @@ def row(name: str, folder: str) -> dict[str, Any]:
     }
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = ["| model | connections | bytes | per connection | this file, % | mean, % |", "|---|---:|---:|---:|---:|---:|"]
+    for found in rows:
+        spread = f" ± {100 * float(found['std']):.2f}" if found["std"] else ""
+        lines.append(
+            f"| `{found['name']}` | {found['connections']:,} of {found['potential']:,} | {found['bytes']:,} | {found['bytes_per_connection']} | "
+            f"{100 * float(found['value']):.2f} | {100 * float(found['mean']):.2f}{spread} ({found['seeds']}) |"
+        )
+    return "\n".join(lines)
+
+
+def put_into(page: Path, text: str) -> None:
+    """The table, between its two comments, where the page has them."""
+    if not page.is_file():
+        return
+    before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- table: ")
+    comment, _, rest = rest.partition("\n")
+    _, end, after = rest.partition("<!-- end -->")
+    if begin and end:
+        page.write_text(f"{before}{begin}{comment}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m lightning_deepr.zoo.results``."""
     parser = argparse.ArgumentParser(prog="python -m lightning_deepr.zoo.results", description="Test every model of the zoo.")
@@ -73,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    put_into(given.out.with_name("README.md"), table(rows))
     off = [found["name"] for found in rows if abs(found["correct"] - found["recorded"]) > 1]
     if off:
         sys.exit(f"not as recorded: {', '.join(off)}")
