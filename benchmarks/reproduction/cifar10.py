@@ -109,7 +109,6 @@ TRIALS: dict[str, dict[str, Settings]] = {
         "lr .1": {"lr": 0.1},
         "l1 3e-3": {"l1": 3e-3},
         "lr .1, l1 3e-3": {"lr": 0.1, "l1": 3e-3},
-        "lr .2": {"lr": 0.2},
         "lr .1, l1 1e-2": {"lr": 0.1, "l1": 1e-2},
         "more in conv2": {"lr": 0.1, "l1": 3e-3, "shares": [16, 8]},
     },
