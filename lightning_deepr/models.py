@@ -115,7 +115,9 @@ class CIFAR10CNN(nn.Module):
             nn.init.constant_(layer.bias, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(self.pool(self.conv1(x).relu()))
+        x = self.norm1(
+            self.pool(self.conv1(x)).relu()
+        )  # the tutorial's ReLU comes first: the same, on four times as many values
         x = self.pool(self.norm2(self.conv2(x).relu()))
         x = self.local3(x.flatten(1)).relu()
         return self.output(self.local4(x).relu())
