@@ -17,7 +17,7 @@ from lightning_deepr import DeepR, cli, connections, sparsify
 from lightning_deepr.models import BLSTMClassifier
 from lightning_deepr.recipes.best_weights import BestWeights
 from lightning_deepr.recipes.sequences import SequenceBatches
-from lightning_deepr.recipes.speech import FrameClassifier, frame_errors, frame_loss
+from lightning_deepr.recipes.speech import FrameClassifier, disturbed, frame_errors, frame_loss
 from lightning_deepr.recipes.timit_cache import Frames
 from lightning_deepr.recipes.timit_phones import FOLD, IGNORED, PHONES39, PHONES60, folding
 
@@ -226,7 +226,16 @@ def fit(folder: Path, *callbacks: Callback, steps: int = 9, ckpt_path: str | Non
     """On 7 utterances in chunks, 9 batches an epoch."""
     seed_everything(3)
     module = FrameClassifier(
-        **{"hidden": 8, "lr": 0.02, "schedule": "cosine", "input_noise": 0.5, "dropout": 0.3, "layers": 2, **settings}
+        **{
+            "hidden": 8,
+            "lr": 0.02,
+            "schedule": "cosine",
+            "input_noise": 0.5,
+            "input_offset": 0.5,
+            "dropout": 0.3,
+            "layers": 2,
+            **settings,
+        }
     )
     trainer = Trainer(
         accelerator="cpu",
@@ -281,6 +290,17 @@ def test_noise_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     assert torch.equal(module(*batch[::2]), module(*batch[::2]))
 
 
+def test_the_offset_is_the_same_in_all_frames_of_a_sequence() -> None:
+    features = torch.zeros(400, 7, 5)
+    torch.manual_seed(0)
+    offset = disturbed(features, 0.0, 0.5)
+    assert torch.equal(offset, offset[:, :1].expand_as(offset)) and abs(float(offset[:, 0].std()) - 0.5) < 0.03
+    both = disturbed(features, 0.3, 0.5)
+    assert abs(float((both - both.mean(1, keepdim=True)).var() * 7 / 6) - 0.09) < 0.01
+    assert abs(float(both.var()) - 0.34) < 0.03
+    assert disturbed(features, 0.0, 0.0) is features
+
+
 def test_every_tensor_of_both_directions_is_rewired(tmp_path: Path) -> None:
     class Places(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -325,6 +345,8 @@ def test_settings_of_the_module_are_checked() -> None:
         FrameClassifier(schedule="linear")
     with pytest.raises(ValueError, match="input_noise: expected a standard deviation"):
         FrameClassifier(input_noise=-1.0)
+    with pytest.raises(ValueError, match="input_offset: expected a standard deviation"):
+        FrameClassifier(input_offset=-1.0)
     with pytest.raises(ValueError, match="expected 60 or 39 classes"):
         FrameClassifier(classes=61)
 

@@ -31,7 +31,7 @@ import lightning_deepr
 from lightning_deepr import LinearDecay, connectivity_report
 from lightning_deepr.models import BLSTMClassifier
 from lightning_deepr.recipes.sequences import SequenceBatches
-from lightning_deepr.recipes.speech import frame_errors, frame_loss
+from lightning_deepr.recipes.speech import disturbed, frame_errors, frame_loss
 from lightning_deepr.recipes.timit_data import load_timit
 from lightning_deepr.recipes.timit_phones import folding
 
@@ -55,7 +55,7 @@ ARMS: dict[str, str | None] = {
     "pruning": "MagnitudePruning",
     "l1_shrinkage": "L1Shrinkage",
 }
-COMMON: Settings = {"steps": 500, "lr": 0.02, "noise": 0.5, "dropout": 0.0, "ema": 0.97}
+COMMON: Settings = {"steps": 1000, "lr": 0.04, "noise": 0.3, "offset": 0.5, "dropout": 0.0, "ema": 0.97}
 SHARES = (0.15, 0.014, 0.1)  # of the input, recurrent and last weights, in proportion
 OWN: dict[str, Settings] = {
     "dense": {"lr": 0.01, "dropout": 0.5, "steps": 200},
@@ -164,7 +164,7 @@ def run(job: Job, root: str, cache: str | None) -> Settings:
     """Train once; the test error at the step with the smallest validation error."""
     data = load_timit(root, rotation=job.seed, cache_dir=cache)
     settings = json.loads(job.settings)
-    steps, lr, noise, dropout, ema = (settings.pop(name) for name in ("steps", "lr", "noise", "dropout", "ema"))
+    steps, lr, noise, offset, dropout, ema = (settings.pop(n) for n in ("steps", "lr", "noise", "offset", "dropout", "ema"))
     matrix = folding(60)
     torch.manual_seed(job.seed)
     hidden = hidden_of(round(job.connectivity * TOTAL)) if job.arm == "small_dense" else settings.pop("hidden", 128)
@@ -190,7 +190,7 @@ def run(job: Job, root: str, cache: str | None) -> Settings:
             for group in optimizer.param_groups:
                 group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()
-            frame_loss(net(x + noise * torch.randn_like(x), lengths), y).backward()
+            frame_loss(net(disturbed(x, noise, offset), lengths), y).backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             averaged.update_parameters(net)

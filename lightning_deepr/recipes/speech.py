@@ -50,6 +50,21 @@ def frame_errors(logits: Tensor, labels: Tensor, matrix: Tensor) -> Tensor:
     return (posteriors.argmax(-1) != matrix.argmax(1)[labels[counts]]).float()
 
 
+def disturbed(features: Tensor, noise: float, offset: float) -> Tensor:
+    """Features with normal noise.
+
+    Args:
+        features: [batch, time, features], normalized.
+        noise: standard deviation of what is drawn for each frame.
+        offset: of what is drawn for each sequence and added to all of its frames.
+    """
+    if noise:
+        features = features + noise * torch.randn_like(features)
+    if offset:
+        features = features + offset * torch.randn_like(features[:, :1])
+    return features
+
+
 class FrameClassifier(LightningModule):
     """A bidirectional LSTM that names the phone of each frame, with cross-entropy and Adam.
 
@@ -64,6 +79,7 @@ class FrameClassifier(LightningModule):
         lr: of Adam, at the start.
         schedule: of the learning rate: "constant" | "cosine" (to 0, per step).
         input_noise: standard deviation of the normal noise added to the (normalized) features in training.
+        input_offset: of another one that is the same in all frames of a sequence: a voice and a channel that nobody has heard.
         seed: of noise and dropout, which are a function of it, epoch and batch, so that an interrupted training goes on as it would
             have; None: that of ``seed_everything``.
 
@@ -83,12 +99,14 @@ class FrameClassifier(LightningModule):
         lr: float = 1e-3,
         schedule: str = "constant",
         input_noise: float = 0.0,
+        input_offset: float = 0.0,
         seed: int | None = None,
     ) -> None:
         super().__init__()
         check_choices(("schedule", schedule, SCHEDULES))
-        if input_noise < 0:
-            raise ValueError(f"input_noise: expected a standard deviation, 0 or more, found {input_noise}.")
+        for name, value in (("input_noise", input_noise), ("input_offset", input_offset)):
+            if value < 0:
+                raise ValueError(f"{name}: expected a standard deviation, 0 or more, found {value}.")
         self.save_hyperparameters()
         self.net = BLSTMClassifier(inputs, hidden, classes, layers, dropout)
         self.register_buffer("folding", folding(classes), persistent=False)
@@ -100,8 +118,7 @@ class FrameClassifier(LightningModule):
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         features, labels, lengths = batch
         with self._drawing(batch_idx):
-            if self.hparams["input_noise"]:
-                features = features + self.hparams["input_noise"] * torch.randn_like(features)
+            features = disturbed(features, self.hparams["input_noise"], self.hparams["input_offset"])
             loss = frame_loss(self.net(features, lengths), labels)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(labels))
         return loss
@@ -109,7 +126,7 @@ class FrameClassifier(LightningModule):
     @contextmanager
     def _drawing(self, batch_idx: int) -> Iterator[None]:
         """Noise and dropout of this batch; the global generators are left as they were."""
-        if not self.hparams["input_noise"] and not self.hparams["dropout"]:
+        if not any(self.hparams[name] for name in ("input_noise", "input_offset", "dropout")):
             yield
             return
         seed = torch.initial_seed() if self.hparams["seed"] is None else self.hparams["seed"]
