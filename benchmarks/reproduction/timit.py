@@ -4,7 +4,7 @@
     python benchmarks/reproduction/timit.py --root data/corpora/timit --parts study --arms deepr dense
     python benchmarks/reproduction/timit.py --table                           # tables and figures from timit.csv
 
-Parts: `tune` (validation speakers) and `study` (test speakers; the seed is the split: 10 speakers train, 2 validate, 4 test, disjoint tests).
+Parts: `tune` (four settings per arm at 5 %, validation speakers of two splits) and `study` (test speakers; the seed is the split: 10 speakers train, 2 validate, 4 test, disjoint tests).
 All arms: 128 units per direction (186,368 weights, the last layer counted), chunks of 100 frames, 32 a batch, Adam with a cosine to 0,
 gradients clipped at norm 1, noise on the inputs, a moving average of the weights that is what gets evaluated, and early stopping: every
 25 steps the validation speakers' frame error is taken, and the test error is that of the best of these moments at which the network has
@@ -58,48 +58,61 @@ ARMS: dict[str, str | None] = {
 COMMON: Settings = {"steps": 1000, "lr": 0.04, "noise": 0.3, "offset": 0.5, "dropout": 0.0, "ema": 0.97}
 SHARES = (0.15, 0.014, 0.1)  # of the input, recurrent and last weights, in proportion
 OWN: dict[str, Settings] = {
-    "dense": {"lr": 0.01, "dropout": 0.5, "steps": 200},
-    "small_dense": {"lr": 0.02},
-    "deepr": {"l1": 0.3, "shares": SHARES},
-    "soft_deepr": {"l1": 0.3, "temperature": 1e-7, "shares": SHARES},
+    "dense": {"lr": 0.01, "dropout": 0.5, "steps": 200, "noise": 0.5, "offset": 0.0},
+    "small_dense": {},
+    "deepr": {"l1": ["LinearDecay", 0.3, 0.0], "shares": SHARES},
+    "soft_deepr": {"l1": 0.3, "temperature": 1e-3, "shares": SHARES},
     "fixed_random": {"shares": SHARES},
-    "pruning": {"shares": SHARES},
-    "l1_shrinkage": {"l1": 0.03, "shares": SHARES},
+    "pruning": {"lr": 0.01, "dropout": 0.2, "shares": SHARES},
+    "l1_shrinkage": {"lr": 0.01, "l1": 0.03, "shares": SHARES},
 }
-# What is tried at 5 %, for each arm as many
+# What is tried at 5 % (dense: at 100 %), for each arm as many: on the validation speakers of two splits.
 TRIALS: dict[str, dict[str, Settings]] = {
     "dense": {
         "first": {},
-        "500 steps": {"steps": 500},
-        "lr .005": {"lr": 0.005},
-        "lr .02": {"lr": 0.02},
-        "noise .7": {"noise": 0.7},
-        "noise .3": {"noise": 0.3},
+        "offset .3": {"offset": 0.3},
+        "offset .3, lr .005, 500 steps": {"offset": 0.3, "lr": 0.005, "steps": 500},
+        "offset .5, noise .3, 500 steps": {"offset": 0.5, "noise": 0.3, "steps": 500},
     },
-    "small_dense": {
+    "small_dense": {"first": {}, "lr .02": {"lr": 0.02}, "noise .5": {"noise": 0.5}, "no offset": {"offset": 0.0}},
+    "deepr": {"first": {}, "lr .02": {"lr": 0.02}, "noise .5": {"noise": 0.5}, "last layer .2": {"shares": (0.15, 0.014, 0.2)}},
+    "soft_deepr": {
         "first": {},
-        "1000 steps": {"steps": 1000},
-        "lr .04": {"lr": 0.04},
-        "lr .01": {"lr": 0.01},
-        "noise .3": {"noise": 0.3},
-        "dropout .2": {"dropout": 0.2},
-    },
-    "deepr": {
-        "first": {},
-        "1000 steps": {"steps": 1000},
-        "1000 steps, l1 to 0": {"steps": 1000, "l1": ["LinearDecay", 0.3, 0.0]},
-        "noise .3": {"noise": 0.3},
-        "lr .04": {"lr": 0.04},
+        "T 1e-4": {"temperature": 1e-4},
+        "T 3e-3": {"temperature": 3e-3},
+        "l1 .1, T 1e-4": {"l1": 0.1, "temperature": 1e-4},
     },
     "fixed_random": {
         "first": {},
-        "1000 steps": {"steps": 1000},
-        "lr .04": {"lr": 0.04},
-        "noise .3": {"noise": 0.3},
-        "uniform": {"shares": [1, 1, 1]},
-        "free signs": {"signs": "free"},
+        "lr .02": {"lr": 0.02},
+        "noise .5": {"noise": 0.5},
+        "last layer .2": {"shares": (0.15, 0.014, 0.2)},
     },
+    "pruning": {
+        "first": {},
+        "lr .02": {"lr": 0.02},
+        "noise .5": {"noise": 0.5},
+        "pruned later": {"prune_from": 0.4, "prune_until": 0.8},
+    },
+    "l1_shrinkage": {"first": {}, "l1 .01": {"l1": 0.01}, "l1 .1": {"l1": 0.1}, "lr .02": {"lr": 0.02}},
 }
+
+
+def allowed(arm: str) -> float:
+    """Connections that may count, over those that are wanted: soft-DEEP R only aims at them."""
+    return 1.2 if arm == "soft_deepr" else 1.005
+
+
+def best_trial(arm: str) -> str:
+    """The trial with the least validation error of those that end with no more connections than they may; "first" before there are any."""
+    errors: dict[str, list[float]] = {}
+    for row in RESULTS.read():
+        if row["part"] == "tune" and row["arm"] == arm:
+            fits = (
+                arm in ("dense", "small_dense") or int(row["connections"]) <= allowed(arm) * float(row["connectivity"]) * TOTAL
+            )
+            errors.setdefault(row["trial"], []).append(float(row["val_error"]) if fits else math.inf)
+    return min(errors, key=lambda trial: statistics.mean(errors[trial])) if errors else "first"
 
 
 def budget(connectivity: float, shares: tuple[float, float, float], hidden: int = 128) -> dict[str, int]:
@@ -137,15 +150,16 @@ def jobs(part: str, arms: list[str]) -> list[Job]:
     found = []
     for arm in arms:
         if part == "study":
+            settings = {**COMMON, **OWN[arm], **TRIALS[arm][best_trial(arm)]}
             for c in (1.0,) if arm == "dense" else CONNECTIVITIES:
                 for seed in range(4):
-                    found.append(Job(part, arm, c, seed, "", "test", json.dumps({**COMMON, **OWN[arm]})))
+                    found.append(Job(part, arm, c, seed, "", "test", json.dumps(settings)))
         else:
-            for trial, changed in TRIALS.get(arm, {}).items():
+            for trial, changed in TRIALS[arm].items():
                 for seed in range(2):
                     c = 1.0 if arm == "dense" else 0.05
                     found.append(Job(part, arm, c, seed, trial, "validation", json.dumps({**COMMON, **OWN[arm], **changed})))
-    return sorted(found, key=lambda job: job.seed)
+    return sorted(found, key=lambda job: (job.seed, job.connectivity not in (0.05, 1.0)))
 
 
 def error(net: nn.Module, frames: Any, matrix: Tensor) -> float:
@@ -199,7 +213,7 @@ def run(job: Job, root: str, cache: str | None) -> Settings:
                 validation = error(averaged, data.val, matrix)
                 curve.append(round(validation, 2))
                 active = connectivity_report(net).active if callback is not None else 0
-                sparse = active <= (1.2 if job.arm == "soft_deepr" else 1.005) * job.connectivity * TOTAL
+                sparse = active <= allowed(job.arm) * job.connectivity * TOTAL
                 if (sparse and validation < best[0]) or (step == steps and best[2] == 0):
                     best = (validation, error(averaged, data.test, matrix) if job.split == "test" else math.nan, step)
             if step == steps:
