@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_deepr import zoo
 from lightning_deepr.cli import find_recipe
 from lightning_deepr.recipes.timit_cache import Frames
 from lightning_deepr.recipes.timit_data import TIMIT
@@ -165,7 +166,11 @@ def test_every_arm_trains_on_cifar10(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(study.CIFAR10DataModule, "load", lambda self: made_up)
     monkeypatch.setattr(study, "EPOCHS", {"study": 2})
     train_first(study, ("study",), "", str(tmp_path))
-    assert not list(tmp_path.iterdir())  # the states of interrupted runs are gone when they end
+    # the states of interrupted runs are gone when they end, the networks are there
+    assert {file.name for file in tmp_path.iterdir()} == {
+        f"study_{arm}_0.05_0.safetensors" for arm in study.ARMS if arm != "dense"
+    }
+    assert zoo.info(tmp_path / "study_deepr_0.05_0.safetensors")["connectivity"]["active"] == 53_379 - 6_720
 
 
 def test_every_arm_trains_on_timit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +180,23 @@ def test_every_arm_trains_on_timit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "load_timit", lambda *arguments, **options: made_up)
     monkeypatch.setattr(study, "COMMON", {**study.COMMON, "steps": 6})
     monkeypatch.setattr(study, "OWN", {arm: {k: v for k, v in own.items() if k != "steps"} for arm, own in study.OWN.items()})
+    monkeypatch.setattr(study, "best_trial", lambda arm: "first")
     train_first(study, ("study",), "", None)
+
+
+def test_the_best_trial_is_that_of_those_that_are_sparse_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = script("reproduction/timit.py")
+    tried = [("a", 41, 9_318), ("a", 43, 9_300), ("b", 40, 9_318), ("b", 39, 11_200), ("c", 41, 9_318)]
+    rows = [
+        {"part": "tune", "arm": arm, "trial": trial, "connectivity": "0.05", "val_error": str(error), "connections": str(found)}
+        for trial, error, found in tried
+        for arm in ("deepr", "soft_deepr")
+    ]
+    monkeypatch.setattr(type(study.RESULTS), "read", lambda self: rows)
+    assert study.best_trial("deepr") == "c"  # b had too many connections once
+    assert study.best_trial("soft_deepr") == "c"
+    rows[7]["connections"] = "11000"  # 1.18 times
+    assert study.best_trial("soft_deepr") == "b" and study.best_trial("pruning") == "first"
 
 
 def test_data_loading(tmp_path: Path) -> None:
