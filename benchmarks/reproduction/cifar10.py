@@ -57,10 +57,10 @@ SCHEDULE: Settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "warmup
 # What each arm adds; `shares`: connectivity of conv2 and local4 over that of local3.
 OWN: dict[str, Settings] = {
     "dense": {},
-    "deepr": {"l1": 1e-3, "shares": [10, 10]},
-    "soft_deepr": {"l1": 1e-3, "temperature": 1e-9, "shares": [10, 10]},
-    "fixed_random": {"shares": [10, 10]},
-    "fixed_random_free_signs": {"signs": "free", "shares": [10, 10]},
+    "deepr": {"lr": 0.1, "l1": 3e-3, "shares": [10, 10]},
+    "soft_deepr": {"lr": 0.1, "l1": 3e-3, "temperature": 1e-7, "shares": [10, 10]},
+    "fixed_random": {"lr": 0.1, "shares": [10, 10]},
+    "fixed_random_free_signs": {"lr": 0.1, "signs": "free", "shares": [10, 10]},
     "pruning": {"shares": [10, 10]},
     "l1_shrinkage": {"l1": 1e-4, "shares": [10, 10]},
 }
@@ -103,17 +103,18 @@ def jobs(part: str, arms: list[str]) -> list[Job]:
     return sorted(found, key=lambda job: (job.seed, job.connectivity not in (0.05, 1.0)))
 
 
+FIRST: Settings = {"lr": 0.05}
 TRIALS: dict[str, dict[str, Settings]] = {
     "deepr": {
-        "first": {},
-        "lr .1": {"lr": 0.1},
-        "l1 3e-3": {"l1": 3e-3},
-        "lr .1, l1 3e-3": {"lr": 0.1, "l1": 3e-3},
-        "lr .1, l1 1e-2": {"lr": 0.1, "l1": 1e-2},
-        "more in conv2": {"lr": 0.1, "l1": 3e-3, "shares": [16, 8]},
+        "first": {**FIRST, "l1": 1e-3},
+        "lr .1": {"l1": 1e-3},
+        "l1 3e-3": FIRST,
+        "lr .1, l1 3e-3": {},
+        "lr .1, l1 1e-2": {"l1": 1e-2},
+        "more in conv2": {"shares": [16, 8]},
     },
     "dense": {"first": {}, "lr .1": {"lr": 0.1}},
-    "fixed_random": {"first": {}, "lr .1": {"lr": 0.1}},
+    "fixed_random": {"first": FIRST, "lr .1": {}},
 }
 
 
