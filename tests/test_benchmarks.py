@@ -125,6 +125,18 @@ def test_an_arm_has_the_settings_of_its_recipe(arm: str, recipe: str) -> None:
     assert {name: plain(value) for name, value in settings["deepr"].items()} == written["sparsity"]["init_args"]
 
 
+def test_the_cifar10_recipe_has_the_settings_of_the_study() -> None:
+    study, written = script("reproduction/cifar10.py"), yaml.safe_load(Path(find_recipe("cifar10_best")).read_text())
+    settings = {**study.SCHEDULE, **study.OWN["deepr"]}
+    model, sparsity = written["model"]["init_args"], written["sparsity"]["init_args"]
+    assert {name: model[name] for name in ("lr", "momentum", "weight_decay")} == {
+        name: settings[name] for name in ("lr", "momentum", "weight_decay")
+    }
+    assert model["warmup_epochs"] == settings["warmup"] and sparsity["l1"]["init_args"] == {"start": settings["l1"], "end": 0.0}
+    assert sparsity["connectivity"] == study.budget(0.05, settings["shares"])
+    assert written["trainer"]["max_epochs"] == study.EPOCHS["study"]
+
+
 def script(path: str) -> Any:
     """A study's script as a module."""
     file = SCRIPTS / path
