@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_deepr import cli, zoo
+from lightning_deepr import cli, sparsify, zoo
+from lightning_deepr.models import LeNet300100
 from lightning_deepr.zoo import make, registry, results
 
 DIGITS = make.DataSet("MNIST (embedded subset)", "test", "test_accuracy", has_root=False)
@@ -79,3 +80,14 @@ def test_every_model_of_the_registry_has_a_plan() -> None:
         recorded = zoo.info(entry.name)["recipe"]
         assert recorded["name"] == planned[entry.name].recipe
         assert recorded["overrides"] == json.loads(json.dumps(dict(planned[entry.name].overrides)))
+
+
+def test_a_network_that_a_study_keeps(tmp_path: Path, plans: None, capsys: pytest.CaptureFixture[str]) -> None:
+    (name,), study = make.PLANS, "python study.py --keep runs/zoo"
+    make.PLANS[name] = make.Plan("mnist_quickstart", "digits", {}, "", 1, study, "kept_{seed}.safetensors")
+    with pytest.raises(RuntimeError, match=r"expected .*kept_0.safetensors, which `python study.py --keep runs/zoo` leaves"):
+        make.train(name, 0, "", tmp_path)
+    zoo.save(sparsify(LeNet300100(), 0.01), tmp_path / "kept_0.safetensors")
+    make.main(["collect", "--runs", str(tmp_path), "--folder", str(tmp_path / "zoo")])
+    info = zoo.info(tmp_path / "zoo" / f"{name}.safetensors")
+    assert info["recipe"]["command"] == study and "std" not in info["metrics"]["test_accuracy"]

@@ -44,6 +44,8 @@ class Plan:
         overrides: of the recipe; the folder of the data is the command line's.
         description: for the card.
         seeds: how many are trained.
+        study: the command of a study that trains it with the recipe's settings, and keeps it, instead of the recipe.
+        kept: under which name, in ``runs/zoo``.
     """
 
     recipe: str
@@ -51,6 +53,14 @@ class Plan:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     description: str = ""
     seeds: int = 3
+    study: str = ""
+    kept: str = ""
+
+    def file(self, name: str, seed: int, runs: Path) -> Path:
+        """Where the trained network is."""
+        if self.study:
+            return runs / self.kept.format(seed=seed)
+        return runs / name / f"seed_{seed}" / "runs" / self.recipe / "sparse.safetensors"
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,14 @@ DATA_SETS = {
     "timit": DataSet("TIMIT sample", "test: 4 of 16 speakers (rotation 0)", "test_frame_accuracy"),
 }
 MNIST_COUNTS = {"0p5": 1_331, "1": 2_662, "2": 5_324, "5": 13_310, "10": 26_620, "20": 53_240}  # of 266,200
+# of all 1,067,584 weights; conv1 and the output layer, 6,720 weights, stay dense and are counted (benchmarks/reproduction/cifar10.py: budget)
+CIFAR10_COUNTS = {
+    "2": {"conv2": 5_663, "local3": 4_892, "local4": 4_077},
+    "5": {"conv2": 18_057, "local3": 15_601, "local4": 13_001},
+    "10": {"conv2": 38_714, "local3": 33_450, "local4": 27_874},
+    "20": {"conv2": 80_030, "local3": 69_146, "local4": 57_621},
+}
+CIFAR10_STUDY = "python benchmarks/reproduction/cifar10.py --root data --parts study --arms deepr --keep runs/zoo"
 SOFT = {"sparsity": "SoftDeepR", "sparsity.l1": 5e-4, "sparsity.temperature": 1e-9}
 PLANS: dict[str, Plan] = {
     **{
@@ -83,6 +101,18 @@ PLANS: dict[str, Plan] = {
             "Soft-DEEP R has no fixed number of connections: the name says how many were aimed at, the table how many there are.",
         )
         for tag in ("1", "5")
+    },
+    **{
+        f"cifar10_cnn.deepr_{tag}pct_cifar10": Plan(
+            "cifar10_best",
+            "cifar10",
+            {} if tag == "5" else {"sparsity.connectivity": counts},
+            f"The percentage is of all 1,067,584 weights, the dense conv1 and output layer counted: {sum(counts.values()) + 6_720:,} in all.",
+            2 if tag == "5" else 1,
+            CIFAR10_STUDY,
+            f"study_deepr_{int(tag) / 100:g}_{{seed}}.safetensors",
+        )
+        for tag, counts in CIFAR10_COUNTS.items()
     },
 }
 
@@ -108,9 +138,11 @@ def train(name: str, seed: int, root: str, runs: Path) -> Path:
         RuntimeError: the training failed; says where its log is.
     """
     plan, folder = PLANS[name], runs / name / f"seed_{seed}"
-    written = folder / "runs" / plan.recipe / "sparse.safetensors"
+    written = plan.file(name, seed, runs)
     if written.is_file():
         return written
+    if plan.study:
+        raise RuntimeError(f"{name}, seed {seed}: expected {written}, which `{plan.study}` leaves.")
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / "runs" / plan.recipe / "checkpoints" / "last.ckpt"
     arguments = ["fit", *command(plan, seed, root), *(["--ckpt_path", str(last.resolve())] if last.is_file() else [])]
@@ -137,11 +169,7 @@ def collect(name: str, root: str, runs: Path, folder: Path) -> Path:
     """
     plan, data_set = PLANS[name], DATA_SETS[PLANS[name].data]
     folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        seed: file
-        for seed in range(plan.seeds)
-        if (file := runs / name / f"seed_{seed}" / "runs" / plan.recipe / "sparse.safetensors").is_file()
-    }
+    files = {seed: file for seed in range(plan.seeds) if (file := plan.file(name, seed, runs)).is_file()}
     if 0 not in files:
         raise FileNotFoundError(f"{name}: expected its seed 0 trained, found none in {runs / name}. `make train` trains it.")
     with quiet():
@@ -167,7 +195,7 @@ def collect(name: str, root: str, runs: Path, folder: Path) -> Path:
         seeds=[0],
         metrics={data_set.metric: metric},
         data={"name": data_set.name, "split": data_set.split, "sha256": checksum(made.datamodule)},
-        recipe={"name": plan.recipe, "overrides": dict(plan.overrides)},
+        recipe={"name": plan.recipe, "overrides": dict(plan.overrides), **({"command": plan.study} if plan.study else {})},
         license="Apache-2.0",
     )
 
