@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_deepr import connections, sparsify, zoo
+from lightning_deepr.hub_files import describe
 from lightning_deepr.models import LeNet300100
 from lightning_deepr.report import connectivity_report
 from lightning_deepr.zoo import write_cards
@@ -143,3 +144,12 @@ def test_cards_are_written_by_a_script(tmp_path: Path, capsys: pytest.CaptureFix
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match="damaged"):
         write_cards.main([str(tmp_path / "cards"), str(path)])
+
+
+CARDS = Path(__file__).parents[1] / "zoo" / "cards"
+
+
+@pytest.mark.parametrize("name", zoo.list_models())
+def test_the_cards_of_the_zoo_are_those_that_the_script_writes(name: str) -> None:
+    assert (CARDS / f"{name}.png").is_file()
+    assert (CARDS / f"{name}.md").read_text(encoding="utf-8") == card(describe(name), picture=f"{name}.png")
