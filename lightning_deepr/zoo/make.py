@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="train so many at most")
     for data in DATA_SETS:
         parser.add_argument(f"--data.{data}", default="data", dest=data, help=f"folder of {data}")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     unknown = sorted(set(given.names) - PLANS.keys())
     if unknown:
         parser.error(f"no plan for {', '.join(unknown)}. Plans: {', '.join(PLANS)}.")

@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("models", nargs="*", help="names or paths; none: the whole zoo")
     parser.add_argument("--data", default="", help="folder of the data sets; none: where the recipes have them")
     parser.add_argument("--out", type=Path, default=folder_of_models() / "results.csv")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     names = given.models or zoo.list_models()
     rows = []
     for number, name in enumerate(names, 1):
