@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from pathlib import Path
@@ -57,6 +58,27 @@ def test_every_model_of_the_zoo(name: str) -> None:
     net, dense = zoo.load(name), zoo.load(name, dense=True)
     assert not net.training and sum(c.slots.count for c in converted_tensors(net)) == info["connectivity"]["active"]
     assert not list(converted_tensors(dense))
+
+
+def test_the_whole_zoo_is_small() -> None:
+    assert sum(file.stat().st_size for file in loading.folder().rglob("*") if file.is_file()) < 10e6
+
+
+def test_names_are_in_the_order_of_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a.x_0p5pct", "a.x_1pct", "a.x_2pct", "a.x_10pct", "b.x_1pct", "b.y"]
+    monkeypatch.setattr(registry, "ENTRIES", tuple(registry.Entry(name, "0" * 64) for name in reversed(names)))
+    assert zoo.list_models() == names
+
+
+def test_results_are_of_the_models_that_are_there() -> None:
+    with (loading.folder() / "results.csv").open() as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert list(rows) == zoo.list_models()
+    readme = (loading.folder() / "README.md").read_text(encoding="utf-8")
+    for name, row in rows.items():
+        (metric,) = zoo.info(name)["metrics"].values()
+        assert int(row["correct"]) == metric["correct"] == int(row["recorded"]) and int(row["bytes"]) == zoo.info(name)["bytes"]
+        assert f"| `{name}` | {int(row['connections']):,} of " in readme and f"| {100 * float(row['value']):.2f} |" in readme
 
 
 def test_the_folder_and_the_registry_agree() -> None:

@@ -204,7 +204,8 @@ def _use(info: Mapping[str, Any], name: str, repo_id: str | None) -> str:
         "# pip install lightning-deepr",
         "from lightning_deepr import zoo",
         "",
-        f"net = zoo.load({where}{own})  # an nn.Module in eval mode, computed from its connections; dense=True for ordinary weights",
+        "# an nn.Module in eval mode, computed from its connections; dense=True for ordinary weights",
+        f"net = zoo.load({where}{own})",
         "```",
     ]
     if repo_id:
