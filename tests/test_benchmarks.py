@@ -137,6 +137,16 @@ def test_the_cifar10_recipe_has_the_settings_of_the_study() -> None:
     assert written["trainer"]["max_epochs"] == study.EPOCHS["study"]
 
 
+def test_the_timit_recipe_has_the_settings_of_the_study() -> None:
+    study, written = script("reproduction/timit.py"), yaml.safe_load(Path(find_recipe("timit_sample")).read_text())
+    settings = {**study.COMMON, **study.OWN["deepr"], **study.TRIALS["deepr"][study.best_trial("deepr")]}
+    model, sparsity = written["model"]["init_args"], written["sparsity"]["init_args"]
+    found = (model["lr"], model["input_noise"], model["input_offset"], model.get("dropout", 0.0))
+    assert found == (settings["lr"], settings["noise"], settings["offset"], settings["dropout"])
+    assert list(sparsity["l1"]["init_args"].values()) == settings["l1"][1:]
+    assert sparsity["connectivity"] == study.budget(0.05, settings["shares"])
+
+
 def script(path: str) -> Any:
     """A study's script as a module."""
     file = SCRIPTS / path

@@ -368,7 +368,7 @@ def test_recipes_train_on_made_up_data(name: str, tmp_path: Path, monkeypatch: p
     recipe.write_text(text)
     arguments = [
         "fit", "--config", str(recipe), "--data.root", str(data), "--data.cache_dir", str(tmp_path / "cache"),
-        "--data.allow_incomplete", str(name == "timit").lower(), "--trainer.max_epochs", "-1", "--model.hidden", "16",
+        "--data.allow_incomplete", str(name == "timit").lower(), "--trainer.max_epochs", "-1", "--model.hidden", "64",
         "--trainer.accelerator", "cpu",
     ]  # fmt: skip
     done = cli.train([*arguments, "--trainer.max_steps", "7"])
