@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import statistics
 import warnings
@@ -56,9 +57,20 @@ class Results:
                 writer.writeheader()
             writer.writerow(row)
 
+    def forget(self, jobs: Sequence[Job]) -> None:
+        """Drops the lines of trainings that the same job would do with other settings now."""
+        settings = {job.key: json.loads(job.settings) for job in jobs}
+        rows = self.read()
+        kept = [row for row in rows if _key(row) not in settings or settings[_key(row)] == json.loads(row["settings"])]
+        if len(kept) < len(rows):
+            print(f"{len(rows) - len(kept)} trainings had other settings: they are done again", flush=True)
+            self.path.unlink()
+            for row in kept:
+                self.write(row)
+
     def train(self, jobs: Sequence[Job], run: Callable[..., dict[str, Any]], workers: int, *arguments: Any) -> None:
         """Runs what has no line yet; ``run(job, *arguments)`` returns the columns that the job itself does not have."""
-        done = {(r["part"], r["arm"], r["connectivity"], r["seed"], r["trial"]) for r in self.read()}
+        done = {_key(row) for row in self.read()}
         todo = [job for job in jobs if job.key not in done]
         print(f"{len(todo)} trainings to do of {len(jobs)}", flush=True)
         with ProcessPoolExecutor(workers, initializer=quiet) as pool:
@@ -70,6 +82,10 @@ class Results:
                 self.write(row)
                 shown = [row[name] for name in self.columns if name not in ("split", "settings", "torch", "seconds")]
                 print(f"{number}/{len(todo)}", *shown, row["seconds"], "s", flush=True)
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return (row["part"], row["arm"], row["connectivity"], row["seed"], row["trial"])
 
 
 def quiet() -> None:

@@ -139,7 +139,7 @@ def test_the_cifar10_recipe_has_the_settings_of_the_study() -> None:
 
 def test_the_timit_recipe_has_the_settings_of_the_study() -> None:
     study, written = script("reproduction/timit.py"), yaml.safe_load(Path(find_recipe("timit_sample")).read_text())
-    settings = {**study.COMMON, **study.OWN["deepr"], **study.TRIALS["deepr"][study.best_trial("deepr")]}
+    settings = {**study.COMMON, **study.OWN["deepr"], **study.TRIALS["deepr"][study.best_trial("deepr", 0.05)]}
     model, sparsity = written["model"]["init_args"], written["sparsity"]["init_args"]
     found = (model["lr"], model["input_noise"], model["input_offset"], model.get("dropout", 0.0))
     assert found == (settings["lr"], settings["noise"], settings["offset"], settings["dropout"])
@@ -202,7 +202,7 @@ def test_every_arm_trains_on_timit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "load_timit", lambda *arguments, **options: made_up)
     monkeypatch.setattr(study, "COMMON", {**study.COMMON, "steps": 6})
     monkeypatch.setattr(study, "OWN", {arm: {k: v for k, v in own.items() if k != "steps"} for arm, own in study.OWN.items()})
-    monkeypatch.setattr(study, "best_trial", lambda arm: "first")
+    monkeypatch.setattr(study, "best_trial", lambda arm, connectivity: "first")
     train_first(study, ("study",), "", None)
 
 
@@ -215,10 +215,25 @@ def test_the_best_trial_is_that_of_those_that_are_sparse_enough(monkeypatch: pyt
         for arm in ("deepr", "soft_deepr")
     ]
     monkeypatch.setattr(type(study.RESULTS), "read", lambda self: rows)
-    assert study.best_trial("deepr") == "c"  # b had too many connections once
-    assert study.best_trial("soft_deepr") == "c"
+    assert study.best_trial("deepr", 0.05) == study.best_trial("deepr", 0.01) == "c"  # b had too many connections once
+    assert study.best_trial("soft_deepr", 0.05) == "c"
     rows[7]["connections"] = "11000"  # 1.18 times
-    assert study.best_trial("soft_deepr") == "b" and study.best_trial("pruning") == "first"
+    assert study.best_trial("soft_deepr", 0.05) == "b"
+    assert study.best_trial("pruning", 0.05) == study.best_trial("deepr", 0.1) == "first"
+    rows.append({**rows[0], "trial": "d", "connectivity": "0.2", "connections": "37274"})
+    assert study.best_trial("deepr", 0.1) == study.best_trial("deepr", 0.2) == "d" and study.best_trial("deepr", 0.05) == "c"
+
+
+def test_a_study_does_again_what_had_other_settings(tmp_path: Path) -> None:
+    grid = script("grid.py")
+    results = grid.Results(tmp_path / "r.csv", "error")
+    for seed, settings in ((0, '{"a": 1}'), (1, '{"a": 2}')):
+        results.write({"part": "study", "arm": "x", "connectivity": "0.05", "seed": seed, "trial": "", "settings": settings})
+    jobs = [grid.Job("study", "x", 0.05, seed, "", "test", '{"a": 1}') for seed in (0, 1, 2)]
+    results.forget(jobs[:1])
+    assert len(results.read()) == 2
+    results.forget(jobs)
+    assert [row["seed"] for row in results.read()] == ["0"]
 
 
 def test_data_loading(tmp_path: Path) -> None:

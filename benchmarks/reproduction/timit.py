@@ -66,35 +66,53 @@ OWN: dict[str, Settings] = {
     "pruning": {"lr": 0.01, "dropout": 0.2, "shares": SHARES},
     "l1_shrinkage": {"lr": 0.01, "l1": 0.03, "shares": SHARES},
 }
-# What is tried at 5 % (dense: at 100 %), for each arm as many: on the validation speakers of two splits.
+DROPOUTS: dict[str, Settings] = {f"noise .5, dropout .{d}": {"noise": 0.5, "dropout": d / 10} for d in (2, 4)}
+# What is tried at 5 and 20 % (dense: at 100 %), for each arm as many: on the validation speakers of two splits.
 TRIALS: dict[str, dict[str, Settings]] = {
     "dense": {
         "first": {},
         "offset .3": {"offset": 0.3},
         "offset .3, lr .005, 500 steps": {"offset": 0.3, "lr": 0.005, "steps": 500},
         "offset .5, noise .3, 500 steps": {"offset": 0.5, "noise": 0.3, "steps": 500},
+        "lr .02": {"lr": 0.02},
+        "dropout .7": {"dropout": 0.7},
     },
-    "small_dense": {"first": {}, "lr .02": {"lr": 0.02}, "noise .5": {"noise": 0.5}, "no offset": {"offset": 0.0}},
-    "deepr": {"first": {}, "lr .02": {"lr": 0.02}, "noise .5": {"noise": 0.5}, "last layer .2": {"shares": (0.15, 0.014, 0.2)}},
+    "small_dense": {
+        "first": {},
+        "lr .02": {"lr": 0.02},
+        "noise .5": {"noise": 0.5},
+        "no offset": {"offset": 0.0},
+        **DROPOUTS,
+    },
+    "deepr": {
+        "first": {},
+        "lr .02": {"lr": 0.02},
+        "noise .5": {"noise": 0.5},
+        "last layer .2": {"shares": (0.15, 0.014, 0.2)},
+        **DROPOUTS,
+    },
     "soft_deepr": {
         "first": {},
         "T 1e-4": {"temperature": 1e-4},
         "T 3e-3": {"temperature": 3e-3},
         "l1 .1, T 1e-4": {"l1": 0.1, "temperature": 1e-4},
+        **DROPOUTS,
     },
     "fixed_random": {
         "first": {},
         "lr .02": {"lr": 0.02},
         "noise .5": {"noise": 0.5},
         "last layer .2": {"shares": (0.15, 0.014, 0.2)},
+        **DROPOUTS,
     },
     "pruning": {
         "first": {},
         "lr .02": {"lr": 0.02},
         "noise .5": {"noise": 0.5},
         "pruned later": {"prune_from": 0.4, "prune_until": 0.8},
+        **DROPOUTS,
     },
-    "l1_shrinkage": {"first": {}, "l1 .01": {"l1": 0.01}, "l1 .1": {"l1": 0.1}, "lr .02": {"lr": 0.02}},
+    "l1_shrinkage": {"first": {}, "l1 .01": {"l1": 0.01}, "l1 .1": {"l1": 0.1}, "lr .02": {"lr": 0.02}, **DROPOUTS},
 }
 
 
@@ -103,11 +121,16 @@ def allowed(arm: str) -> float:
     return 1.2 if arm == "soft_deepr" else 1.005
 
 
-def best_trial(arm: str) -> str:
-    """The trial with the least validation error of those that end with no more connections than they may; "first" before there are any."""
+def tuned_at(arm: str, connectivity: float) -> float:
+    """The connectivity of the trials that give the settings for another one."""
+    return 1.0 if arm == "dense" else 0.05 if connectivity <= 0.05 else 0.2
+
+
+def best_trial(arm: str, connectivity: float) -> str:
+    """Of the trials at 5 % (20 % from 10 % on) the one with the least validation error of those that end with no more connections than they may; "first" before there are any."""
     errors: dict[str, list[float]] = {}
     for row in RESULTS.read():
-        if row["part"] == "tune" and row["arm"] == arm:
+        if row["part"] == "tune" and row["arm"] == arm and row["connectivity"] == f"{tuned_at(arm, connectivity):g}":
             fits = (
                 arm in ("dense", "small_dense") or int(row["connections"]) <= allowed(arm) * float(row["connectivity"]) * TOTAL
             )
@@ -150,15 +173,14 @@ def jobs(part: str, arms: list[str]) -> list[Job]:
     found = []
     for arm in arms:
         if part == "study":
-            settings = {**COMMON, **OWN[arm], **TRIALS[arm][best_trial(arm)]}
             for c in (1.0,) if arm == "dense" else CONNECTIVITIES:
-                for seed in range(4):
-                    found.append(Job(part, arm, c, seed, "", "test", json.dumps(settings)))
+                settings = {**COMMON, **OWN[arm], **TRIALS[arm][best_trial(arm, c)]}
+                found += [Job(part, arm, c, seed, "", "test", json.dumps(settings)) for seed in range(4)]
         else:
             for trial, changed in TRIALS[arm].items():
-                for seed in range(2):
-                    c = 1.0 if arm == "dense" else 0.05
-                    found.append(Job(part, arm, c, seed, trial, "validation", json.dumps({**COMMON, **OWN[arm], **changed})))
+                settings = {**COMMON, **OWN[arm], **changed}
+                for c in sorted({tuned_at(arm, c) for c in CONNECTIVITIES}):
+                    found += [Job(part, arm, c, seed, trial, "validation", json.dumps(settings)) for seed in range(2)]
     return sorted(found, key=lambda job: (job.seed, job.connectivity not in (0.05, 1.0)))
 
 
@@ -253,10 +275,19 @@ def tables() -> str:
         lines.append("")
     tune = [row for row in rows if row["part"] == "tune"]
     if tune:
-        lines += ["**tune**: validation frame error at 5 %, mean over splits", "", "| arm | trial | error |", "|---|---|---|"]
-        for arm, trial in dict.fromkeys((row["arm"], row["trial"]) for row in tune):
-            errors = [float(row["val_error"]) for row in tune if (row["arm"], row["trial"]) == (arm, trial)]
-            lines.append(f"| {arm.replace('_', ' ')} | {trial} | {statistics.mean(errors):.2f} ({len(errors)}) |")
+        lines += [
+            "**tune**: validation frame error, mean over two splits",
+            "",
+            "| arm | trial | at 5 % (dense: 100 %) | at 20 % |",
+        ]
+        lines.append("|---" * 4 + "|")
+        for arm, trial in dict.fromkeys(
+            (row["arm"], row["trial"]) for row in sorted(tune, key=lambda r: list(ARMS).index(r["arm"]))
+        ):
+            mine = [row for row in tune if (row["arm"], row["trial"]) == (arm, trial)]
+            low, high = ([float(r["val_error"]) for r in mine if (r["connectivity"] == "0.2") is at] for at in (False, True))
+            cells = [f"{statistics.mean(errors):.2f}" if errors else "-" for errors in (low, high)]
+            lines.append(f"| {arm.replace('_', ' ')} | {trial} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -287,7 +318,10 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         for part in options.parts:
-            RESULTS.train(jobs(part, options.arms), run, options.workers, options.root, options.cache)
+            todo = jobs(part, options.arms)
+            if part == "study":
+                RESULTS.forget(todo)  # trained with what was the best trial then
+            RESULTS.train(todo, run, options.workers, options.root, options.cache)
     print(tables())
     study = [row for row in RESULTS.read() if row["part"] == "study"]
     if study:
