@@ -35,6 +35,8 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("lenet300_100.deepr_5pct_mnist", "79e776432c7e7b5aea9b7e78cd7309a3fd041bcb86083da8e40bb74dc28db0c0"),
     Entry("lenet300_100.deepr_10pct_mnist", "ce8efa0f62250d5a0feef4de14dda3866e6eef5d5196839ed52c21bab5f31df0"),
     Entry("lenet300_100.deepr_20pct_mnist", "7037ae56a4c1895a69930982c6f4734b45ce5e966505def38cc5e298a948666b"),
+    Entry("lenet300_100.soft_deepr_1pct_mnist", "d788bbe1e0e95ef79e6f188d9f4e90b62cf3bfc854fd05bd9cac0b4eff14597e"),
+    Entry("lenet300_100.soft_deepr_5pct_mnist", "3f82983df42ca7e25ab63827afbd533ac811ef6511adb2e100466815f87cb305"),
 )
 
 
