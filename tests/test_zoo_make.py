@@ -12,7 +12,7 @@ from lightning_deepr import cli, sparsify, zoo
 from lightning_deepr.models import LeNet300100
 from lightning_deepr.zoo import make, registry, results
 
-DIGITS = make.DataSet("MNIST (embedded subset)", "test", "test_accuracy", has_root=False)
+DIGITS = make.DataSet("MNIST (embedded subset)", "test", "test_accuracy")
 SHORT = {"trainer.max_epochs": 1, "trainer.limit_train_batches": 60}
 
 

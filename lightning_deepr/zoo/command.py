@@ -104,12 +104,21 @@ def data_of_recipe(info: Mapping[str, Any], folder: str = "") -> Iterable[Any]:
             f"{info['name']}: expected `recipe` among what is recorded, one of {', '.join(recipes)}, found {found}: its test set is not known. In "
             "Python: zoo.verify(name, data)."
         )
-    root = [f"--data.root={folder}"] if folder and "root:" in recipes[name].read_text(encoding="utf-8") else []
+    root = [f"--data.root={folder}"] if folder and has_root(name) else []
     with quiet():
         data = train(["--config", name, *settings_of_data(overrides), *root, "--trainer.logger", "false"], run=False).datamodule
     data.prepare_data()
     data.setup("test")
     return data.test_dataloader()
+
+
+def has_root(recipe: str) -> bool:
+    """Whether the data of a packaged recipe is in a folder that somebody has to name."""
+    import yaml  # type: ignore[import-untyped]
+
+    from lightning_deepr.cli import packaged_recipes
+
+    return "root" in yaml.safe_load(packaged_recipes()[recipe].read_text(encoding="utf-8"))["data"].get("init_args", {})
 
 
 @contextmanager

@@ -26,10 +26,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_deepr import cli, zoo
-from lightning_deepr.zoo.architectures import ARCHITECTURES
-from lightning_deepr.zoo.command import quiet
+from lightning_deepr.zoo.command import has_root, quiet
 from lightning_deepr.zoo.loading import folder as folder_of_models
-from lightning_deepr.zoo.verification import evaluate, labels_hit
+from lightning_deepr.zoo.verification import counting, evaluate
 
 RUNS = Path("runs/zoo")
 
@@ -70,7 +69,6 @@ class DataSet:
     name: str
     split: str
     metric: str
-    has_root: bool = True  # is in a folder that somebody has to name
 
 
 DATA_SETS = {
@@ -119,7 +117,7 @@ PLANS: dict[str, Plan] = {
 
 def command(plan: Plan, seed: int, root: str) -> list[str]:
     """The command line's arguments of one training."""
-    where = [f"--data.root={root}"] if DATA_SETS[plan.data].has_root else []
+    where = [f"--data.root={root}"] if has_root(plan.recipe) else []
     overrides = [f"--{key}={_word(value)}" for key, value in plan.overrides.items()]
     return ["--config", plan.recipe, *where, *overrides, f"--seed_everything={seed}", "--trainer.logger=false"]
 
@@ -176,8 +174,7 @@ def collect(name: str, root: str, runs: Path, folder: Path) -> Path:
         made = cli.train(command(plan, 0, root), run=False)
     made.datamodule.prepare_data()
     made.datamodule.setup("test")
-    architecture = name.partition(".")[0]
-    count = ARCHITECTURES[architecture].count_correct or labels_hit
+    count = counting(name.partition(".")[0])
     found = {seed: evaluate(zoo.load(file), made.datamodule.test_dataloader(), count) for seed, file in files.items()}
     shares = [correct / examples for correct, examples in found.values()]
     correct, examples = found[0]

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_deepr import zoo
-from lightning_deepr.zoo.architectures import ARCHITECTURES
 from lightning_deepr.zoo.command import data_of_recipe
 from lightning_deepr.zoo.loading import folder as folder_of_models
-from lightning_deepr.zoo.verification import evaluate, labels_hit
+from lightning_deepr.zoo.verification import counting, evaluate
 
 COLUMNS = (
     "name", "connections", "potential", "connectivity", "bytes", "bytes_per_connection", "metric",
@@ -33,8 +32,7 @@ def row(name: str, folder: str) -> dict[str, Any]:
     """
     info = zoo.info(name)
     ((metric, recorded),) = info["metrics"].items()
-    count = ARCHITECTURES[info["architecture"]].count_correct or labels_hit
-    correct, examples = evaluate(zoo.load(name), data_of_recipe(info, folder), count)
+    correct, examples = evaluate(zoo.load(name), data_of_recipe(info, folder), counting(info["architecture"]))
     connectivity = info["connectivity"]
     return {
         "name": info["name"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -106,9 +106,7 @@ def _measure(net: nn.Module, data: Iterable[Any], record: dict[str, Any]) -> tup
             f"expected one metric with `correct` and `examples` in the file, found {', '.join(counted) or 'none'}: there is nothing to compare with."
         )
     ((name, metric),) = counted.items()
-    architecture = architectures.ARCHITECTURES.get(record["architecture"])
-    count = architecture.count_correct if architecture is not None else None
-    correct, examples = evaluate(net, data, count or labels_hit)
+    correct, examples = evaluate(net, data, counting(record["architecture"]))
     if examples != metric["examples"] or abs(correct - metric["correct"]) > 1:
         raise FormatError(
             f"{name}: expected {metric['correct']} of {metric['examples']} right, as recorded, found {correct} of {examples}. Is this the test set of "
@@ -131,6 +129,12 @@ def evaluate(net: nn.Module, data: Iterable[Any], count: Any) -> tuple[int, int]
         right, all_ = count(net(inputs, *lengths), labels)
         correct, examples = correct + right, examples + all_
     return correct, examples
+
+
+def counting(architecture: str | None) -> Callable[[Tensor, Tensor], tuple[int, int]]:
+    """How the predictions of an architecture are counted: logits and labels -> (right, all)."""
+    known = architectures.ARCHITECTURES.get(architecture or "")
+    return (known.count_correct if known is not None else None) or labels_hit
 
 
 def labels_hit(logits: Tensor, labels: Tensor) -> tuple[int, int]:
