@@ -65,6 +65,20 @@ def test_what_is_not_there(tmp_path: Path, plans: None, capsys: pytest.CaptureFi
     assert "no plan for no_such_model. Plans: lenet300_100.deepr_2pct_digits" in capsys.readouterr().err
 
 
+def test_what_was_trained_by_another_plan_is_refused(tmp_path: Path, plans: None) -> None:
+    (name,) = make.PLANS
+    folder = tmp_path / name / "seed_0"
+    (folder / "runs/mnist_quickstart").mkdir(parents=True)
+    zoo.save(sparsify(LeNet300100(), 0.01), folder / "runs/mnist_quickstart/sparse.safetensors")
+    (folder / make.TRAINED_WITH).write_text(json.dumps(make.command(make.PLANS[name], 0, "")))
+    assert make.train(name, 0, "", tmp_path).is_file()
+    make.PLANS[name] = make.Plan("mnist_quickstart", "digits", {"model.lr": 0.1})
+    with pytest.raises(ValueError, match=r"expected a training with .*model.lr=0.1.*Remove the folder to train anew"):
+        make.train(name, 0, "", tmp_path)
+    with pytest.raises(ValueError, match="Remove the folder"):
+        make.main(["collect", "--runs", str(tmp_path), "--folder", str(tmp_path / "zoo")])
+
+
 def test_a_failed_training_says_where_its_log_is(tmp_path: Path, plans: None) -> None:
     (name,) = make.PLANS
     make.PLANS[name] = make.Plan("mnist_quickstart", "digits", {"model.no_such_setting": 1})

@@ -31,6 +31,7 @@ from lightning_deepr.zoo.loading import folder as folder_of_models
 from lightning_deepr.zoo.verification import counting, evaluate
 
 RUNS = Path("runs/zoo")
+TRAINED_WITH = "trained_with.json"
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,13 @@ def train(name: str, seed: int, root: str, runs: Path) -> Path:
     """
     plan, folder = PLANS[name], runs / name / f"seed_{seed}"
     written = plan.file(name, seed, runs)
+    refuse_other_settings(name, seed, runs)
     if written.is_file():
         return written
     if plan.study:
         raise RuntimeError(f"{name}, seed {seed}: expected {written}, which `{plan.study}` leaves.")
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / TRAINED_WITH).write_text(json.dumps(command(plan, seed, "")), encoding="utf-8")
     last = folder / "runs" / plan.recipe / "checkpoints" / "last.ckpt"
     arguments = ["fit", *command(plan, seed, root), *(["--ckpt_path", str(last.resolve())] if last.is_file() else [])]
     program = "from lightning_deepr.cli import main; main()"
@@ -159,6 +162,22 @@ def train(name: str, seed: int, root: str, runs: Path) -> Path:
     return written
 
 
+def refuse_other_settings(name: str, seed: int, runs: Path) -> None:
+    """A plan that has changed since must not be written on what was trained before.
+
+    Raises:
+        ValueError: the training in this folder was another one.
+    """
+    folder = runs / name / f"seed_{seed}"
+    planned = command(PLANS[name], seed, "")
+    if PLANS[name].study or not folder.is_dir():
+        return
+    record = folder / TRAINED_WITH
+    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else "no record"
+    if found != planned:
+        raise ValueError(f"{folder}: expected a training with {planned}, found {found}. Remove the folder to train anew.")
+
+
 def collect(name: str, root: str, runs: Path, folder: Path) -> Path:
     """Test the trained seeds and write seed 0's file with all that is known of it.
 
@@ -170,6 +189,8 @@ def collect(name: str, root: str, runs: Path, folder: Path) -> Path:
     files = {seed: file for seed in range(plan.seeds) if (file := plan.file(name, seed, runs)).is_file()}
     if 0 not in files:
         raise FileNotFoundError(f"{name}: expected its seed 0 trained, found none in {runs / name}. `make train` trains it.")
+    for seed in files:
+        refuse_other_settings(name, seed, runs)
     with quiet():
         made = cli.train(command(plan, 0, root), run=False)
     made.datamodule.prepare_data()
