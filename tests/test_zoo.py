@@ -275,6 +275,9 @@ def test_the_recorded_metric_on_the_test_set_of_the_recorded_recipe(
     zoo.save(net, path, recipe=recipe, metrics={"test_accuracy": {"correct": right + 2, "examples": examples}})
     with pytest.raises(SystemExit, match=f"expected {right + 2} of 3000 right, as recorded, found {right} of 3000"):
         cli.main(["zoo", "verify", str(path), "--data"])
+    zoo.save(net, path, recipe="timit_sample")
+    with pytest.raises(SystemExit, match=r"not found in .*elsewhere, which is no folder.* The option is --data\."):
+        cli.main(["zoo", "verify", str(path), "--data", "elsewhere"])
     zoo.save(net, path, recipe={"name": str(tmp_path / "own.yaml")})
     with pytest.raises(
         SystemExit, match="expected `recipe` among what is recorded, one of"

@@ -75,7 +75,7 @@ def verify(models: Sequence[str], folder: str | None) -> None:
         try:
             print(zoo.verify(model, None if folder is None else data_of_recipe(zoo.info(model), folder)))
         except (OSError, ValueError, RuntimeError) as error:
-            failures.append(f"{model}: {error}")
+            failures.append(f"{model}: {error}".replace("--data.root", "--data"))  # the recipes' name for it
     if failures:
         raise ValueError("\n".join(failures))
     print(f"{len(models)} models are as recorded." if models else "There are no models in the zoo.")
@@ -154,7 +154,7 @@ def settings_of_data(overrides: Any) -> list[str]:
         words = [str(word) for word in overrides] if isinstance(overrides, (list, tuple)) else []
     joined = [
         f"{word}={after}" if "=" not in word and not after.startswith("--") else word
-        for word, after in zip(words, [*words[1:], ""], strict=True)
+        for word, after in zip(words, [*words[1:], ""], strict=False)  # (no words: none after)
     ]
     return [word for word in joined if re.fullmatch(r"--data\.(?!class_path|init_args|dict_kwargs)[a-z_]+=[\w.+-]+", word)]
 
