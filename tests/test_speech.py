@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -18,7 +17,7 @@ from lightning_deepr import DeepR, cli, connections, sparsify
 from lightning_deepr.models import BLSTMClassifier
 from lightning_deepr.recipes.best_weights import BestWeights
 from lightning_deepr.recipes.sequences import SequenceBatches
-from lightning_deepr.recipes.speech import FrameClassifier, disturbed, frame_errors, frame_loss, stretched
+from lightning_deepr.recipes.speech import FrameClassifier, disturbed, frame_errors, frame_loss
 from lightning_deepr.recipes.timit_cache import Frames
 from lightning_deepr.recipes.timit_phones import FOLD, IGNORED, PHONES39, PHONES60, folding
 
@@ -233,7 +232,6 @@ def fit(folder: Path, *callbacks: Callback, steps: int = 9, ckpt_path: str | Non
             "schedule": "cosine",
             "input_noise": 0.5,
             "input_offset": 0.5,
-            "input_stretch": 0.2,
             "dropout": 0.3,
             "layers": 2,
             **settings,
@@ -303,26 +301,6 @@ def test_the_offset_is_the_same_in_all_frames_of_a_sequence() -> None:
     assert disturbed(features, 0.0, 0.0) is features
 
 
-@pytest.mark.parametrize("factors", [(1.0, 1.0, 1.0), (2.0, 1.5, 0.5), (0.7, 1.3, 0.01)])
-def test_stretched_sequences(factors: tuple[float, ...]) -> None:
-    """Against np.interp, one sequence at a time; nothing of the padding gets into a sequence."""
-    torch.manual_seed(0)
-    features, labels, lengths = torch.randn(3, 9, 4), torch.randint(0, 60, (3, 9)), torch.tensor([9, 4, 7])
-    past = torch.arange(9) >= lengths[:, None]
-    features[past], labels[past] = 1e6, IGNORED
-    x, y, n = stretched(features, labels, lengths, torch.tensor(factors))
-    assert x.shape[:2] == y.shape and x.shape[1] == int(n.max())
-    for i, (length, factor) in enumerate(zip(lengths.tolist(), factors, strict=True)):
-        assert n[i] == max(1, round(length * factor))
-        at = np.minimum(np.arange(int(n[i])) / np.float32(factor), length - 1)
-        for j in range(4):
-            assert np.allclose(x[i, : n[i], j], np.interp(at, np.arange(length), features[i, :length, j]), atol=1e-5)
-        assert torch.equal(y[i, : n[i]], labels[i, np.round(at).astype(int)])
-        assert not x[i, n[i] :].any() and (y[i, n[i] :] == IGNORED).all()
-    if factors[0] == factors[2]:
-        assert torch.equal(x[~past], features[~past])
-
-
 def test_every_tensor_of_both_directions_is_rewired(tmp_path: Path) -> None:
     class Places(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -369,8 +347,6 @@ def test_settings_of_the_module_are_checked() -> None:
         FrameClassifier(input_noise=-1.0)
     with pytest.raises(ValueError, match="input_offset: expected a standard deviation"):
         FrameClassifier(input_offset=-1.0)
-    with pytest.raises(ValueError, match=r"input_stretch: expected 0 or more and less than 1, found 1\.0"):
-        FrameClassifier(input_stretch=1.0)
     with pytest.raises(ValueError, match="expected 60 or 39 classes"):
         FrameClassifier(classes=61)
 

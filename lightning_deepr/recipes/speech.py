@@ -65,37 +65,6 @@ def disturbed(features: Tensor, noise: float, offset: float) -> Tensor:
     return features
 
 
-def stretched(features: Tensor, labels: Tensor, lengths: Tensor, factors: Tensor) -> SequenceBatch:
-    """Sequences spoken slower (a factor above 1) or faster: features linear between frames, labels of the nearest frame.
-
-    Args:
-        features: [batch, time, features].
-        labels: int64 [batch, time].
-        lengths: int64 [batch], 1 or more.
-        factors: [batch], of the lengths, which are rounded, to 1 at least.
-
-    Example::
-
-        >>> batch = stretched(torch.tensor([[[0.0], [2.0]]]), torch.tensor([[7, 8]]), torch.tensor([2]), torch.tensor([2.0]))
-        >>> batch.features.flatten().tolist(), batch.labels.tolist(), batch.lengths.tolist()
-        ([0.0, 1.0, 2.0, 2.0], [[7, 7, 8, 8]], [4])
-    """
-    device, before = features.device, lengths.to(features.device)
-    factors = factors.to(device)
-    after = (before * factors).round().long().clamp(min=1)
-    frames = torch.arange(int(after.max()), device=device)
-    at = torch.minimum(frames / factors[:, None], before[:, None] - 1)  # where each frame was
-    below = at.long()
-    above = torch.minimum(below + 1, before[:, None] - 1)
-    row = torch.arange(len(features), device=device)[:, None]
-    past = frames >= after[:, None]
-    features = torch.lerp(features[row, below], features[row, above], (at - below)[..., None].to(features.dtype))
-    nearest = labels[row, at.round().long()]
-    return SequenceBatch(
-        features.masked_fill(past[..., None], 0.0), nearest.masked_fill(past, IGNORED), after.to(lengths.device)
-    )
-
-
 class FrameClassifier(LightningModule):
     """A bidirectional LSTM that names the phone of each frame, with cross-entropy and Adam.
 
@@ -111,7 +80,6 @@ class FrameClassifier(LightningModule):
         schedule: of the learning rate: "constant" | "cosine" (to 0, per step).
         input_noise: standard deviation of the normal noise added to the (normalized) features in training.
         input_offset: of another one that is the same in all frames of a sequence: a voice and a channel that nobody has heard.
-        input_stretch: each sequence gets another tempo in training: its length times a factor, uniform within so much of 1.
         seed: of noise and dropout, which are a function of it, epoch and batch, so that an interrupted training goes on as it would
             have; None: that of ``seed_everything``.
 
@@ -132,7 +100,6 @@ class FrameClassifier(LightningModule):
         schedule: str = "constant",
         input_noise: float = 0.0,
         input_offset: float = 0.0,
-        input_stretch: float = 0.0,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -140,8 +107,6 @@ class FrameClassifier(LightningModule):
         for name, value in (("input_noise", input_noise), ("input_offset", input_offset)):
             if value < 0:
                 raise ValueError(f"{name}: expected a standard deviation, 0 or more, found {value}.")
-        if not 0 <= input_stretch < 1:
-            raise ValueError(f"input_stretch: expected 0 or more and less than 1, found {input_stretch}.")
         self.save_hyperparameters()
         self.net = BLSTMClassifier(inputs, hidden, classes, layers, dropout)
         self.register_buffer("folding", folding(classes), persistent=False)
@@ -153,10 +118,6 @@ class FrameClassifier(LightningModule):
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         features, labels, lengths = batch
         with self._drawing(batch_idx):
-            if stretch := self.hparams["input_stretch"]:
-                features, labels, lengths = stretched(
-                    features, labels, lengths, 1 + stretch * (2 * torch.rand(len(labels)) - 1)
-                )
             features = disturbed(features, self.hparams["input_noise"], self.hparams["input_offset"])
             loss = frame_loss(self.net(features, lengths), labels)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=len(labels))
@@ -165,7 +126,7 @@ class FrameClassifier(LightningModule):
     @contextmanager
     def _drawing(self, batch_idx: int) -> Iterator[None]:
         """Noise and dropout of this batch; the global generators are left as they were."""
-        if not any(self.hparams[name] for name in ("input_noise", "input_offset", "input_stretch", "dropout")):
+        if not any(self.hparams[name] for name in ("input_noise", "input_offset", "dropout")):
             yield
             return
         seed = torch.initial_seed() if self.hparams["seed"] is None else self.hparams["seed"]
