@@ -18,6 +18,7 @@ from lightning_deepr import zoo
 from lightning_deepr.cli import find_recipe
 from lightning_deepr.recipes.timit_cache import Frames
 from lightning_deepr.recipes.timit_data import TIMIT
+from lightning_deepr.zoo import make
 
 pytestmark = pytest.mark.slow  # a process each, that imports all and compiles at the least settings
 
@@ -145,6 +146,19 @@ def test_the_timit_recipe_has_the_settings_of_the_study() -> None:
     assert found == (settings["lr"], settings["noise"], settings["offset"], settings["dropout"])
     assert list(sparsity["l1"]["init_args"].values()) == settings["l1"][1:]
     assert sparsity["connectivity"] == study.budget(0.05, settings["shares"])
+
+
+def test_the_zoo_has_the_settings_of_the_studies() -> None:
+    cifar10, timit = script("reproduction/cifar10.py"), script("reproduction/timit.py")
+    for tag, counts in make.CIFAR10_COUNTS.items():
+        c, plan = int(tag) / 100, make.PLANS[f"cifar10_cnn.deepr_{tag}pct_cifar10"]
+        settings = cifar10.settings_of("deepr", c)
+        assert counts == cifar10.budget(c, settings["shares"])
+        assert plan.overrides.get("sparsity.l1.init_args.start", cifar10.OWN["deepr"]["l1"]) == settings["l1"]
+    for tag, counts in make.TIMIT_COUNTS.items():
+        c = int(tag) / 100
+        settings = {**timit.OWN["deepr"], **timit.TRIALS["deepr"][timit.best_trial("deepr", c)]}
+        assert counts == timit.budget(c, settings["shares"])
 
 
 def script(path: str) -> Any:

@@ -26,12 +26,16 @@ from lightning_deepr import (
     load_state_dict,
     save_sparse,
     sparsify,
+    zoo,
 )
 from lightning_deepr.cli import main
 from lightning_deepr.export import to_c_header, to_csr, to_dense_state_dict, to_onnx, to_scipy
 from lightning_deepr.export.encodings import gaps
 from lightning_deepr.models import BLSTMClassifier, LeNet300100
+from lightning_deepr.recipes.sequences import SequenceBatches
+from lightning_deepr.recipes.timit_data import load_timit
 
+from .made_up_timit import real_sample
 from .networks import LAYERS, Layer, flat
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is an int and means one single connection", "ignore:LSTM with projections")
@@ -186,6 +190,24 @@ def test_onnxruntime_reproduces_the_network(name: str, sparse: bool, tmp_path: P
     assert np.abs(given - wanted).max() <= 1e-5
     assert str(tmp_path).encode() not in file.path.read_bytes()
     assert b"site-packages" not in file.path.read_bytes()  # the exporter's stack traces
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["speech", "noise"])
+@pytest.mark.parametrize("name", zoo.list_models("timit_blstm.*"))
+def test_onnxruntime_runs_the_lstms_of_the_zoo(name: str, kind: str, tmp_path: Path) -> None:
+    """On the test speakers' utterances, where TIMIT's sample is at hand, and on sizes that the exporter has not seen."""
+    pytest.importorskip("onnxscript")
+    if kind == "speech":
+        inputs = [x for x, _, _ in SequenceBatches(load_timit(real_sample(), cache_dir=tmp_path).test, 1)]
+    else:
+        inputs = [torch.randn(3, frames, 39) for frames in (1, 77, 400)]
+    net = zoo.load(name).eval()
+    file = to_onnx(net, tmp_path / "net.onnx", torch.randn(2, 50, 39), dynamic={0: "batch", 1: "time"}, sparse=True)
+    for x in inputs:
+        (given,) = onnx_outputs(file.path, x)
+        with torch.no_grad():
+            assert np.abs(given - net(x).numpy()).max() <= 1e-5
 
 
 @pytest.mark.slow

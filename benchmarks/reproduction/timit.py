@@ -4,7 +4,7 @@
     python benchmarks/reproduction/timit.py --root data/corpora/timit --parts study --arms deepr dense
     python benchmarks/reproduction/timit.py --table                           # tables and figures from timit.csv
 
-Parts: `tune` (four settings per arm at 5 %, validation speakers of two splits) and `study` (test speakers; the seed is the split: 10 speakers train, 2 validate, 4 test, disjoint tests).
+Parts: `tune` (eight settings per arm at 5 and at 20 %, validation speakers of two splits) and `study` (test speakers; the seed is the split: 10 speakers train, 2 validate, 4 test, disjoint tests).
 All arms: 128 units per direction (186,368 weights, the last layer counted), chunks of 100 frames, 32 a batch, Adam with a cosine to 0,
 gradients clipped at norm 1, noise on the inputs, a moving average of the weights that is what gets evaluated, and early stopping: every
 25 steps the validation speakers' frame error is taken, and the test error is that of the best of these moments at which the network has
@@ -67,6 +67,9 @@ OWN: dict[str, Settings] = {
     "l1_shrinkage": {"lr": 0.01, "l1": 0.03, "shares": SHARES},
 }
 DROPOUTS: dict[str, Settings] = {f"noise .5, dropout .{d}": {"noise": 0.5, "dropout": d / 10} for d in (2, 4)}
+WIDER_LAST: dict[str, Settings] = {
+    f"noise .5, dropout .{d}, last layer .2": {"noise": 0.5, "dropout": d / 10, "shares": (0.15, 0.014, 0.2)} for d in (2, 4)
+}
 # What is tried at 5 and 20 % (dense: at 100 %), for each arm as many: on the validation speakers of two splits.
 TRIALS: dict[str, dict[str, Settings]] = {
     "dense": {
@@ -76,6 +79,8 @@ TRIALS: dict[str, dict[str, Settings]] = {
         "offset .5, noise .3, 500 steps": {"offset": 0.5, "noise": 0.3, "steps": 500},
         "lr .02": {"lr": 0.02},
         "dropout .7": {"dropout": 0.7},
+        "noise .8": {"noise": 0.8},
+        "dropout .3": {"dropout": 0.3},
     },
     "small_dense": {
         "first": {},
@@ -83,6 +88,7 @@ TRIALS: dict[str, dict[str, Settings]] = {
         "noise .5": {"noise": 0.5},
         "no offset": {"offset": 0.0},
         **DROPOUTS,
+        **{f"{trial}, lr .02": {**changed, "lr": 0.02} for trial, changed in DROPOUTS.items()},
     },
     "deepr": {
         "first": {},
@@ -90,6 +96,7 @@ TRIALS: dict[str, dict[str, Settings]] = {
         "noise .5": {"noise": 0.5},
         "last layer .2": {"shares": (0.15, 0.014, 0.2)},
         **DROPOUTS,
+        **{f"{trial}, l1 .1": {**changed, "l1": ["LinearDecay", 0.1, 0.0]} for trial, changed in WIDER_LAST.items()},
     },
     "soft_deepr": {
         "first": {},
@@ -97,6 +104,7 @@ TRIALS: dict[str, dict[str, Settings]] = {
         "T 3e-3": {"temperature": 3e-3},
         "l1 .1, T 1e-4": {"l1": 0.1, "temperature": 1e-4},
         **DROPOUTS,
+        **WIDER_LAST,
     },
     "fixed_random": {
         "first": {},
@@ -104,6 +112,7 @@ TRIALS: dict[str, dict[str, Settings]] = {
         "noise .5": {"noise": 0.5},
         "last layer .2": {"shares": (0.15, 0.014, 0.2)},
         **DROPOUTS,
+        **WIDER_LAST,
     },
     "pruning": {
         "first": {},
@@ -111,8 +120,16 @@ TRIALS: dict[str, dict[str, Settings]] = {
         "noise .5": {"noise": 0.5},
         "pruned later": {"prune_from": 0.4, "prune_until": 0.8},
         **DROPOUTS,
+        **WIDER_LAST,
     },
-    "l1_shrinkage": {"first": {}, "l1 .01": {"l1": 0.01}, "l1 .1": {"l1": 0.1}, "lr .02": {"lr": 0.02}, **DROPOUTS},
+    "l1_shrinkage": {
+        "first": {},
+        "l1 .01": {"l1": 0.01},
+        "l1 .1": {"l1": 0.1},
+        "lr .02": {"lr": 0.02},
+        **DROPOUTS,
+        **WIDER_LAST,
+    },
 }
 
 

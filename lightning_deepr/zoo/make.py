@@ -85,7 +85,15 @@ CIFAR10_COUNTS = {
     "10": {"conv2": 38_714, "local3": 33_450, "local4": 27_874},
     "20": {"conv2": 80_030, "local3": 69_146, "local4": 57_621},
 }
+CIFAR10_ALPHA = {"2": 3e-3, "5": 3e-3, "10": 1e-3, "20": 1e-3}  # cifar10_best's, and less from 10 % on (the study's FROM_10)
 CIFAR10_STUDY = "python benchmarks/reproduction/cifar10.py --root data --parts study --arms deepr --keep runs/zoo"
+# of all 186,368 weights, the last layer counted, shared out as benchmarks/reproduction/timit.py does (budget)
+TIMIT_COUNTS = {
+    "1": {"lstm.weight_ih*": 1_193, "lstm.weight_hh*": 365, "head": 306},
+    "2": {"lstm.weight_ih*": 2_385, "lstm.weight_hh*": 731, "head": 611},
+    "5": {"lstm.weight_ih*": 5_963, "lstm.weight_hh*": 1_826, "head": 1_529},
+    "10": {"lstm.weight_ih*": 11_926, "lstm.weight_hh*": 3_653, "head": 3_058},
+}
 SOFT = {"sparsity": "SoftDeepR", "sparsity.l1": 5e-4, "sparsity.temperature": 1e-9}
 PLANS: dict[str, Plan] = {
     **{
@@ -105,13 +113,23 @@ PLANS: dict[str, Plan] = {
         f"cifar10_cnn.deepr_{tag}pct_cifar10": Plan(
             "cifar10_best",
             "cifar10",
-            {} if tag == "5" else {"sparsity.connectivity": counts},
+            {} if tag == "5" else {"sparsity.connectivity": counts, "sparsity.l1.init_args.start": CIFAR10_ALPHA[tag]},
             f"The percentage is of all 1,067,584 weights, the dense conv1 and output layer counted: {sum(counts.values()) + 6_720:,} in all.",
             2 if tag == "5" else 1,
             CIFAR10_STUDY,
             f"study_deepr_{int(tag) / 100:g}_{{seed}}.safetensors",
         )
         for tag, counts in CIFAR10_COUNTS.items()
+    },
+    **{
+        f"timit_blstm.deepr_{tag}pct_timit_sample": Plan(
+            "timit_sample",
+            "timit",
+            {"sparsity.connectivity": counts},
+            "Trained on the free sample of TIMIT, 10 of its 16 speakers, not on the corpus. "
+            f"The percentage is of all 186,368 weights, the last layer counted: {sum(counts.values()):,} in all.",
+        )
+        for tag, counts in TIMIT_COUNTS.items()
     },
 }
 

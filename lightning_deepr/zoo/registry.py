@@ -37,6 +37,10 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("lenet300_100.deepr_20pct_mnist", "7037ae56a4c1895a69930982c6f4734b45ce5e966505def38cc5e298a948666b"),
     Entry("lenet300_100.soft_deepr_1pct_mnist", "d788bbe1e0e95ef79e6f188d9f4e90b62cf3bfc854fd05bd9cac0b4eff14597e"),
     Entry("lenet300_100.soft_deepr_5pct_mnist", "3f82983df42ca7e25ab63827afbd533ac811ef6511adb2e100466815f87cb305"),
+    Entry("cifar10_cnn.deepr_2pct_cifar10", "adffc937e1e5cf198755bbd85f64d8f3e5007d1a70c736f005f5b57c3ca5e111"),
+    Entry("cifar10_cnn.deepr_5pct_cifar10", "cbed8bdb0a4d4de9519e5a2584f3a70e09dea7234eb6bd9d214e70380f06669a"),
+    Entry("cifar10_cnn.deepr_10pct_cifar10", "f34f586eb1d33f6f7e80d1ac88568e7f204469eb49afd23c5e4c961fc181fc99"),
+    Entry("cifar10_cnn.deepr_20pct_cifar10", "95757faa4699f897d4a561bb4a7b7f29f3b8a349c4fe55d4d0837be119f7f389"),
 )
 
 
