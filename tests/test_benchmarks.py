@@ -222,20 +222,48 @@ def test_every_arm_trains_on_timit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_best_trial_is_that_of_those_that_are_sparse_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     study = script("reproduction/timit.py")
-    tried = [("a", 41, 9_318), ("a", 43, 9_300), ("b", 40, 9_318), ("b", 39, 11_200), ("c", 41, 9_318)]
-    rows = [
-        {"part": "tune", "arm": arm, "trial": trial, "connectivity": "0.05", "val_error": str(error), "connections": str(found)}
-        for trial, error, found in tried
-        for arm in ("deepr", "soft_deepr")
-    ]
+    rows: list[dict[str, str]] = []
+
+    def tried(trial: str, connectivity: str, seed: int, error: float, connections: int, arm: str = "deepr") -> None:
+        rows.append(
+            {
+                "part": "tune",
+                "arm": arm,
+                "trial": trial,
+                "connectivity": connectivity,
+                "seed": str(seed),
+                "val_error": str(error),
+                "connections": str(connections),
+            }
+        )
+
     monkeypatch.setattr(type(study.RESULTS), "read", lambda self: rows)
+    monkeypatch.setattr(study, "TRIALS", {arm: {trial: {} for trial in "abcde"} for arm in study.TRIALS})
+    assert study.best_trial("deepr", 0.05) == "first" and study.finalists("deepr", 0.05) == []
+    for arm in ("deepr", "soft_deepr"):
+        for trial, first, second, found in (
+            ("a", 41, 43, 9_318),
+            ("b", 40, 39, 11_000),
+            ("c", 41, 41, 9_318),
+            ("d", 44, 46, 9_000),
+        ):
+            tried(trial, "0.05", 0, first, 9_318, arm)
+            tried(trial, "0.05", 1, second, found, arm)
     assert study.best_trial("deepr", 0.05) == study.best_trial("deepr", 0.01) == "c"  # b had too many connections once
-    assert study.best_trial("soft_deepr", 0.05) == "c"
-    rows[7]["connections"] = "11000"  # 1.18 times
-    assert study.best_trial("soft_deepr", 0.05) == "b"
+    assert study.best_trial("soft_deepr", 0.05) == "b"  # that only aims at them: 1.18 times
     assert study.best_trial("pruning", 0.05) == study.best_trial("deepr", 0.1) == "first"
-    rows.append({**rows[0], "trial": "d", "connectivity": "0.2", "connections": "37274"})
-    assert study.best_trial("deepr", 0.1) == study.best_trial("deepr", 0.2) == "d" and study.best_trial("deepr", 0.05) == "c"
+    assert study.finalists("deepr", 0.05) == [], "a trial is missing"
+    tried("e", "0.05", 0, 42, 9_318), tried("e", "0.05", 1, 43, 9_318)
+    assert study.finalists("deepr", 0.05) == ["c", "a", "e"]
+    assert {(job.part, job.trial, job.seed) for job in study.jobs("finals", ["deepr"])} == {
+        ("tune", trial, split) for trial in "cae" for split in (2, 3)
+    }
+    for trial, error in (("c", 45), ("a", 40)):
+        tried(trial, "0.05", 2, error, 9_318), tried(trial, "0.05", 3, error, 9_318)
+    assert study.best_trial("deepr", 0.05) == "a"  # over all four splits
+    assert study.finalists("deepr", 0.05) == ["c", "a", "e"]
+    tried("d", "0.1", 0, 30, 18_637), tried("d", "0.1", 1, 30, 18_637)
+    assert study.best_trial("deepr", 0.1) == study.best_trial("deepr", 0.2) == "d" and study.best_trial("deepr", 0.05) == "a"
 
 
 def test_a_study_does_again_what_had_other_settings(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
     python benchmarks/reproduction/timit.py --root data/corpora/timit --parts study --arms deepr dense
     python benchmarks/reproduction/timit.py --table                           # tables and figures from timit.csv
 
-Parts: `tune` (eight settings per arm at 5 and at 20 %, validation speakers of two splits) and `study` (test speakers; the seed is the split: 10 speakers train, 2 validate, 4 test, disjoint tests).
+Parts: `tune` (eight settings per arm at 5 and at 10 % on the validation speakers of two splits, the best three then on all four) and `study` (test speakers; the seed is the split: 10 speakers train, 2 validate, 4 test, disjoint tests).
 All arms: 128 units per direction (186,368 weights, the last layer counted), chunks of 100 frames, 32 a batch, Adam with a cosine to 0,
 gradients clipped at norm 1, noise on the inputs, a moving average of the weights that is what gets evaluated, and early stopping: every
 25 steps the validation speakers' frame error is taken, and the test error is that of the best of these moments at which the network has
@@ -20,6 +20,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ HERE = Path(__file__).parent
 RESULTS = Results(HERE / "timit.csv", "frame_error", "val_error", "best_step", "connections", "per_layer", "curve")
 TOTAL = 186_368  # 39,936 input weights, 131,072 recurrent ones, 15,360 of the last layer
 CONNECTIVITIES = (0.01, 0.02, 0.05, 0.1, 0.2)
+SPLITS = (0, 1, 2, 3)
+FINALISTS = 3
 EVERY = 25  # steps between evaluations
 Settings = dict[str, Any]
 
@@ -70,7 +73,7 @@ DROPOUTS: dict[str, Settings] = {f"noise .5, dropout .{d}": {"noise": 0.5, "drop
 WIDER_LAST: dict[str, Settings] = {
     f"noise .5, dropout .{d}, last layer .2": {"noise": 0.5, "dropout": d / 10, "shares": (0.15, 0.014, 0.2)} for d in (2, 4)
 }
-# What is tried at 5 and 20 % (dense: at 100 %), for each arm as many: on the validation speakers of two splits.
+# What is tried at 5 and 10 % (dense: at 100 %), for each arm as many.
 TRIALS: dict[str, dict[str, Settings]] = {
     "dense": {
         "first": {},
@@ -140,19 +143,34 @@ def allowed(arm: str) -> float:
 
 def tuned_at(arm: str, connectivity: float) -> float:
     """The connectivity of the trials that give the settings for another one."""
-    return 1.0 if arm == "dense" else 0.05 if connectivity <= 0.05 else 0.2
+    return 1.0 if arm == "dense" else 0.05 if connectivity <= 0.05 else 0.1
+
+
+def trial_errors(arm: str, connectivity: float, splits: Sequence[int]) -> dict[str, float]:
+    """Mean validation error of the trials that are done on all these splits; infinite if one ended with more connections than it may."""
+    found: dict[str, dict[int, float]] = {}
+    for row in RESULTS.read():
+        if row["part"] == "tune" and row["arm"] == arm and row["connectivity"] == f"{connectivity:g}":
+            fits = arm in ("dense", "small_dense") or int(row["connections"]) <= allowed(arm) * connectivity * TOTAL
+            found.setdefault(row["trial"], {})[int(row["seed"])] = float(row["val_error"]) if fits else math.inf
+    return {
+        trial: statistics.mean(errors[split] for split in splits)
+        for trial, errors in found.items()
+        if set(splits) <= set(errors)
+    }
+
+
+def finalists(arm: str, connectivity: float) -> list[str]:
+    """The trials with the least errors on the first two splits, once all are done there."""
+    errors = trial_errors(arm, connectivity, SPLITS[:2])
+    return sorted(errors, key=lambda trial: errors[trial])[:FINALISTS] if set(TRIALS[arm]) <= set(errors) else []
 
 
 def best_trial(arm: str, connectivity: float) -> str:
-    """Of the trials at 5 % (20 % from 10 % on) the one with the least validation error of those that end with no more connections than they may; "first" before there are any."""
-    errors: dict[str, list[float]] = {}
-    for row in RESULTS.read():
-        if row["part"] == "tune" and row["arm"] == arm and row["connectivity"] == f"{tuned_at(arm, connectivity):g}":
-            fits = (
-                arm in ("dense", "small_dense") or int(row["connections"]) <= allowed(arm) * float(row["connectivity"]) * TOTAL
-            )
-            errors.setdefault(row["trial"], []).append(float(row["val_error"]) if fits else math.inf)
-    return min(errors, key=lambda trial: statistics.mean(errors[trial])) if errors else "first"
+    """Of the finalists the one with the least error over all splits' validation speakers; while there are none what is ahead, or "first"."""
+    c = tuned_at(arm, connectivity)
+    errors = trial_errors(arm, c, SPLITS) or trial_errors(arm, c, SPLITS[:2])
+    return min(errors, key=lambda trial: errors[trial]) if errors else "first"
 
 
 def budget(connectivity: float, shares: tuple[float, float, float], hidden: int = 128) -> dict[str, int]:
@@ -186,18 +204,19 @@ def hidden_of(weights: int) -> int:
 
 
 def jobs(part: str, arms: list[str]) -> list[Job]:
-    """What a part consists of; the first splits of all come first."""
+    """What a part consists of ("finals": of the trials, what those that came first in "tune" still lack); the first splits of all come first."""
     found = []
     for arm in arms:
         if part == "study":
             for c in (1.0,) if arm == "dense" else CONNECTIVITIES:
                 settings = {**COMMON, **OWN[arm], **TRIALS[arm][best_trial(arm, c)]}
-                found += [Job(part, arm, c, seed, "", "test", json.dumps(settings)) for seed in range(4)]
-        else:
-            for trial, changed in TRIALS[arm].items():
-                settings = {**COMMON, **OWN[arm], **changed}
-                for c in sorted({tuned_at(arm, c) for c in CONNECTIVITIES}):
-                    found += [Job(part, arm, c, seed, trial, "validation", json.dumps(settings)) for seed in range(2)]
+                found += [Job(part, arm, c, split, "", "test", json.dumps(settings)) for split in SPLITS]
+            continue
+        for c in sorted({tuned_at(arm, c) for c in CONNECTIVITIES}):
+            for trial in TRIALS[arm] if part == "tune" else finalists(arm, c):
+                settings = json.dumps({**COMMON, **OWN[arm], **TRIALS[arm][trial]})
+                splits = SPLITS[:2] if part == "tune" else SPLITS[2:]
+                found += [Job("tune", arm, c, split, trial, "validation", settings) for split in splits]
     return sorted(found, key=lambda job: (job.seed, job.connectivity not in (0.05, 1.0)))
 
 
@@ -292,19 +311,16 @@ def tables() -> str:
         lines.append("")
     tune = [row for row in rows if row["part"] == "tune"]
     if tune:
-        lines += [
-            "**tune**: validation frame error, mean over two splits",
-            "",
-            "| arm | trial | at 5 % (dense: 100 %) | at 20 % |",
-        ]
-        lines.append("|---" * 4 + "|")
-        for arm, trial in dict.fromkeys(
-            (row["arm"], row["trial"]) for row in sorted(tune, key=lambda r: list(ARMS).index(r["arm"]))
-        ):
-            mine = [row for row in tune if (row["arm"], row["trial"]) == (arm, trial)]
-            low, high = ([float(r["val_error"]) for r in mine if (r["connectivity"] == "0.2") is at] for at in (False, True))
-            cells = [f"{statistics.mean(errors):.2f}" if errors else "-" for errors in (low, high)]
-            lines.append(f"| {arm.replace('_', ' ')} | {trial} | {' | '.join(cells)} |")
+        lines += ["**tune**: validation frame error, mean over two splits (of what came first there over all four)", ""]
+        lines += ["| arm | trial | at 5 % (dense: 100 %) | at 10 % |", "|---|---|---|---|"]
+        for arm, trials in TRIALS.items():
+            for trial in trials:
+                cells = []
+                for c in sorted({tuned_at(arm, c) for c in CONNECTIVITIES}):
+                    first, all_ = (trial_errors(arm, c, splits).get(trial) for splits in (SPLITS[:2], SPLITS))
+                    cells.append(("-" if first is None else f"{first:.2f}") + ("" if all_ is None else f" ({all_:.2f})"))
+                if set(cells) != {"-"}:
+                    lines.append(f"| {arm.replace('_', ' ')} | {trial} | {' | '.join([*cells, '-'][:2])} |")
     return "\n".join(lines)
 
 
@@ -335,10 +351,11 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         for part in options.parts:
-            todo = jobs(part, options.arms)
-            if part == "study":
-                RESULTS.forget(todo)  # trained with what was the best trial then
-            RESULTS.train(todo, run, options.workers, options.root, options.cache)
+            for stage in ("tune", "finals") if part == "tune" else (part,):
+                todo = jobs(stage, options.arms)
+                if part == "study":
+                    RESULTS.forget(todo)  # trained with what was the best trial then
+                RESULTS.train(todo, run, options.workers, options.root, options.cache)
     print(tables())
     study = [row for row in RESULTS.read() if row["part"] == "study"]
     if study:
