@@ -156,9 +156,11 @@ def test_the_zoo_has_the_settings_of_the_studies() -> None:
         assert counts == cifar10.budget(c, settings["shares"])
         assert plan.overrides.get("sparsity.l1.init_args.start", cifar10.OWN["deepr"]["l1"]) == settings["l1"]
     for tag, counts in make.TIMIT_COUNTS.items():
-        c = int(tag) / 100
-        settings = {**timit.OWN["deepr"], **timit.TRIALS["deepr"][timit.best_trial("deepr", c)]}
+        c, plan = int(tag) / 100, make.PLANS[f"timit_blstm.deepr_{tag}pct_timit_sample"]
+        settings = {**timit.COMMON, **timit.OWN["deepr"], **timit.TRIALS["deepr"][timit.best_trial("deepr", c)]}
         assert counts == timit.budget(c, settings["shares"])
+        assert plan.overrides.get("model.dropout", 0.0) == settings["dropout"]
+        assert plan.overrides.get("sparsity.l1.init_args.start", timit.OWN["deepr"]["l1"][1]) == settings["l1"][1]
 
 
 def script(path: str) -> Any:

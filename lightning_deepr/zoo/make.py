@@ -92,8 +92,9 @@ TIMIT_COUNTS = {
     "1": {"lstm.weight_ih*": 1_193, "lstm.weight_hh*": 365, "head": 306},
     "2": {"lstm.weight_ih*": 2_385, "lstm.weight_hh*": 731, "head": 611},
     "5": {"lstm.weight_ih*": 5_963, "lstm.weight_hh*": 1_826, "head": 1_529},
-    "10": {"lstm.weight_ih*": 11_926, "lstm.weight_hh*": 3_653, "head": 3_058},
+    "10": {"lstm.weight_ih*": 10_245, "lstm.weight_hh*": 3_138, "head": 5_254},
 }
+TIMIT_AT_10 = {"model.dropout": 0.4, "sparsity.l1.init_args.start": 0.1}  # the study's best trial there
 SOFT = {"sparsity": "SoftDeepR", "sparsity.l1": 5e-4, "sparsity.temperature": 1e-9}
 PLANS: dict[str, Plan] = {
     **{
@@ -125,7 +126,7 @@ PLANS: dict[str, Plan] = {
         f"timit_blstm.deepr_{tag}pct_timit_sample": Plan(
             "timit_sample",
             "timit",
-            {"sparsity.connectivity": counts},
+            {"sparsity.connectivity": counts, **(TIMIT_AT_10 if tag == "10" else {})},
             "Trained on the free sample of TIMIT, 10 of its 16 speakers, not on the corpus. "
             f"The percentage is of all 186,368 weights, the last layer counted: {sum(counts.values()):,} in all.",
         )
