@@ -41,6 +41,10 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("cifar10_cnn.deepr_5pct_cifar10", "cbed8bdb0a4d4de9519e5a2584f3a70e09dea7234eb6bd9d214e70380f06669a"),
     Entry("cifar10_cnn.deepr_10pct_cifar10", "f34f586eb1d33f6f7e80d1ac88568e7f204469eb49afd23c5e4c961fc181fc99"),
     Entry("cifar10_cnn.deepr_20pct_cifar10", "95757faa4699f897d4a561bb4a7b7f29f3b8a349c4fe55d4d0837be119f7f389"),
+    Entry("timit_blstm.deepr_1pct_timit_sample", "67894629a3e7f712e91cdffd345318b9486cc32226fe3c8bc6cc1c030da8b89d"),
+    Entry("timit_blstm.deepr_2pct_timit_sample", "1d1f538ea17224f88e11a99e5312654dc47737c36a7d8e1ccc33f272708026a8"),
+    Entry("timit_blstm.deepr_5pct_timit_sample", "eda38ba8a4a3f896399b2eb6b5af1f27bd0ec7a8400558e403763624d25b860c"),
+    Entry("timit_blstm.deepr_10pct_timit_sample", "645eafd38b087c614025cadd940bf8e7f9b652629319c053a9e5162ffb3ebe0a"),
 )
 
 
