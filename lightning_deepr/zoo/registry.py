@@ -29,12 +29,12 @@ class Entry:
 
 
 ENTRIES: tuple[Entry, ...] = (
-    Entry("lenet300_100.deepr_0p5pct_mnist", "5cbe3b9f5c9aa62f6928e1dd270ed63865a4edb055bc4d7ec023b08ddb7d7c3c"),
-    Entry("lenet300_100.deepr_1pct_mnist", "91fcd46be7a10140bebb74f0d0c5972f6bb319c1f28d8640a02a96427167a72d"),
-    Entry("lenet300_100.deepr_2pct_mnist", "ca7f254a02c83265160b4667f17c3d243cfa67dfab46a34b261a771787354470"),
-    Entry("lenet300_100.deepr_5pct_mnist", "79e776432c7e7b5aea9b7e78cd7309a3fd041bcb86083da8e40bb74dc28db0c0"),
-    Entry("lenet300_100.deepr_10pct_mnist", "ce8efa0f62250d5a0feef4de14dda3866e6eef5d5196839ed52c21bab5f31df0"),
-    Entry("lenet300_100.deepr_20pct_mnist", "7037ae56a4c1895a69930982c6f4734b45ce5e966505def38cc5e298a948666b"),
+    Entry("lenet300_100.deepr_0p5pct_mnist", "e3109ad21bf2b5091e521cb3d025137643e5a52d25bf8452cdfe89517dd10f1b"),
+    Entry("lenet300_100.deepr_1pct_mnist", "7c55d2db2070a603e3380eba13d5404fa7059528b8d8a75b787ae8c6f9459a1a"),
+    Entry("lenet300_100.deepr_2pct_mnist", "326e1267e2c1174e6f4227d9ddd8bba484c38477aea965f5f01cc37ad3e9a06d"),
+    Entry("lenet300_100.deepr_5pct_mnist", "69f315a86f3fe5ccfe2369cdfdf894f3e86948e9e2bf80e911fb58dc0198c83d"),
+    Entry("lenet300_100.deepr_10pct_mnist", "c5d87880b2d2a69668b4e403d5ef466c3738248304b99a397dbf43d64a3ee6f2"),
+    Entry("lenet300_100.deepr_20pct_mnist", "40568f66bb5824386c950b6a738f5ef9f550c49bc79b961c35f7a3d909b034f3"),
     Entry("lenet300_100.soft_deepr_1pct_mnist", "d788bbe1e0e95ef79e6f188d9f4e90b62cf3bfc854fd05bd9cac0b4eff14597e"),
     Entry("lenet300_100.soft_deepr_5pct_mnist", "3f82983df42ca7e25ab63827afbd533ac811ef6511adb2e100466815f87cb305"),
     Entry("cifar10_cnn.deepr_2pct_cifar10", "adffc937e1e5cf198755bbd85f64d8f3e5007d1a70c736f005f5b57c3ca5e111"),
