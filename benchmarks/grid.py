@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from common import axes
+from torch import nn
+from torch.optim import Optimizer
 
 Row = dict[str, str]
 
@@ -64,9 +66,12 @@ class Results:
         kept = [row for row in rows if _key(row) not in settings or settings[_key(row)] == json.loads(row["settings"])]
         if len(kept) < len(rows):
             print(f"{len(rows) - len(kept)} trainings had other settings: they are done again", flush=True)
-            self.path.unlink()
-            for row in kept:
-                self.write(row)
+            new = self.path.with_suffix(".new")
+            with new.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(kept)
+            new.replace(self.path)
 
     def train(self, jobs: Sequence[Job], run: Callable[..., dict[str, Any]], workers: int, *arguments: Any) -> None:
         """Runs what has no line yet; ``run(job, *arguments)`` returns the columns that the job itself does not have."""
@@ -86,6 +91,31 @@ class Results:
 
 def _key(row: Row) -> tuple[str, ...]:
     return (row["part"], row["arm"], row["connectivity"], row["seed"], row["trial"])
+
+
+def steps_in_common(callback: Any) -> int:
+    """Steps in which the wanted connectivity does not matter yet: before pruning prunes first, and before l1-shrinkage cuts.
+
+    Trainings that differ in nothing else are the same until then, and need it only once.
+    """
+    fraction = getattr(callback, "prune_from", getattr(callback, "freeze_at", None))
+    return 0 if fraction is None else callback.step_at(fraction) - 1
+
+
+def restore(state: dict[str, Any], net: nn.Module, optimizer: Optimizer, callback: Any) -> None:
+    """Go on from the state_dicts "net", "optimizer" and "callback" of this training, or of one for another connectivity as long as that does not matter."""
+    load(net, state["net"])
+    optimizer.load_state_dict(state["optimizer"])
+    if callback is not None:
+        own = callback.state_dict()["tensors"]
+        tensors = {name: {**entry, "K": own[name]["K"]} for name, entry in state["callback"]["tensors"].items()}
+        callback.load_state_dict({**state["callback"], "tensors": tensors})
+
+
+def load(net: nn.Module, state: dict[str, Any]) -> None:
+    """Load all but the wanted numbers of connections."""
+    own = net.state_dict()
+    net.load_state_dict({name: own[name] if name.endswith(".wanted") else value for name, value in state.items()})
 
 
 def quiet() -> None:

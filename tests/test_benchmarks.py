@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_an_arm_has_the_settings_of_its_recipe(arm: str, recipe: str) -> None:
 
 def test_the_cifar10_recipe_has_the_settings_of_the_study() -> None:
     study, written = script("reproduction/cifar10.py"), yaml.safe_load(Path(find_recipe("cifar10_best")).read_text())
-    settings = {**study.SCHEDULE, **study.OWN["deepr"]}
+    settings = study.settings_of("deepr", 0.05)
     model, sparsity = written["model"]["init_args"], written["sparsity"]["init_args"]
     assert {name: model[name] for name in ("lr", "momentum", "weight_decay")} == {
         name: settings[name] for name in ("lr", "momentum", "weight_decay")
@@ -140,7 +141,7 @@ def test_the_cifar10_recipe_has_the_settings_of_the_study() -> None:
 
 def test_the_timit_recipe_has_the_settings_of_the_study() -> None:
     study, written = script("reproduction/timit.py"), yaml.safe_load(Path(find_recipe("timit_sample")).read_text())
-    settings = {**study.COMMON, **study.OWN["deepr"], **study.TRIALS["deepr"][study.best_trial("deepr", 0.05)]}
+    settings = study.settings_of("deepr", 0.05)
     model, sparsity = written["model"]["init_args"], written["sparsity"]["init_args"]
     found = (model["lr"], model["input_noise"], model["input_offset"], model.get("dropout", 0.0))
     assert found == (settings["lr"], settings["noise"], settings["offset"], settings["dropout"])
@@ -157,7 +158,7 @@ def test_the_zoo_has_the_settings_of_the_studies() -> None:
         assert plan.overrides.get("sparsity.l1.init_args.start", cifar10.OWN["deepr"]["l1"]) == settings["l1"]
     for tag, counts in make.TIMIT_COUNTS.items():
         c, plan = int(tag) / 100, make.PLANS[f"timit_blstm.deepr_{tag}pct_timit_sample"]
-        settings = {**timit.COMMON, **timit.OWN["deepr"], **timit.TRIALS["deepr"][timit.best_trial("deepr", c)]}
+        settings = timit.settings_of("deepr", c)
         assert counts == timit.budget(c, settings["shares"])
         assert plan.overrides.get("model.dropout", 0.0) == settings["dropout"]
         assert plan.overrides.get("sparsity.l1.init_args.start", timit.OWN["deepr"]["l1"][1]) == settings["l1"][1]
@@ -205,18 +206,119 @@ def test_every_arm_trains_on_cifar10(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(study, "EPOCHS", {"study": 2})
     train_first(study, ("study",), "", str(tmp_path))
     # the states of interrupted runs are gone when they end, the networks are there
-    assert {file.name for file in tmp_path.iterdir()} == {
+    assert {file.name for file in tmp_path.iterdir()} - {"study_l1_shrinkage_any_0__state.pt"} == {
         f"study_{arm}_0.05_0.safetensors" for arm in study.ARMS if arm != "dense"
     }
     assert zoo.info(tmp_path / "study_deepr_0.05_0.safetensors")["connectivity"]["active"] == 53_379 - 6_720
 
 
-def test_every_arm_trains_on_timit(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_on_noise(study: Any, monkeypatch: pytest.MonkeyPatch, epochs: int) -> list[int]:
+    """CIFAR-10's study on 256 made-up images; the list says which epochs were trained."""
+    images = torch.randint(0, 256, (356, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made_up = images[:256], torch.arange(256) % 10, images[256:], torch.arange(100) % 10
+    monkeypatch.setattr(study.CIFAR10DataModule, "load", lambda self: made_up)
+    monkeypatch.setattr(study, "EPOCHS", {"study": epochs})
+    trained: list[int] = []
+
+    class Watched(study.Crops):  # type: ignore[misc]
+        def set_epoch(self, epoch: int) -> None:
+            trained.append(epoch)
+            super().set_epoch(epoch)
+
+    monkeypatch.setattr(study, "Crops", Watched)
+    return trained
+
+
+@pytest.mark.parametrize(("arm", "shared"), [("pruning", 1), ("l1_shrinkage", 3), ("deepr", 0)])
+def test_what_the_connectivities_of_an_arm_share_is_trained_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arm: str, shared: int
+) -> None:
+    study = script("reproduction/cifar10.py")
+    trained = run_on_noise(study, monkeypatch, 5)
+    first, second = (next(job for job in study.jobs("study", [arm]) if job.connectivity == c) for c in (0.05, 0.2))
+    study.run(first, "", str(tmp_path))
+    assert trained == [0, 1, 2, 3, 4]
+    trained.clear()
+    found = study.run(second, "", str(tmp_path))
+    assert trained == list(range(shared, 5))
+    alone = study.run(second, "", None)
+    assert {**found, "seconds": 0} == {**alone, "seconds": 0}
+    assert found["connections"] == 213_517
+
+
+def test_a_run_stopped_with_other_settings_is_begun_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    study = script("reproduction/cifar10.py")
+    trained = run_on_noise(study, monkeypatch, 3)
+    job = study.jobs("study", ["deepr"])[0]
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    def stopped_before_the_test() -> None:
+        with monkeypatch.context() as context:
+            context.setattr(study, "connectivity_report", stop)
+            with pytest.raises(KeyboardInterrupt):
+                study.run(job, "", str(tmp_path))
+        trained.clear()
+
+    stopped_before_the_test()
+    found = study.run(job, "", str(tmp_path))
+    assert trained == []  # all three epochs were kept
+    assert found["train_loss"] > 0
+
+    stopped_before_the_test()
+    study.run(dataclasses.replace(job, settings=json.dumps({**json.loads(job.settings), "lr": 0.01})), "", str(tmp_path))
+    assert trained == [0, 1, 2]
+
+
+def timit_on_noise(monkeypatch: pytest.MonkeyPatch, steps: int, frames: int) -> Any:
     study = script("reproduction/timit.py")
-    frames = Frames(torch.randn(2000, 39), torch.arange(2000) % 60, torch.arange(0, 2001, 200))
+    frames = Frames(torch.randn(frames, 39), torch.arange(frames) % 60, torch.arange(0, frames + 1, 200))
     made_up = TIMIT(frames, frames, frames, {}, torch.zeros(39), torch.ones(39))
     monkeypatch.setattr(study, "load_timit", lambda *arguments, **options: made_up)
-    monkeypatch.setattr(study, "COMMON", {**study.COMMON, "steps": 6})
+    monkeypatch.setattr(study, "COMMON", {**study.COMMON, "steps": steps})
+    return study
+
+
+@pytest.mark.parametrize("in_common", [3, 4])  # steps: to the end of an epoch, and to its middle
+@pytest.mark.parametrize("arm", ["pruning", "l1_shrinkage"])
+def test_what_the_connectivities_of_an_arm_share_on_timit_is_trained_once(
+    monkeypatch: pytest.MonkeyPatch, arm: str, in_common: int
+) -> None:
+    study = timit_on_noise(monkeypatch, 8, 8000)  # three batches an epoch
+    monkeypatch.setattr(study, "EVERY", 3)
+    cut = (in_common + 1) / 8
+    cutting = {"pruning": {"prune_from": cut, "prune_until": 0.9}, "l1_shrinkage": {"freeze_at": cut}}[arm]
+    settings = {**study.COMMON, **study.OWN[arm], **cutting, "dropout": 0.2}
+    jobs = [next(job for job in study.jobs("study", [arm]) if job.connectivity == c) for c in (0.05, 0.2)]
+    first, second = (dataclasses.replace(job, settings=json.dumps(settings)) for job in jobs)
+    study.run(first, "", None)
+    assert len(study._begun) == 1
+    monkeypatch.setattr(study, "SequenceBatches", counted := count_batches(study.SequenceBatches))
+    found = study.run(second, "", None)
+    assert counted.training == 8 - in_common
+    study._begun.clear()
+    alone = study.run(second, "", None)
+    assert counted.training == 8 - in_common + 8
+    assert {**found, "seconds": 0} == {**alone, "seconds": 0}
+    study.run(dataclasses.replace(second, seed=1), "", None)
+    assert {key[1] for key in study._begun} == {1}  # the other split's are forgotten
+
+
+def count_batches(kind: Any) -> Any:
+    class Counted(kind):  # type: ignore[misc]
+        training = 0
+
+        def __iter__(self) -> Any:
+            for batch in super().__iter__():
+                Counted.training += self.shuffle
+                yield batch
+
+    return Counted
+
+
+def test_every_arm_trains_on_timit(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = timit_on_noise(monkeypatch, 6, 2000)
     monkeypatch.setattr(study, "OWN", {arm: {k: v for k, v in own.items() if k != "steps"} for arm, own in study.OWN.items()})
     monkeypatch.setattr(study, "best_trial", lambda arm, connectivity: "first")
     train_first(study, ("study",), "", None)

@@ -8,7 +8,8 @@ Parts: `tune` (short trainings, validation on the last 5,000 training images) an
 (1,067,584 weights, biases dense), the data (24 x 24 crops and flips, without the tutorial's contrast), batch 128, SGD with momentum .9,
 weight decay on the two linear layers, one epoch of warm-up and a cosine to 0. Connectivity counts *all* weights: conv1 and the output
 layer stay dense where there is room for them and are counted. Each run is one line; the script can be stopped and started again at
-any time (a run of its own goes on from its last epoch). A plain loop: the callback is attached to the optimizer.
+any time (with --keep a run of its own goes on from its last epoch, and what pruning and l1-shrinkage train before the connectivity first
+matters is trained once for all connectivities). A plain loop: the callback is attached to the optimizer.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from lightning_deepr.recipes.classifier import is_decayed
 from lightning_deepr.recipes.crops import Crops
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grid import Job, Results, figure, table
+from grid import Job, Results, figure, restore, steps_in_common, table
 
 HERE = Path(__file__).parent
 RESULTS = Results(HERE / "cifar10.csv", "accuracy", "train_loss", "connections", "per_layer")
@@ -138,6 +139,12 @@ def callback_of(job: Job, settings: Settings) -> Any:
     return getattr(lightning_deepr, kind)(budget(job.connectivity, shares), seed=job.seed, **settings)
 
 
+def state_file(keep: str | None, job: Job, connectivity: str) -> Path | None:
+    """Where the state of a run is kept, or ("any") what the runs of all connectivities share."""
+    name = "_".join((job.part, job.arm, connectivity, str(job.seed), job.trial, "state")).replace(" ", "-")
+    return Path(keep) / f"{name}.pt" if keep else None
+
+
 def run(job: Job, root: str, keep: str | None) -> Settings:
     """Train once, test once at the end; with ``keep`` a folder, go on from the last epoch after an interruption, and keep the network."""
     epochs = EPOCHS[job.part]
@@ -158,16 +165,16 @@ def run(job: Job, root: str, keep: str | None) -> Settings:
     steps = epochs * len(training)
     if callback is not None:
         callback.attach(net, optimizer, total_steps=steps)
-    step, seconds, first = 0, 0.0, 0
-    file = Path(keep) / ("_".join((*job.key, "state")).replace(" ", "-") + ".pt") if keep else None
-    if file is not None and file.is_file():
-        state = torch.load(file, weights_only=True)
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        if callback is not None:
-            callback.load_state_dict(state["callback"])
-        step, seconds, first = state["step"], state["seconds"], state["epoch"]
-    loss_sum = 0.0
+    step, seconds, first, train_loss = 0, 0.0, 0, 0.0
+    shared = steps_in_common(callback) // len(training)
+    file, common = (state_file(keep, job, c) for c in (f"{job.connectivity:g}", "any"))
+    for begun in (file, common if shared else None):
+        state = torch.load(begun, weights_only=True) if begun is not None and begun.is_file() else {}
+        if state.get("settings") == job.settings:  # a run that was stopped with other settings is begun anew
+            restore(state, net, optimizer, callback)
+            step, seconds, first = state["step"], state["seconds"], state["epoch"]
+            train_loss = state["train_loss"]
+            break
     for epoch in range(first, epochs):
         started, loss_sum = time.perf_counter(), 0.0
         training.set_epoch(epoch)
@@ -182,17 +189,21 @@ def run(job: Job, root: str, keep: str | None) -> Settings:
             loss_sum += float(loss.detach())
             step += 1
         seconds += time.perf_counter() - started
-        if file is not None:
+        train_loss = loss_sum / len(training)
+        if file is not None and common is not None:
             state = {
                 "net": net.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "step": step,
                 "seconds": seconds,
                 "epoch": epoch + 1,
+                "train_loss": train_loss,
+                "settings": job.settings,
             }
             state["callback"] = callback.state_dict() if callback is not None else {}
-            torch.save(state, file.with_suffix(".new"))
-            file.with_suffix(".new").replace(file)
+            for kept in (file, common) if epoch + 1 == shared else (file,):
+                torch.save(state, kept.with_suffix(".new"))
+                kept.with_suffix(".new").replace(kept)
     net.eval()
     right = 0
     with torch.no_grad():
@@ -206,7 +217,7 @@ def run(job: Job, root: str, keep: str | None) -> Settings:
             save_sparse(net, file.with_name(file.name.replace("__state.pt", ".safetensors")), correct=right)
     return {
         "accuracy": round(100 * right / len(test_labels), 2),
-        "train_loss": round(loss_sum / len(training), 4),
+        "train_loss": round(train_loss, 4),
         "connections": report.active + dense if callback is not None else TOTAL,
         "per_layer": " ".join(f"{row['name'].split('.')[0]} {row['active']}" for row in report),
         "seconds": round(seconds),

@@ -15,6 +15,7 @@ frames among 39 classes, posteriors of 60 phones summed. Each run is one line; t
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -38,7 +39,7 @@ from lightning_deepr.recipes.timit_phones import folding
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import axes
-from grid import Job, Results, figure, table
+from grid import Job, Results, figure, load, restore, steps_in_common, table
 
 HERE = Path(__file__).parent
 RESULTS = Results(HERE / "timit.csv", "frame_error", "val_error", "best_step", "connections", "per_layer", "curve")
@@ -173,6 +174,11 @@ def best_trial(arm: str, connectivity: float) -> str:
     return min(errors, key=lambda trial: errors[trial]) if errors else "first"
 
 
+def settings_of(arm: str, connectivity: float) -> Settings:
+    """What the study trains an arm with."""
+    return {**COMMON, **OWN[arm], **TRIALS[arm][best_trial(arm, connectivity)]}
+
+
 def budget(connectivity: float, shares: tuple[float, float, float], hidden: int = 128) -> dict[str, int]:
     """Connections of the input weights, the recurrent ones and the last layer, in proportion to ``shares``, full where they would overflow.
 
@@ -209,8 +215,8 @@ def jobs(part: str, arms: list[str]) -> list[Job]:
     for arm in arms:
         if part == "study":
             for c in (1.0,) if arm == "dense" else CONNECTIVITIES:
-                settings = {**COMMON, **OWN[arm], **TRIALS[arm][best_trial(arm, c)]}
-                found += [Job(part, arm, c, split, "", "test", json.dumps(settings)) for split in SPLITS]
+                settings = json.dumps(settings_of(arm, c))
+                found += [Job(part, arm, c, split, "", "test", settings) for split in SPLITS]
             continue
         for c in sorted({tuned_at(arm, c) for c in CONNECTIVITIES}):
             for trial in TRIALS[arm] if part == "tune" else finalists(arm, c):
@@ -230,6 +236,10 @@ def error(net: nn.Module, frames: Any, matrix: Tensor) -> float:
             wrong, count = wrong + float(found.sum()), count + len(found)
     net.train()
     return 100 * wrong / count
+
+
+# By arm, split and settings: where a training was when the wanted connectivity began to matter. Another connectivity's goes on from there.
+_begun: dict[tuple[str, int, str], Settings] = {}
 
 
 def run(job: Job, root: str, cache: str | None) -> Settings:
@@ -255,6 +265,18 @@ def run(job: Job, root: str, cache: str | None) -> Settings:
         callback.attach(net, optimizer, total_steps=steps)
     batches = SequenceBatches(data.train, 32, chunk_frames=100, shuffle=True, seed=job.seed)
     step, epoch, curve, best, started = 0, 0, [], (math.inf, 0.0, 0), time.perf_counter()
+    share, key, fewest = allowed(job.arm) * job.connectivity * TOTAL, (job.arm, job.seed, job.settings), TOTAL
+    in_common = steps_in_common(callback)
+    begun = _begun.get(key)
+    if begun is not None and begun["fewest"] > share:
+        restore(begun, net, optimizer, callback)
+        load(averaged, begun["averaged"])
+        torch.set_rng_state(begun["random"])
+        batches.load_state_dict(begun["batches"])
+        step, epoch, curve, fewest = in_common, begun["batches"]["epoch"], list(begun["curve"]), begun["fewest"]
+        if begun["batches"]["next"] == len(batches):
+            epoch += 1
+        started -= begun["seconds"]
     while step < steps:
         batches.set_epoch(epoch)
         epoch += 1
@@ -271,9 +293,23 @@ def run(job: Job, root: str, cache: str | None) -> Settings:
                 validation = error(averaged, data.val, matrix)
                 curve.append(round(validation, 2))
                 active = connectivity_report(net).active if callback is not None else 0
-                sparse = active <= allowed(job.arm) * job.connectivity * TOTAL
+                fewest, sparse = min(fewest, active), active <= share
                 if (sparse and validation < best[0]) or (step == steps and best[2] == 0):
                     best = (validation, error(averaged, data.test, matrix) if job.split == "test" else math.nan, step)
+            if step == in_common:
+                for other in [other for other in _begun if other[1] != job.seed]:
+                    del _begun[other]
+                _begun[key] = {
+                    "net": copy.deepcopy(net.state_dict()),
+                    "averaged": copy.deepcopy(averaged.state_dict()),
+                    "optimizer": copy.deepcopy(optimizer.state_dict()),
+                    "callback": callback.state_dict() if callback is not None else {},
+                    "batches": batches.state_dict(),
+                    "random": torch.get_rng_state(),
+                    "curve": list(curve),
+                    "fewest": fewest,
+                    "seconds": time.perf_counter() - started,
+                }
             if step == steps:
                 break
     report = connectivity_report(net)
