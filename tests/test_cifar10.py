@@ -47,6 +47,54 @@ def test_response_norm_is_torchs_with_its_gradient() -> None:
     assert torch.allclose(*gradients, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(("size", "alpha", "k"), [(9, 1e-3, 1.0), (3, 2.0, 0.5)])
+def test_gradient_of_response_norm(size: int, alpha: float, k: float) -> None:
+    norm = ResponseNorm(12, size, alpha, k).double()
+    x = torch.randn(2, 12, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm, x)
+    assert torch.autograd.gradgradcheck(norm, x)
+    with torch.no_grad():
+        plain = norm(x)
+    assert torch.equal(norm(x), plain)
+    assert norm(x).grad_fn.name().startswith("_Response")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_response_norm_in_half_precision(dtype: torch.dtype, autocast: bool) -> None:
+    exact = ResponseNorm(64)
+    norm = ResponseNorm(64) if autocast else ResponseNorm(64).to(dtype)
+    x = torch.randn(2, 64, 4, 4).requires_grad_()
+    (expected,) = torch.autograd.grad(exact(x).sum(), x)
+    rounded = x.detach().to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = norm(rounded)
+    (found,) = torch.autograd.grad(y.sum(), rounded)
+    assert found.dtype == dtype
+    assert torch.allclose(found.float(), expected, atol=0.05)
+
+
+def test_response_norm_compiles() -> None:
+    norm, x = ResponseNorm(8), torch.randn(2, 8, 3, 3, requires_grad=True)
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    (expected,) = torch.autograd.grad(norm(x).sum(), x)
+    (found,) = torch.autograd.grad(compiled(x).sum(), x)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.equal(torch.export.export(norm, (x,)).module()(x), norm(x))
+
+
+def test_gradients_per_image_pass_response_norm() -> None:
+    norm, x, weight = ResponseNorm(8), torch.randn(3, 8, 2, 2), torch.randn(3, 8, 2, 2)
+
+    def loss(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (norm(x[None]) * weight).sum()
+
+    found = torch.func.vmap(torch.func.grad(loss))(x, weight)
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad((norm(x) * weight).sum(), x, create_graph=True)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("pixels", [24, 12])
 def test_pooling_is_tensorflows_same(pixels: int) -> None:
     """SAME pads (n / 2 - 1) * 2 + 3 - n = 1 pixel, on the right and below."""

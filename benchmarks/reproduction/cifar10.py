@@ -121,6 +121,13 @@ TRIALS: dict[str, dict[str, Settings]] = {
     },
     "dense": {"first": {}, "lr .1": {"lr": 0.1}},
     "fixed_random": {"first": FIRST, "lr .1": {}},
+    "pruning": {"first": {}, "from .2 to .5, 8 times": {"prune_from": 0.2, "prune_until": 0.5, "prunings": 8}},
+    "l1_shrinkage": {
+        "first": {},
+        "l1 3e-4, cut at .5": {"l1": 3e-4, "freeze_at": 0.5},
+        "l1 1e-3, cut at .5": {"l1": 1e-3, "freeze_at": 0.5},
+    },
+    "soft_deepr": {"l1 1e-3": {"l1": 1e-3}, "T 1e-6": {"temperature": 1e-6}},
 }
 # Where more weights share what the network computes each is smaller, and the same alpha holds it down more.
 TRIALS_AT_20: dict[str, dict[str, Settings]] = {

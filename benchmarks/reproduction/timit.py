@@ -65,10 +65,10 @@ OWN: dict[str, Settings] = {
     "dense": {"lr": 0.01, "dropout": 0.5, "steps": 200, "noise": 0.5, "offset": 0.0},
     "small_dense": {},
     "deepr": {"l1": ["LinearDecay", 0.3, 0.0], "shares": SHARES},
-    "soft_deepr": {"l1": 0.3, "temperature": 1e-3, "shares": SHARES},
+    "soft_deepr": {"l1": 0.3, "temperature": 1e-3, "depth": 8, "shares": SHARES},
     "fixed_random": {"shares": SHARES},
-    "pruning": {"lr": 0.01, "dropout": 0.2, "shares": SHARES},
-    "l1_shrinkage": {"lr": 0.01, "l1": 0.03, "shares": SHARES},
+    "pruning": {"lr": 0.01, "dropout": 0.2, "prune_from": 0.2, "prune_until": 0.5, "prunings": 8, "shares": SHARES},
+    "l1_shrinkage": {"lr": 0.01, "l1": 0.3, "freeze_at": 0.5, "shares": SHARES},
 }
 DROPOUTS: dict[str, Settings] = {f"noise .5, dropout .{d}": {"noise": 0.5, "dropout": d / 10} for d in (2, 4)}
 WIDER_LAST: dict[str, Settings] = {
@@ -104,11 +104,12 @@ TRIALS: dict[str, dict[str, Settings]] = {
     },
     "soft_deepr": {
         "first": {},
-        "T 1e-4": {"temperature": 1e-4},
-        "T 3e-3": {"temperature": 3e-3},
-        "l1 .1, T 1e-4": {"l1": 0.1, "temperature": 1e-4},
+        "depth 12": {"depth": 12},
+        "noise .5": {"noise": 0.5},
+        "last layer .2": {"shares": (0.15, 0.014, 0.2)},
+        "T 2e-3, depth 5": {"temperature": 2e-3, "depth": 5},
+        "l1 .1, T 3e-4, depth 10": {"l1": 0.1, "temperature": 3e-4, "depth": 10},
         **DROPOUTS,
-        **WIDER_LAST,
     },
     "fixed_random": {
         "first": {},
@@ -122,14 +123,14 @@ TRIALS: dict[str, dict[str, Settings]] = {
         "first": {},
         "lr .02": {"lr": 0.02},
         "noise .5": {"noise": 0.5},
-        "pruned later": {"prune_from": 0.4, "prune_until": 0.8},
+        "pruned later": {"prune_from": 0.3, "prune_until": 0.6},
         **DROPOUTS,
         **WIDER_LAST,
     },
     "l1_shrinkage": {
         "first": {},
-        "l1 .01": {"l1": 0.01},
         "l1 .1": {"l1": 0.1},
+        "l1 1": {"l1": 1.0},
         "lr .02": {"lr": 0.02},
         **DROPOUTS,
         **WIDER_LAST,
@@ -256,6 +257,9 @@ def run(job: Job, root: str, cache: str | None) -> Settings:
         counts = budget(job.connectivity, settings.pop("shares"), hidden)
         if isinstance(settings.get("l1"), list):
             settings["l1"] = LinearDecay(*settings["l1"][1:])
+        if "depth" in settings:  # data hold many connections: dormant ones lie deeper than the walk without data asks for
+            temperature, p = settings["temperature"], job.connectivity
+            settings["theta_min"] = -settings.pop("depth") * temperature * (1 - p) / (settings["l1"] * p)
         init = {} if job.arm in ("pruning", "l1_shrinkage") else {"init": settings.pop("init", "deepr")}
         callback = getattr(lightning_deepr, kind)(counts, seed=job.seed, **init, **settings)
         callback.prepare(net)
