@@ -197,21 +197,6 @@ def test_every_arm_of_the_comparison_trains(monkeypatch: pytest.MonkeyPatch) -> 
     train_first(comparison, ("common", "tune", "scope", "rewiring"), "")
 
 
-def test_every_arm_trains_on_cifar10(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    study = script("reproduction/cifar10.py")
-    images = torch.randint(0, 256, (6000, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(6000) % 10
-    made_up = images[:256], labels[:256], images[:100], labels[:100]
-    monkeypatch.setattr(study.CIFAR10DataModule, "load", lambda self: made_up)
-    monkeypatch.setattr(study, "EPOCHS", {"study": 2})
-    train_first(study, ("study",), "", str(tmp_path))
-    # the states of interrupted runs are gone when they end, the networks are there
-    assert {file.name for file in tmp_path.iterdir()} - {"study_l1_shrinkage_any_0__state.pt"} == {
-        f"study_{arm}_0.05_0.safetensors" for arm in study.ARMS if arm != "dense"
-    }
-    assert zoo.info(tmp_path / "study_deepr_0.05_0.safetensors")["connectivity"]["active"] == 53_379 - 6_720
-
-
 def run_on_noise(study: Any, monkeypatch: pytest.MonkeyPatch, epochs: int) -> list[int]:
     """CIFAR-10's study on 256 made-up images; the list says which epochs were trained."""
     images = torch.randint(0, 256, (356, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -229,13 +214,27 @@ def run_on_noise(study: Any, monkeypatch: pytest.MonkeyPatch, epochs: int) -> li
     return trained
 
 
+def test_every_arm_trains_on_cifar10(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    study = script("reproduction/cifar10.py")
+    run_on_noise(study, monkeypatch, 2)
+    train_first(study, ("study",), "", str(tmp_path))
+    # the states of interrupted runs are gone when they end, the networks are there
+    assert {file.name for file in tmp_path.iterdir()} == {
+        f"study_{arm}_0.05_0.safetensors" for arm in study.ARMS if arm != "dense"
+    }
+    assert zoo.info(tmp_path / "study_deepr_0.05_0.safetensors")["connectivity"]["active"] == 53_379 - 6_720
+
+
 @pytest.mark.parametrize(("arm", "shared"), [("pruning", 1), ("l1_shrinkage", 3), ("deepr", 0)])
 def test_what_the_connectivities_of_an_arm_share_is_trained_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arm: str, shared: int
 ) -> None:
     study = script("reproduction/cifar10.py")
     trained = run_on_noise(study, monkeypatch, 5)
-    first, second = (next(job for job in study.jobs("study", [arm]) if job.connectivity == c) for c in (0.05, 0.2))
+    cut = {"pruning": {"prune_from": 0.3}, "l1_shrinkage": {"freeze_at": 0.7, "l1": 1e-4}}.get(arm, {})
+    settings = json.dumps({**study.settings_of(arm, 0.05), **cut})
+    jobs = [next(job for job in study.jobs("study", [arm]) if job.connectivity == c) for c in (0.05, 0.2)]
+    first, second = (dataclasses.replace(job, settings=settings) for job in jobs)
     study.run(first, "", str(tmp_path))
     assert trained == [0, 1, 2, 3, 4]
     trained.clear()
