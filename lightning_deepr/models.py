@@ -74,8 +74,7 @@ class ResponseNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _Response.apply(x, self.band, self.k)[0]  # type: ignore[no-any-return,no-untyped-call]
-        root = (conv2d(x * x, self.band) + self.k).rsqrt()
-        return x * (root * root.sqrt())  # t ** -.75 without a power
+        return _Response.forward(x, self.band, self.k)[0]
 
 
 class _Response(torch.autograd.Function):
@@ -86,7 +85,7 @@ class _Response(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, band: Tensor, k: float) -> tuple[Tensor, Tensor, Tensor]:
         root = (conv2d(x * x, band) + k).rsqrt()
-        scale = root.sqrt().mul_(root)
+        scale = root * root.sqrt()  # t ** -.75 without a power
         return x * scale, root, scale
 
     @staticmethod
