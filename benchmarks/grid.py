@@ -181,6 +181,8 @@ def over_connectivity(
             x, y, spreads = zip(*points, strict=True)
             panel.errorbar(x, y, spreads, marker="o", markersize=4, capsize=2, label=arm.replace("_", " "), color=f"C{number}")
     panel.set_xscale("log")
+    panel.set_xticks([100 * c for c in connectivities], [f"{100 * c:g}" for c in connectivities])
+    panel.minorticks_off()
     panel.set_xlabel("connectivity at the end, %")
     panel.grid(alpha=0.3)
 
