@@ -119,6 +119,10 @@ TRIALS: dict[str, dict[str, Settings]] = {
         "lr .1, l1 3e-3": {},
         "lr .1, l1 1e-2": {"l1": 1e-2},
         "more in conv2": {"shares": [16, 8]},
+        "more in local3": {"shares": [6, 6]},
+        "lr .2": {"lr": 0.2},
+        "l1 1e-3 in conv2": {"l1": {"conv2": 1e-3, "local3": 3e-3, "local4": 3e-3}},
+        "l1 1e-3 in local3, local4": {"l1": {"conv2": 3e-3, "local3": 1e-3, "local4": 1e-3}},
     },
     "dense": {"first": {}, "lr .1": {"lr": 0.1}},
     "fixed_random": {"first": FIRST, "lr .1": {}},
@@ -141,7 +145,8 @@ def callback_of(job: Job, settings: Settings) -> Any:
     kind = ARMS[job.arm]
     assert kind is not None
     if "l1" in settings and job.arm == "deepr":
-        settings["l1"] = LinearDecay(settings["l1"], 0.0)
+        l1 = settings["l1"]
+        settings["l1"] = {n: LinearDecay(v, 0.0) for n, v in l1.items()} if isinstance(l1, dict) else LinearDecay(l1, 0.0)
     if job.arm == "soft_deepr":
         settings.setdefault("target_modules", ["conv2", "local3", "local4"])
     return getattr(lightning_deepr, kind)(budget(aim * job.connectivity, shares), seed=job.seed, **settings)
