@@ -42,6 +42,7 @@ RESULTS = Results(HERE / "cifar10.csv", "accuracy", "train_loss", "connections",
 SIZES = {"conv1": 4_800, "conv2": 102_400, "local3": 884_736, "local4": 73_728, "output": 1_920}
 TOTAL = sum(SIZES.values())
 CONNECTIVITIES = (0.02, 0.05, 0.1, 0.2)
+AT = {"dense": (1.0,), "fixed_random_free_signs": (0.05,)}  # what is not trained at all of them
 EPOCHS = {"tune": 6, "study": 20}
 Settings = dict[str, Any]
 
@@ -99,7 +100,7 @@ def jobs(part: str, arms: list[str]) -> list[Job]:
     found = []
     for arm in arms:
         if part == "study":
-            for c in (1.0,) if arm == "dense" else CONNECTIVITIES:
+            for c in AT.get(arm, CONNECTIVITIES):
                 for seed in range(2 if arm in ("dense", "deepr", "fixed_random") and c in (1.0, 0.05) else 1):
                     found.append(Job(part, arm, c, seed, "", "test", json.dumps(settings_of(arm, c))))
         else:
