@@ -370,12 +370,13 @@ def over_time(study: list[dict[str, str]]) -> None:
     for number, arm in enumerate(ARMS):
         mine = [row for row in study if row["arm"] == arm and row["connectivity"] in ("1", "0.05")]
         curves = [[float(value) for value in row["curve"].split()] for row in mine]
-        for curve in curves:
-            panel.plot([EVERY * (n + 1) for n in range(len(curve))], curve, color=f"C{number}", linewidth=0.6, alpha=0.3)
+        if not curves:
+            continue
         mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
-        if mean:
-            label = arm.replace("_", " ")
-            panel.plot([EVERY * (n + 1) for n in range(len(mean))], mean, color=f"C{number}", linewidth=1.6, label=label)
+        steps = [EVERY * (n + 1) for n in range(len(mean))]
+        for curve in curves:
+            panel.plot(steps, curve, color=f"C{number}", linewidth=0.6, alpha=0.3)
+        panel.plot(steps, mean, color=f"C{number}", linewidth=1.6, label=arm.replace("_", " "))
     panel.set_title("TIMIT sample at 5 %: each split, and the mean of the four", fontsize=10)
     panel.set_xlabel("steps")
     panel.set_ylabel("validation frame error, %")
