@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrize
 
-from lightning_deepr.connections import converted_tensors
+from lightning_deepr.weights.find import converted_tensors
 
 LR = 0.05
 Batches = list[tuple[Tensor, Tensor]]

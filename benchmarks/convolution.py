@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_deepr import sparsify
 from lightning_deepr.compute.conv import conv2d
-from lightning_deepr.connections import slots_of
+from lightning_deepr.weights.find import slots_of
 
 
 class Layer(NamedTuple):

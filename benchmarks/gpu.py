@@ -32,8 +32,10 @@ from step_time import cifar_cnn
 from torch import nn
 
 from lightning_deepr import DeepR, densify, sparsify
-from lightning_deepr.connections import converted_tensors
-from lightning_deepr.kernels import gpu
+from lightning_deepr.compute import gpu_check as linear_check
+from lightning_deepr.kernels.gpu import gate
+from lightning_deepr.training import gpu_check
+from lightning_deepr.weights.find import converted_tensors
 
 PARTS = ("steps", "rewiring", "break_even", "lstm")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -42,11 +44,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
     """Without the Triton kernels."""
-    kept, gpu.DEVICE_TYPES = gpu.DEVICE_TYPES, set()
+    kept, gate.DEVICE_TYPES = gate.DEVICE_TYPES, set()
     try:
         yield
     finally:
-        gpu.DEVICE_TYPES = kept
+        gate.DEVICE_TYPES = kept
 
 
 def wait(device: torch.device) -> None:
@@ -88,13 +90,12 @@ def synchronizations(block: Block, device: torch.device, by_pytorch: bool, steps
 
 def check(device: torch.device) -> list[Row]:
     """Whether the kernels agree with PyTorch here."""
-    from lightning_deepr.kernels import triton_check
-
     rows = []
-    for name, one in triton_check.CHECKS.items():
+    checks = {"rewiring": gpu_check.rewiring_differs, "sparse linear layers": linear_check.linear_differs}
+    for name, one in checks.items():
         for dtype in DTYPES:
             started = time.perf_counter()
-            problem = gpu._problem(one, device, dtype)
+            problem = gate._problem(one, device, dtype)
             seconds = f"{time.perf_counter() - started:.1f}"
             rows.append({"kernels": name, "dtype": str(dtype), "seconds": seconds, "result": problem or "as PyTorch"})
     return rows

@@ -53,8 +53,8 @@ def imports() -> None:
     import lightning_deepr.kernels as kernels
 
     if kernels.available():
-        import lightning_deepr.kernels.linear
-        import lightning_deepr.kernels.step  # noqa: F401
+        import lightning_deepr.kernels.cpu.linear
+        import lightning_deepr.kernels.cpu.step  # noqa: F401
     tiny = nn.Linear(2, 2)
     optimizer = torch.optim.Adam(tiny.parameters())
     tiny(torch.zeros(1, 2)).sum().backward()

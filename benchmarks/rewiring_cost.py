@@ -26,7 +26,7 @@ from common import Block, Row, axes, calls, medians, parser, prepare, save, take
 from torch import nn
 
 from lightning_deepr import DeepR, sparsify
-from lightning_deepr.connections import converted_tensors
+from lightning_deepr.weights.find import converted_tensors
 
 DENSITY, DYING = 0.01, 0.12
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lightning_deepr import sparsify, zoo
-from lightning_deepr.zoo.architectures import ARCHITECTURES
+from lightning_deepr.files.architectures import ARCHITECTURES
 
 UNTRAINED = {"lenet300_100": (0.01, 0.05, 0.2), "cifar10_cnn": (0.02, 0.05, 0.2), "timit_blstm": (0.01, 0.1)}
 ROW = "{:28s} {:>11s} {:>9s} {:>8s} {:>6s} {:>9s} {:>9s} {:>9s} {:>9s} {:>6s}"

@@ -5,25 +5,21 @@ trainer = lightning.Trainer(callbacks=[DeepR(connectivity=0.01)])
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lightning_deepr.checkpoint import load_state_dict, save_sparse
-from lightning_deepr.conversion import connections, densify, sparsify
-from lightning_deepr.layers import SparseLinear
-from lightning_deepr.report import connectivity_report
-from lightning_deepr.schedules import LinearDecay, LrPower
+from lightning_deepr._lazy import lazy
+from lightning_deepr._version import __version__
 
 if TYPE_CHECKING:
     from lightning_deepr import zoo
-    from lightning_deepr.callback import SparseTraining
-    from lightning_deepr.comparisons import SET, FixedRandom
-    from lightning_deepr.deepr import DeepR
-    from lightning_deepr.pruning import L1Shrinkage, MagnitudePruning
-    from lightning_deepr.rigl import RigL
-    from lightning_deepr.soft_deepr import SoftDeepR
+    from lightning_deepr.conversion.convert import connections, densify, sparsify
+    from lightning_deepr.conversion.layers import SparseLinear
+    from lightning_deepr.conversion.report import connectivity_report
+    from lightning_deepr.files.checkpoint import load_state_dict, save_sparse
+    from lightning_deepr.methods import SET, DeepR, FixedRandom, L1Shrinkage, MagnitudePruning, RigL, SoftDeepR
+    from lightning_deepr.training.callback import SparseTraining
+    from lightning_deepr.training.schedules import LinearDecay, LrPower
 
-__version__ = "0.1.0"
 __all__ = [
     "SET",
     "DeepR",
@@ -36,6 +32,7 @@ __all__ = [
     "SoftDeepR",
     "SparseLinear",
     "SparseTraining",
+    "__version__",
     "connections",
     "connectivity_report",
     "densify",
@@ -45,21 +42,20 @@ __all__ = [
     "zoo",
 ]
 
-
-CALLBACKS = {
-    "DeepR": "deepr",
-    "FixedRandom": "comparisons",
-    "L1Shrinkage": "pruning",
-    "MagnitudePruning": "pruning",
-    "RigL": "rigl",
-    "SET": "comparisons",
-    "SoftDeepR": "soft_deepr",
-    "SparseTraining": "callback",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # the callbacks import Lightning; converting, densifying and inspecting a network do not need it
-    if name in CALLBACKS:
-        return getattr(importlib.import_module(f"lightning_deepr.{CALLBACKS[name]}"), name)
-    raise AttributeError(f"module 'lightning_deepr' has no attribute {name!r}; its callbacks are {', '.join(CALLBACKS)}.")
+# The callbacks import Lightning; converting, densifying and inspecting a network do not need it.
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        **dict.fromkeys(
+            ("DeepR", "FixedRandom", "L1Shrinkage", "MagnitudePruning", "RigL", "SET", "SoftDeepR"), "lightning_deepr.methods"
+        ),
+        "SparseTraining": "lightning_deepr.training.callback",
+        **dict.fromkeys(("LinearDecay", "LrPower"), "lightning_deepr.training.schedules"),
+        **dict.fromkeys(("connections", "densify", "sparsify"), "lightning_deepr.conversion.convert"),
+        "SparseLinear": "lightning_deepr.conversion.layers",
+        "connectivity_report": "lightning_deepr.conversion.report",
+        **dict.fromkeys(("load_state_dict", "save_sparse"), "lightning_deepr.files.checkpoint"),
+        "zoo": "lightning_deepr.zoo",
+    },
+    __all__,
+)

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from lightning_deepr import connections, sparsify, zoo
+from lightning_deepr.files import container
 from lightning_deepr.models import BLSTMClassifier, LeNet300100
-from lightning_deepr.zoo import container
 
 ROOM = 96 << 20  # bytes of address space above what is in use before the first mutant
 EVENTS = ("exec", "compile", "import", "pickle.find_class", "os.system", "os.exec", "subprocess.Popen", "ctypes.dlopen")

@@ -15,7 +15,8 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
 from lightning_deepr import sparsify
-from lightning_deepr.connections import KSlots, converted_tensors
+from lightning_deepr.weights.find import converted_tensors
+from lightning_deepr.weights.k_slots import KSlots
 from tests import oracle
 
 SEED = 3

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn, optim
 
-from lightning_deepr.connections import converted_tensors
+from lightning_deepr.weights.find import converted_tensors
 from tests.helpers_algorithm import Regression, batches, loss_of, plain_mlp, train, trainer
 
 STEPS = 24

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_deepr import connections
-from lightning_deepr.connections import KSlots, converted_tensors
+from lightning_deepr.weights.find import converted_tensors
+from lightning_deepr.weights.k_slots import KSlots
 
 
 class Scaled(nn.Module):

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch import Tensor, nn
 
 from lightning_deepr import DeepR, LinearDecay, LrPower, connections, densify, load_state_dict, sparsify
-from lightning_deepr.guards import refuse_sharding
+from lightning_deepr.training.guards import refuse_sharding
 
 from .networks import Net, Scaled, assert_connected, batches, fit_plain, slots_by_name, theta_of, trainer
 

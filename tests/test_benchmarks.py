@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from lightning_deepr import zoo
-from lightning_deepr.cli import find_recipe
+from lightning_deepr.recipes.running import find_recipe
 from lightning_deepr.recipes.timit_cache import Frames
 from lightning_deepr.recipes.timit_data import TIMIT
 from lightning_deepr.zoo import make

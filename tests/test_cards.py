@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from lightning_deepr import connections, sparsify, zoo
-from lightning_deepr.hub_files import describe
+from lightning_deepr.conversion.report import connectivity_report
+from lightning_deepr.hub.cards import card, metrics_table, table
+from lightning_deepr.hub.pictures import counts, draw, per_input
 from lightning_deepr.models import LeNet300100
-from lightning_deepr.report import connectivity_report
 from lightning_deepr.zoo import write_cards
-from lightning_deepr.zoo.cards import card, metrics_table, table
-from lightning_deepr.zoo.pictures import counts, draw, per_input
+from lightning_deepr.zoo.describing import describe
 
 
 @pytest.fixture

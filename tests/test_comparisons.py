@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 
 import lightning_deepr
 from lightning_deepr import SET, DeepR, FixedRandom, LinearDecay, LrPower, RigL, SparseTraining, densify, kernels, sparsify
-from lightning_deepr.connections import converted_tensors
-from lightning_deepr.stepping import Stepped
+from lightning_deepr.recipes import running
+from lightning_deepr.training.tracked import Stepped
+from lightning_deepr.weights.find import converted_tensors
 from tests import networks, oracle
 from tests.helpers_algorithm import (
     SEED,
@@ -729,7 +730,7 @@ def test_dicts_that_fit_no_tensor(argument: str) -> None:
         (lambda: SET(rewire_every_n_steps=0), ValueError, "rewire_every_n_steps"),
         (lambda: RigL(rewire_until=1.5), ValueError, "rewire_until"),
         (lambda: FixedRandom(0.1, distribution="erdos"), ValueError, "distribution"),
-        (lambda: lightning_deepr.Nope, AttributeError, "no attribute 'Nope'; its callbacks are DeepR, FixedRandom"),
+        (lambda: lightning_deepr.Nope, AttributeError, "no attribute 'Nope'; it has DeepR, FixedRandom"),
     ],
 )
 def test_unknown_methods_and_values(make: Callable[[], Any], error: type[Exception], words: str) -> None:
@@ -745,13 +746,12 @@ def test_a_fraction_of_a_training_of_unknown_length(method: type[SparseTraining]
 
 
 def test_the_command_line_takes_every_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_deepr import cli
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-deepr"])
 
     def made(*arguments: str) -> pl.Callback:
-        return cli.train(["--config", "mnist_quickstart", *arguments], run=False).trainer.callbacks[0]
+        return running.train(["--config", "mnist_quickstart", *arguments], run=False).trainer.callbacks[0]
 
     Path("set.yaml").write_text(
         "sparsity:\n  class_path: lightning_deepr.SET\n  init_args: {connectivity: 0.02, drop_fraction: 0.2}\n"
@@ -785,11 +785,10 @@ sparsity:
 
 
 def test_an_unknown_class_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from lightning_deepr import cli
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-deepr"])
     Path("nope.yaml").write_text("sparsity:\n  class_path: lightning_deepr.Nope\n")
     with pytest.raises(SystemExit):
-        cli.train(["--config", "mnist_quickstart", "--config", "nope.yaml"], run=False)
-    assert "no attribute 'Nope'; its callbacks are DeepR, FixedRandom" in capsys.readouterr().err
+        running.train(["--config", "mnist_quickstart", "--config", "nope.yaml"], run=False)
+    assert "no attribute 'Nope'; it has DeepR, FixedRandom" in capsys.readouterr().err

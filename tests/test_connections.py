@@ -13,9 +13,10 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
+import lightning_deepr.weights.k_slots  # noqa: F401 (a submodule must not hide a name)
 from lightning_deepr import DeepR, connections, connectivity_report, densify, load_state_dict, sparsify
-from lightning_deepr import connections as public_connections
-from lightning_deepr.connections import KSlots, converted_tensors
+from lightning_deepr.weights.find import converted_tensors
+from lightning_deepr.weights.k_slots import KSlots
 
 from .networks import (
     LAYERS,
@@ -345,7 +346,7 @@ def test_a_second_fit_with_averaging_on_a_recurrent_network() -> None:
 def test_the_public_names() -> None:
     import lightning_deepr
 
-    assert public_connections is lightning_deepr.connections
+    assert callable(lightning_deepr.connections)  # (a function, and no submodule of that name)
     assert all(getattr(lightning_deepr, name) is not None for name in lightning_deepr.__all__)
     linear = sparsify(nn.Linear(10, 10), 0.1)
     assert isinstance(next(converted_tensors(linear)).slots, KSlots)

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_deepr import DeepR, sparsify
-from lightning_deepr.connections import converted_tensors
-from lightning_deepr.guards import refuse_spawn, refuse_unequal_ranks
+from lightning_deepr.training.guards import refuse_spawn, refuse_unequal_ranks
+from lightning_deepr.weights.find import converted_tensors
 
 from .networks import Net, assert_connected, batches, slots_by_name, theta_of, trainer
 

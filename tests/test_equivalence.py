@@ -21,7 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils.data import DataLoader
 
 from lightning_deepr import DeepR, LinearDecay, LrPower, sparsify
-from lightning_deepr.connections import converted_tensors
+from lightning_deepr.weights.find import converted_tensors
 from tests.helpers_algorithm import (
     SEED,
     Regression,

@@ -28,7 +28,7 @@ from lightning_deepr import (
     sparsify,
     zoo,
 )
-from lightning_deepr.cli import main
+from lightning_deepr.commands.main import main
 from lightning_deepr.export import to_c_header, to_csr, to_dense_state_dict, to_onnx, to_scipy
 from lightning_deepr.export.encodings import gaps
 from lightning_deepr.models import BLSTMClassifier, LeNet300100

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from lightning_deepr import DeepR, connections, connectivity_report, densify, kernels, load_state_dict, sparsify
-from lightning_deepr.checkpoint import report_of_checkpoint, save_sparse
-from lightning_deepr.connections import KSlots, converted_tensors
-from lightning_deepr.global_rewiring import draw_layers
-from lightning_deepr.global_scope import join
+from lightning_deepr.algorithm.shared_rewiring import draw_layers
+from lightning_deepr.conversion.sharing import join
+from lightning_deepr.files.checkpoint import report_of_checkpoint, save_sparse
+from lightning_deepr.weights.find import converted_tensors
+from lightning_deepr.weights.k_slots import KSlots
 
 from . import oracle
 from .helpers_algorithm import (

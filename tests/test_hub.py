@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_deepr import connections, sparsify, zoo
-from lightning_deepr.cli import main
+from lightning_deepr.commands.main import main
+from lightning_deepr.files.container import sign
 from lightning_deepr.hub import HubError, SparseHubMixin, download, publish, revision_of
 from lightning_deepr.models import LeNet300100
-from lightning_deepr.zoo.container import sign
 from tests.hub_server import HubServer, Repository, Stored
 
 WEIGHTS = b"not quite a model" * 5000
@@ -581,7 +581,7 @@ def run(hub: HubServer, tmp_path: Path, *arguments: str, **environment: str) -> 
 
 
 def test_the_endpoint_of_the_environment(hub: HubServer, file: Path, tmp_path: Path) -> None:
-    command = ("-m", "lightning_deepr.cli", "zoo")
+    command = ("-m", "lightning_deepr.commands.main", "zoo")
     done = run(hub, tmp_path, *command, "publish", str(file), MODEL, "--private", HF_TOKEN="hf_writer")
     assert done.returncode == 0, done.stderr
     assert f"revision {hub.repositories[MODEL].refs['main']}" in done.stdout

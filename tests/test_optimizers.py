@@ -16,7 +16,7 @@ from torch import Tensor, nn, optim
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_deepr import DeepR
-from lightning_deepr.optimizer_state import StartingState
+from lightning_deepr.algorithm.optimizer_state import StartingState
 from tests import oracle
 from tests.helpers_algorithm import (
     SEED,

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_deepr import DeepR, connections, load_state_dict, sparsify
-from lightning_deepr.connections import KSlots
+from lightning_deepr.weights.k_slots import KSlots
 
 from .networks import Net, assert_connected, batches, fit_plain, slots_by_name, theta_of, trainer
 

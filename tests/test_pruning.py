@@ -28,9 +28,10 @@ from lightning_deepr import (
     save_sparse,
     sparsify,
 )
-from lightning_deepr.checkpoint import report_of_checkpoint
-from lightning_deepr.connections import KSlots, converted_tensors
-from lightning_deepr.dense_theta import MaskedTheta
+from lightning_deepr.files.checkpoint import report_of_checkpoint
+from lightning_deepr.weights.dense_theta import MaskedTheta
+from lightning_deepr.weights.find import converted_tensors
+from lightning_deepr.weights.k_slots import KSlots
 from tests.helpers_algorithm import Branches, Regression, batches, loss_of, plain_mlp, train, trainer
 from tests.helpers_dense import (
     OPTIMIZERS,

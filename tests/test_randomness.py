@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from lightning_deepr import DeepR, randomness, sparsify
+from lightning_deepr import DeepR, sparsify
+from lightning_deepr.algorithm import randomness
 from tests import oracle
 from tests.helpers_algorithm import (
     DEVICES,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_deepr import DeepR, cli, connections, load_state_dict
+from lightning_deepr import DeepR, connections, load_state_dict
 from lightning_deepr.models import LeNet300100
-from lightning_deepr.recipes import digits
+from lightning_deepr.recipes import digits, running
 from lightning_deepr.recipes.batches import Batches
 from lightning_deepr.recipes.callbacks import inputs_per_pixel
 from lightning_deepr.recipes.loggers import wandb_mode
@@ -25,7 +25,7 @@ def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedP
     import os
 
     return subprocess.run(
-        [sys.executable, "-m", "lightning_deepr.cli", *arguments],
+        [sys.executable, "-m", "lightning_deepr.commands.main", *arguments],
         cwd=cwd,
         env={**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": "", **environment},
         capture_output=True,
@@ -37,11 +37,11 @@ def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedP
 # -- recipes ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(cli.packaged_recipes()))
+@pytest.mark.parametrize("name", sorted(running.packaged_recipes()))
 def test_every_recipe_instantiates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-deepr"])
-    made = cli.train(
+    made = running.train(
         ["--config", name, "--sparsity.connectivity", "0.05", "--trainer.max_epochs", "3", "--seed_everything", "7"], run=False
     )
     assert made.trainer.max_epochs == 3
@@ -50,13 +50,13 @@ def test_every_recipe_instantiates(name: str, tmp_path: Path, monkeypatch: pytes
     assert made.trainer.callbacks[0].seed == 7  # one seed for all
     callbacks = [c for c in made.trainer.callbacks if isinstance(c, DeepR)]
     assert len(callbacks) == 1
-    head = Path(cli.find_recipe(name)).read_text().splitlines()
+    head = Path(running.find_recipe(name)).read_text().splitlines()
     assert head[0].startswith("# ")
     assert f"lightning-deepr fit --config recipes/{name}.yaml" in "\n".join(head[:4])
 
 
 def test_the_packaged_recipes_are_those_of_the_repository() -> None:
-    assert set(cli.packaged_recipes()) == {file.stem for file in (REPOSITORY / "recipes").glob("*.yaml")}
+    assert set(running.packaged_recipes()) == {file.stem for file in (REPOSITORY / "recipes").glob("*.yaml")}
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ import torch
 from scipy import stats
 from torch import nn
 
-from lightning_deepr import DeepR, rewiring, sparsify
-from lightning_deepr.connections import KSlots
+from lightning_deepr import DeepR, sparsify
+from lightning_deepr.algorithm import rewiring
+from lightning_deepr.weights.k_slots import KSlots
 from tests import oracle
 from tests.helpers_algorithm import (
     DEVICES,

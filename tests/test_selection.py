@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torchmetrics import Accuracy, Metric
 
 from lightning_deepr import connections, connectivity_report, sparsify
+from lightning_deepr.conversion.allocation import allocate, check_connectivity, share_out
+from lightning_deepr.conversion.selection import candidates
 from lightning_deepr.models import LeNet300100
-from lightning_deepr.selection import allocate, candidates, check_connectivity, share_out
 
 from .networks import Scaled
 

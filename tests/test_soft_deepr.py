@@ -29,12 +29,13 @@ from lightning_deepr import (
     kernels,
     load_state_dict,
     save_sparse,
-    soft_rewiring,
     sparsify,
 )
-from lightning_deepr.checkpoint import report_of_checkpoint
-from lightning_deepr.connections import KSlots, converted_tensors
-from lightning_deepr.dense_theta import SoftTheta
+from lightning_deepr.algorithm import soft_rewiring
+from lightning_deepr.files.checkpoint import report_of_checkpoint
+from lightning_deepr.weights.dense_theta import SoftTheta
+from lightning_deepr.weights.find import converted_tensors
+from lightning_deepr.weights.k_slots import KSlots
 from tests import oracle, oracle_soft
 from tests.helpers_algorithm import Branches, Regression, Twin, batches, loss_of, plain_mlp, train, trainer
 from tests.helpers_dense import (
@@ -214,7 +215,7 @@ def test_steps_without_rewiring_keep_the_connectivity(compiled: bool, monkeypatc
 def test_kernel_and_torch_agree(dtype: torch.dtype, sizes: tuple[int, int]) -> None:
     if not kernels.available():
         pytest.skip("no kernels here")
-    from lightning_deepr.kernels import soft as kernel
+    from lightning_deepr.kernels.cpu import soft as kernel
 
     torch.manual_seed(0)
     before, theta = torch.randn(sizes, dtype=dtype), torch.randn(sizes, dtype=dtype)

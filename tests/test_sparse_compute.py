@@ -31,7 +31,7 @@ from lightning_deepr import DeepR, connections, connectivity_report, densify, lo
 from lightning_deepr import kernels as kernels_module
 from lightning_deepr.compute.order import Order, addresses
 from lightning_deepr.compute.weight import SparseWeight
-from lightning_deepr.connections import KSlots
+from lightning_deepr.weights.k_slots import KSlots
 from tests.helpers_algorithm import SEED, all_slots, assert_equal_states, plain_mlp, state_of, thetas
 from tests.networks import Net, Scaled, assert_connected, batches, slots_by_name, theta_of, trainer
 

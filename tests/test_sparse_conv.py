@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_deepr import kernels, sparsify
 from lightning_deepr.compute import conv
-from lightning_deepr.connections import KSlots, slots_of
+from lightning_deepr.weights.find import slots_of
+from lightning_deepr.weights.k_slots import KSlots
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here")
 
@@ -61,7 +62,7 @@ def agree(slots: KSlots, theta: Tensor, x: Tensor, bias: Tensor | None, how: dic
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Small layers are not worth a second thread; here they get it."""
-    from lightning_deepr.kernels import native
+    from lightning_deepr.kernels.cpu import native
 
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -192,7 +193,7 @@ def test_an_empty_batch() -> None:
 
 
 def test_one_thread_and_two_find_the_same_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_deepr.kernels import native
+    from lightning_deepr.kernels.cpu import native
 
     slots, theta = slots_for((20, 17, 3, 3), 500, torch.float32)
     x, bias = inputs(40, (20, 17, 3, 3), IMAGE, torch.float32)

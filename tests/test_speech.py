@@ -13,8 +13,9 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 
-from lightning_deepr import DeepR, cli, connections, sparsify
+from lightning_deepr import DeepR, connections, sparsify
 from lightning_deepr.models import BLSTMClassifier
+from lightning_deepr.recipes import running
 from lightning_deepr.recipes.best_weights import BestWeights
 from lightning_deepr.recipes.sequences import SequenceBatches
 from lightning_deepr.recipes.speech import FrameClassifier, disturbed, frame_errors, frame_loss
@@ -363,7 +364,7 @@ def test_recipes_train_on_made_up_data(name: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["lightning-deepr"])
     data = make_sample(tmp_path / "timit") if name == "timit_sample" else make_full(tmp_path / "timit", speakers=5)
     recipe = tmp_path / f"{name}.yaml"
-    text, times = re.subn(r"every_n_train_steps: \d+", "every_n_train_steps: 3", Path(cli.find_recipe(name)).read_text())
+    text, times = re.subn(r"every_n_train_steps: \d+", "every_n_train_steps: 3", Path(running.find_recipe(name)).read_text())
     assert times == 1
     recipe.write_text(text)
     arguments = [
@@ -371,7 +372,7 @@ def test_recipes_train_on_made_up_data(name: str, tmp_path: Path, monkeypatch: p
         "--data.allow_incomplete", str(name == "timit").lower(), "--trainer.max_epochs", "-1", "--model.hidden", "64",
         "--trainer.accelerator", "cpu",
     ]  # fmt: skip
-    done = cli.train([*arguments, "--trainer.max_steps", "7"])
+    done = running.train([*arguments, "--trainer.max_steps", "7"])
     assert done.trainer.global_step == 7
     assert "test_frame_error" in done.trainer.callback_metrics
     left = tmp_path / "runs" / name
@@ -379,7 +380,7 @@ def test_recipes_train_on_made_up_data(name: str, tmp_path: Path, monkeypatch: p
     assert (left / "checkpoints" / "best.ckpt").is_file()
     last = left / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 6  # of 2 or 4 batches an epoch
-    again = cli.train([*arguments, "--trainer.max_steps", "10", "--ckpt_path", str(last)])
+    again = running.train([*arguments, "--trainer.max_steps", "10", "--ckpt_path", str(last)])
     assert again.trainer.global_step == 10
     assert torch.load(last, weights_only=True)["global_step"] == 9
 
@@ -389,4 +390,4 @@ def test_recipe_without_the_corpus_says_what_to_get(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setattr(sys, "argv", ["lightning-deepr"])
     with pytest.raises(RuntimeError, match=r"(?s)corpus was not found in .*nowhere.*LDC93S1.*nltk\.download.*--data\.root"):
-        cli.train(["fit", "--config", "timit_sample", "--data.root", "nowhere"])
+        running.train(["fit", "--config", "timit_sample", "--data.root", "nowhere"])

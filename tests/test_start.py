@@ -14,8 +14,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from lightning_deepr import connections, sparsify
-from lightning_deepr.randomness import signs_of
-from lightning_deepr.rewiring import random_places, reactivate
+from lightning_deepr.algorithm.randomness import signs_of
+from lightning_deepr.algorithm.rewiring import random_places, reactivate
 
 from .networks import LAYERS, Layer, assert_connected, flat, slots_by_name, theta_of
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from lightning_deepr import DeepR, kernels, sparsify
-from lightning_deepr.kernels import gpu
+from lightning_deepr.compute import gpu_check as linear_check
+from lightning_deepr.kernels.gpu import gate
+from lightning_deepr.training import gpu_check
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton can't be imported here")
@@ -57,10 +59,10 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(targets: str, dtypes: st
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
 def test_the_benchmark_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    assert run("benchmarks/gpu.py", "--out", str(tmp_path)) == "Not measured on a GPU: none is here.\n"
+    assert run("benchmarks/gate.py", "--out", str(tmp_path)) == "Not measured on a GPU: none is here.\n"
     assert not list(tmp_path.iterdir())
     options = ("--device", "cpu", "--only", "rewiring,lstm", "--rounds", "1", "--largest", "1e4")
-    said = run("benchmarks/gpu.py", "--out", str(tmp_path), *options)
+    said = run("benchmarks/gate.py", "--out", str(tmp_path), *options)
     assert "| by K | PyTorch | 10000 |" in said and "both ways | 0" in said
     assert {path.name for path in tmp_path.iterdir()} == {"gpu_rewiring.csv", "gpu_lstm.csv"}
 
@@ -76,41 +78,40 @@ optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 DeepR().attach(net, optimizer)
 net(torch.ones(2, 20)).sum().backward()
 optimizer.step()
-print(before, "triton" in sys.modules, [name for name in sys.modules if name.startswith("lightning_deepr.kernels.triton")])
+print(before, "triton" in sys.modules, [name for name in sys.modules if name.startswith("lightning_deepr.kernels.gpu.") and "gate" not in name])
 """
     before, after, ours = run("-c", code).split(" ", 2)
     assert before == after and ours.strip() == "[]"
 
 
 def test_the_cpu_has_no_use_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sorted(gpu.DEVICE_TYPES) == ["cuda"]
-    monkeypatch.setattr(gpu, "_triton_step", lambda: pytest.fail("asked for"))
-    assert not gpu.rewires(torch.zeros(3), None)
+    assert sorted(gate.DEVICE_TYPES) == ["cuda"]
+    monkeypatch.setattr(gate, "_triton_step", lambda: pytest.fail("asked for"))
+    assert not gpu_check.rewires(torch.zeros(3), None)
 
 
 def test_without_triton_or_with_kernels_turned_off_pytorch_rewires(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "DEVICE_TYPES", {"cpu"})
-    ask: Any = gpu._triton_step.__wrapped__
-    monkeypatch.setattr(gpu, "_triton_step", ask)
+    monkeypatch.setattr(gate, "DEVICE_TYPES", {"cpu"})
+    ask: Any = gate._triton_step.__wrapped__
+    monkeypatch.setattr(gate, "_triton_step", ask)
     monkeypatch.setenv("LIGHTNING_DEEPR_KERNELS", "0")
-    assert not gpu.rewires(torch.zeros(3), None)
+    assert not gpu_check.rewires(torch.zeros(3), None)
     monkeypatch.setenv("LIGHTNING_DEEPR_KERNELS", "1")
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises
-    for name in [name for name in sys.modules if name.startswith("lightning_deepr.kernels.triton")]:
+    for name in [name for name in sys.modules if name.startswith("lightning_deepr.kernels.gpu.") and name != gate.__name__]:
         monkeypatch.delitem(sys.modules, name)
-        monkeypatch.delattr(kernels, name.rsplit(".", 1)[1], raising=False)  # `from package import module` looks there first
-    assert not gpu.rewires(torch.zeros(3), None)
+        monkeypatch.delattr(
+            kernels.gpu, name.rsplit(".", 1)[1], raising=False
+        )  # `from package import module` looks there first
+    assert not gpu_check.rewires(torch.zeros(3), None)
 
 
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_on_a_gpu(dtype: torch.dtype) -> None:
-    from lightning_deepr.kernels import triton_check
-
-    assert triton_check.CHECKS
-    for name, check in triton_check.CHECKS.items():
-        assert check(torch.device("cuda", torch.cuda.current_device()), dtype) is None, name
+    for check in (gpu_check.rewiring_differs, linear_check.linear_differs):
+        assert check(torch.device("cuda", torch.cuda.current_device()), dtype) is None
 
 
 @needs_triton

@@ -13,10 +13,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_deepr import DeepR, cli, sparsify, zoo
-from lightning_deepr.connections import converted_tensors
+from lightning_deepr import DeepR, sparsify, zoo
+from lightning_deepr.commands import main as command_line
+from lightning_deepr.files import architectures
 from lightning_deepr.models import CIFAR10CNN, BLSTMClassifier, LeNet300100
-from lightning_deepr.zoo import architectures, command, loading, registry
+from lightning_deepr.recipes import running
+from lightning_deepr.weights.find import converted_tensors
+from lightning_deepr.zoo import loading, registry
 from lightning_deepr.zoo.verification import evaluate, labels_hit
 
 NAME = "lenet300_100.deepr_1pct_test"
@@ -237,26 +240,26 @@ def test_timit_is_scored_in_39_classes(tmp_path: Path) -> None:
 
 
 def test_command_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["zoo", "list", "lenet*"])
+    command_line.main(["zoo", "list", "lenet*"])
     header, _, row = capsys.readouterr().out.splitlines()
     assert header.split() == ["name", "connections", "connectivity", "metric", "bytes"]
     assert row.split() == [NAME, "2,662", "1.00%", "test_accuracy", "0.5", f"{model.stat().st_size:,}"]
-    cli.main(["zoo", "info", NAME])
+    command_line.main(["zoo", "info", NAME])
     out = capsys.readouterr().out
     assert "fc1.weight  300x784  235,200   1,810" in out and "license" in out and "lenet300_100" in out
-    cli.main(["zoo", "info", str(model), "--json"])
+    command_line.main(["zoo", "info", str(model), "--json"])
     assert json.loads(capsys.readouterr().out)["license"] == "Apache-2.0"
-    cli.main(["zoo", "verify", NAME, str(model)])
+    command_line.main(["zoo", "verify", NAME, str(model)])
     assert "2 models are as recorded" in capsys.readouterr().out
-    cli.main(["zoo", "list", "nothing*"])
+    command_line.main(["zoo", "list", "nothing*"])
     assert "no model of that name" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"(?s)zoo verify: cifar10_cnn.other: There is no checkpoint"):
-        cli.main(["zoo", "verify"])
+        command_line.main(["zoo", "verify"])
     assert f"{NAME}: as recorded" in capsys.readouterr().out, "one failure kept the others from being looked at"
     with pytest.raises(SystemExit, match="zoo info: expected a model of the zoo or a file"):
-        cli.main(["zoo", "info", "nothing"])
+        command_line.main(["zoo", "info", "nothing"])
     with pytest.raises(SystemExit, match=r"expected `recipe` among what is recorded, one of .*mnist.*, found none"):
-        cli.main(["zoo", "verify", NAME, "--data"])
+        command_line.main(["zoo", "verify", NAME, "--data"])
 
 
 def test_the_recorded_metric_on_the_test_set_of_the_recorded_recipe(
@@ -267,19 +270,19 @@ def test_the_recorded_metric_on_the_test_set_of_the_recorded_recipe(
     recipe = {"name": "mnist_quickstart", "overrides": ["--data.class_path=os.system", "--trainer.callbacks=os.system"]}
     net = sparsify(LeNet300100(), 0.01).eval()
     path = zoo.save(net, tmp_path / "net.safetensors", recipe=recipe)
-    right, examples = evaluate(net, command.data_of_recipe(zoo.info(path)), labels_hit)
+    right, examples = evaluate(net, running.data_of_recipe(zoo.info(path)), labels_hit)
     assert examples == 3000 and 0 < right < 1200
     zoo.save(net, path, recipe=recipe, metrics={"test_accuracy": {"correct": right, "examples": examples}})
-    cli.main(["zoo", "verify", str(path), "--data"])
+    command_line.main(["zoo", "verify", str(path), "--data"])
     assert f"{right} of 3,000" in capsys.readouterr().out
     zoo.save(net, path, recipe=recipe, metrics={"test_accuracy": {"correct": right + 2, "examples": examples}})
     with pytest.raises(SystemExit, match=f"expected {right + 2} of 3000 right, as recorded, found {right} of 3000"):
-        cli.main(["zoo", "verify", str(path), "--data"])
+        command_line.main(["zoo", "verify", str(path), "--data"])
     zoo.save(net, path, recipe="timit_sample")
     with pytest.raises(SystemExit, match=r"not found in .*elsewhere, which is no folder.* The option is --data\."):
-        cli.main(["zoo", "verify", str(path), "--data", "elsewhere"])
+        command_line.main(["zoo", "verify", str(path), "--data", "elsewhere"])
     zoo.save(net, path, recipe={"name": str(tmp_path / "own.yaml")})
     with pytest.raises(
         SystemExit, match="expected `recipe` among what is recorded, one of"
     ):  # a recipe of its own can name any class
-        cli.main(["zoo", "verify", str(path), "--data"])
+        command_line.main(["zoo", "verify", str(path), "--data"])

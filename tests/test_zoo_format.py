@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_deepr
 from lightning_deepr import DeepR, SoftDeepR, connections, densify, load_state_dict, save_sparse, sparsify, zoo
-from lightning_deepr.checkpoint import report_of_checkpoint
-from lightning_deepr.connections import converted_tensors
+from lightning_deepr.files import container, gaps
+from lightning_deepr.files.checkpoint import report_of_checkpoint
 from lightning_deepr.models import CIFAR10CNN, BLSTMClassifier, LeNet300100
-from lightning_deepr.zoo import container, gaps
+from lightning_deepr.weights.find import converted_tensors
 from tests.fuzz_format import Parts
 from tests.fuzz_format import signed as with_digest
 

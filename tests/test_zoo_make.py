@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_deepr import cli, sparsify, zoo
+from lightning_deepr import sparsify, zoo
+from lightning_deepr.commands import main as command_line
 from lightning_deepr.models import LeNet300100
 from lightning_deepr.zoo import make, registry, results
 
@@ -44,7 +45,7 @@ def test_a_model_is_trained_collected_and_tested(tmp_path: Path, plans: None, ca
     assert info["recipe"] == {"name": "mnist_quickstart", "overrides": {**SHORT, "sparsity.connectivity": 5324}}
     assert info["data"]["sha256"] == "d432c6b219fcfe14a00e78eba5b29ca76a38489b386599ff1e9e8c40c118aac5"
 
-    cli.main(["zoo", "verify", "--data", str(file)])  # (the file is no folder of data)
+    command_line.main(["zoo", "verify", "--data", str(file)])  # (the file is no folder of data)
     assert f"recorded {metric['correct']:,}" in capsys.readouterr().out
     results.main([str(file), "--out", str(tmp_path / "results.csv")])
     with (tmp_path / "results.csv").open() as table:

@@ -15,7 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lightning_deepr.compute import sparse_gpu
-from lightning_deepr.kernels import triton_linear, triton_rewire, triton_step
+from lightning_deepr.kernels.gpu import linear as triton_linear
+from lightning_deepr.kernels.gpu import rewire as triton_rewire
+from lightning_deepr.kernels.gpu import step as triton_step
 
 TYPES = {
     "fp32": (tl.float32, tl.float32),

@@ -21,15 +21,18 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_deepr import DeepR, kernels, sparsify
-from lightning_deepr.kernels import gpu
+from lightning_deepr.kernels.gpu import gate
 from tests.helpers_algorithm import SEED, all_slots, assert_equal_states, batches, loss_of, mlp, state_of, thetas
 from tests.test_kernels import LR, OPTIMIZERS, SHARES, SIZES, Size, let_die, network, pretrained, signs_by_place
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by tests/test_triton.py, or with TRITON_INTERPRET=1"
 pytest.importorskip("triton")
 
+from lightning_deepr.compute import gpu_check as linear_check  # noqa: E402
 from lightning_deepr.compute import sparse_gpu  # noqa: E402
-from lightning_deepr.kernels import triton_check, triton_rewire, triton_step  # noqa: E402
+from lightning_deepr.kernels.gpu import rewire as triton_rewire  # noqa: E402
+from lightning_deepr.kernels.gpu import step as triton_step  # noqa: E402
+from lightning_deepr.training import gpu_check  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*an int and means one single connection"),
@@ -44,9 +47,9 @@ Run = Callable[[Callable[[], Any]], Any]
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors take the way of CUDA tensors, as if the kernels had passed their check."""
-    monkeypatch.setattr(gpu, "DEVICE_TYPES", {"cpu"})
-    monkeypatch.setattr(gpu, "_verdicts", {("rewiring", CPU, dtype): True for dtype in DTYPES})
-    gpu._verdicts.update({("sparse linear layers", CPU, dtype): False for dtype in DTYPES})
+    monkeypatch.setattr(gate, "DEVICE_TYPES", {"cpu"})
+    monkeypatch.setattr(gate, "_verdicts", {("rewiring", CPU, dtype): True for dtype in DTYPES})
+    gate._verdicts.update({("sparse linear layers", CPU, dtype): False for dtype in DTYPES})
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def pytorch(monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def run(function: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(gpu, "DEVICE_TYPES", set())
+            patch.setattr(gate, "DEVICE_TYPES", set())
             patch.setattr(kernels, "available", lambda: False)
             return function()
 
@@ -414,7 +417,7 @@ def test_copies_and_other_addresses_are_followed(pytorch: Run, launches: list[in
 def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Without the CPU's kernels; counts the products that Triton's take. There have to be some."""
     monkeypatch.setattr(kernels, "available", lambda: False)
-    gpu._verdicts.update({("sparse linear layers", CPU, dtype): True for dtype in DTYPES})
+    gate._verdicts.update({("sparse linear layers", CPU, dtype): True for dtype in DTYPES})
     batches_seen: list[int] = []
     multiply = sparse_gpu._multiply
 
@@ -506,16 +509,16 @@ def test_what_a_sparse_layer_refuses(products: list[int]) -> None:
 @pytest.mark.parametrize("sizes", [5, pytest.param(7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[1:])], ids=str)
 def test_the_check_is_passed(dtype: torch.dtype, sizes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_check, "SIZES", triton_check.SIZES[:sizes])
-    monkeypatch.setattr(triton_check, "LAYERS", triton_check.LAYERS[: sizes - 4])
-    monkeypatch.setattr(gpu, "_verdicts", {})
+    monkeypatch.setattr(gpu_check, "SIZES", gpu_check.SIZES[:sizes])
+    monkeypatch.setattr(linear_check, "LAYERS", linear_check.LAYERS[: sizes - 4])
+    monkeypatch.setattr(gate, "_verdicts", {})
     monkeypatch.setattr(triton_step, "BLOCK", 1024)
     net = network([(30, 20, 100)], dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert gpu.rewires(thetas(net)[0], all_slots(net)[0])
-        assert gpu.multiplies(thetas(net)[0], all_slots(net)[0])
-    assert gpu._verdicts == {("rewiring", CPU, dtype): True, ("sparse linear layers", CPU, dtype): True}
+        assert gpu_check.rewires(thetas(net)[0], all_slots(net)[0])
+        assert linear_check.multiplies(thetas(net)[0], all_slots(net)[0])
+    assert gate._verdicts == {("rewiring", CPU, dtype): True, ("sparse linear layers", CPU, dtype): True}
 
 
 def broken(name: str, patch: pytest.MonkeyPatch) -> str:
@@ -552,9 +555,9 @@ def broken(name: str, patch: pytest.MonkeyPatch) -> str:
     ],
 )
 def test_kernels_that_fail_their_check_are_not_used(name: str, pytorch: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_verdicts", {})
+    monkeypatch.setattr(gate, "_verdicts", {})
     monkeypatch.setattr(triton_step, "BLOCK", 1024)
-    monkeypatch.setattr(triton_check, "SIZES", triton_check.SIZES[:-1])
+    monkeypatch.setattr(gpu_check, "SIZES", gpu_check.SIZES[:-1])
     said = broken(name, monkeypatch)
     nets = [network([(30, 20, 100), (20, 10, 90)]), network([(30, 20, 100), (20, 10, 90)])]
     made = []
@@ -578,8 +581,8 @@ def test_kernels_that_fail_their_check_are_not_used(name: str, pytorch: Run, mon
 def test_what_the_kernels_do_not_take() -> None:
     net = network([(30, 20, 100)])
     (theta,), (slots,) = thetas(net), all_slots(net)
-    assert gpu.rewires(theta, slots)
-    assert not gpu.rewires(torch.zeros(200)[::2], slots) and not gpu.rewires(theta.detach().double(), slots)
-    assert not gpu.rewires(torch.zeros(100, dtype=torch.float8_e4m3fn), slots)
+    assert gpu_check.rewires(theta, slots)
+    assert not gpu_check.rewires(torch.zeros(200)[::2], slots) and not gpu_check.rewires(theta.detach().double(), slots)
+    assert not gpu_check.rewires(torch.zeros(100, dtype=torch.float8_e4m3fn), slots)
     slots.born = Tensor(torch.zeros(200)).long()[::2]
-    assert not gpu.rewires(theta, slots)
+    assert not gpu_check.rewires(theta, slots)

@@ -33,8 +33,8 @@ from mnist import BATCH, TOTAL, axes, digits
 from torch import nn
 
 import lightning_deepr
-from lightning_deepr.connections import slots_of
 from lightning_deepr.models import LeNet300100
+from lightning_deepr.weights.find import slots_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "changing_task.csv"

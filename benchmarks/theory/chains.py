@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_deepr import DeepR, sparsify
-from lightning_deepr.connections import converted_tensors
+from lightning_deepr.weights.find import converted_tensors
 
 
 class Chains:

@@ -28,7 +28,7 @@ from divergence import Divergence, Histograms, divergence, extrapolated  # noqa:
 from torch import Tensor, nn  # noqa: E402
 
 from lightning_deepr import SoftDeepR  # noqa: E402
-from lightning_deepr.connections import converted_tensors  # noqa: E402
+from lightning_deepr.weights.find import converted_tensors  # noqa: E402
 
 ALPHA, TEMPERATURE, WANTED = 0.8, 0.5, 0.4
 THETA_MIN = -TEMPERATURE * (1 - WANTED) / (ALPHA * WANTED)

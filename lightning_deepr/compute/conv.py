@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d as torch_conv2d
 
 from lightning_deepr import kernels
+from lightning_deepr.compute.eager import is_plain
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses
-from lightning_deepr.compute.sparse import is_plain
 
 CACHE = 1 << 20  # bytes of planes that a band may go through: what the second-level cache is sure to keep
 MOST_BANDS = 8  # in the backward pass, where each band has its own K sums
@@ -31,13 +31,13 @@ Pair = tuple[int, int]
 
 
 def _kernels() -> Any:
-    from lightning_deepr.kernels import conv
+    from lightning_deepr.kernels.cpu import conv
 
     return conv
 
 
 def _native() -> Any:
-    from lightning_deepr.kernels import native
+    from lightning_deepr.kernels.cpu import native
 
     return native
 
@@ -407,7 +407,7 @@ def conv2d(
         x: [B, C, H, W].
         theta: [K].
         bias: [O] or None.
-        slots: the :class:`lightning_deepr.connections.KSlots` of the weight of shape (O, C, KH, KW).
+        slots: the :class:`lightning_deepr.weights.k_slots.KSlots` of the weight of shape (O, C, KH, KW).
         stride, padding, dilation: as in ``F.conv2d``.
 
     Returns:

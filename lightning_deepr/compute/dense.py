@@ -60,7 +60,7 @@ def _fits(*tensors: Tensor) -> bool:
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size) -> Tensor:  # type: ignore[override]
-        from lightning_deepr.kernels import scatter
+        from lightning_deepr.kernels.cpu import scatter
 
         ctx.save_for_backward(signs, places)  # a backward pass after they were rewired is refused
         weight = torch.zeros(shape, dtype=theta.dtype)
@@ -69,7 +69,7 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        from lightning_deepr.kernels import scatter
+        from lightning_deepr.kernels.cpu import scatter
 
         signs, places = ctx.saved_tensors
         gradient = gradient.contiguous()

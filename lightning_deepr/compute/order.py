@@ -41,7 +41,7 @@ class Order:
 
     def build(self, places: Tensor, signs: Tensor) -> None:
         """Put all connections in order anew. O(K + rows + columns)."""
-        from lightning_deepr.kernels import orders, rewire
+        from lightning_deepr.kernels.cpu import orders, rewire
 
         self.buffer.zero_()  # empty orders, into which every connection is born
         self.note(places)

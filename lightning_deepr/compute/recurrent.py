@@ -18,12 +18,12 @@ from torch.nn.functional import dropout
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_deepr import kernels
+from lightning_deepr.compute.eager import is_plain
 from lightning_deepr.compute.gather import TWICE
-from lightning_deepr.compute.sparse import is_plain
 
 
 class _Plan(NamedTuple):
-    """What depends on the sizes alone. Parts of W elements of the batch, tiles of V rows (see :mod:`lightning_deepr.kernels.recurrent`)."""
+    """What depends on the sizes alone. Parts of W elements of the batch, tiles of V rows (see :mod:`lightning_deepr.kernels.cpu.recurrent`)."""
 
     threads: int
     part: tuple[int, int, int]  # bytes per float, lanes, vectors
@@ -43,7 +43,7 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _plan(steps: int, batch: int, columns: int, hidden: int, count: int, size: int, most: int) -> _Plan:
-    from lightning_deepr.kernels import linear, recurrent
+    from lightning_deepr.kernels.cpu import linear, recurrent
 
     work = steps * batch * (count + 20 * hidden + columns)
     threads = max(1, min(most, work >> 18))
@@ -56,7 +56,7 @@ def _plan(steps: int, batch: int, columns: int, hidden: int, count: int, size: i
 @cache
 def _kernels() -> tuple[Any, Any]:
     """(an import within a function takes a microsecond)"""
-    from lightning_deepr.kernels import products, recurrent
+    from lightning_deepr.kernels.cpu import products, recurrent
 
     return products, recurrent
 

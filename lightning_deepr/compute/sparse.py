@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
-from lightning_deepr.compute.buffers import LARGE, empty
+from lightning_deepr.compute import gpu_check
+from lightning_deepr.compute.eager import dispatch_modes, is_plain, transforms
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses
-from lightning_deepr.kernels import gpu
+from lightning_deepr.kernels.cpu.buffers import LARGE, empty
 
 
 class _Plan(NamedTuple):
@@ -40,7 +41,7 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=512)
 def _plan(batch: int, rows: int, columns: int, count: int, size: int, backward: bool) -> _Plan:
-    from lightning_deepr.kernels import linear
+    from lightning_deepr.kernels.cpu import linear
 
     lanes, vectors = linear.tile_of(batch, size, max(rows, columns))
     width = lanes * vectors
@@ -114,7 +115,7 @@ def _backward(
 def _run(plan: _Plan, arguments: tuple[int, ...], passes: int = 1) -> None:
     threads = 1
     if plan.work > _SMALL:
-        from lightning_deepr.kernels.native import threads_for
+        from lightning_deepr.kernels.cpu.native import threads_for
 
         threads = threads_for(plan.work, _SMALL)
     if threads == 1:
@@ -237,14 +238,6 @@ linear_op.register_autograd(_differentiate, setup_context=_setup)
 linear_backward_op.register_autograd(_refuse_twice)
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether nobody watches or transforms operators: no fake or functional tensors, transforms or profiler."""
-    return type(x) is Tensor and _modes() == 0 and transforms() is None and not torch.autograd._profiler_enabled()
-
-
-_modes, transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
-
-
 def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor | None:
     """:func:`linear` of an everyday call, with no more questions than it needs; None: ask them all.
 
@@ -257,7 +250,7 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> T
         or x.dtype is not theta.dtype
         or not x.is_cpu
         or not theta.is_cpu
-        or _modes() != 0
+        or dispatch_modes() != 0
         or transforms() is not None
         or torch.autograd._profiler_enabled()
         or torch.is_autocast_enabled("cpu")
@@ -289,7 +282,7 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
         x: [..., columns].
         theta: [K].
         bias: [rows] or None.
-        slots: the :class:`lightning_deepr.connections.KSlots` of the weight.
+        slots: the :class:`lightning_deepr.weights.k_slots.KSlots` of the weight.
 
     Returns:
         [..., rows], of x's dtype (under autocast of the autocast dtype; the sums are taken in theta's dtype).
@@ -319,7 +312,12 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
     theta = theta.contiguous()
     bias = bias if bias is None else bias.contiguous()
     flat = x if x.dim() == 2 else x.reshape(-1, columns)
-    if not torch.compiler.is_dynamo_compiling() and _modes() == 0 and transforms() is None and gpu.multiplies(theta, slots):
+    if (
+        not torch.compiler.is_dynamo_compiling()
+        and dispatch_modes() == 0
+        and transforms() is None
+        and gpu_check.multiplies(theta, slots)
+    ):
         from lightning_deepr.compute import sparse_gpu
 
         y = sparse_gpu.linear(flat, theta, bias, slots)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import _version_of
-from lightning_deepr.kernels import triton_linear
+from lightning_deepr.kernels.gpu import linear as triton_linear
 
 CONNECTIONS, LARGEST_BATCH = 32, 64  # a program's tile
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -63,7 +63,7 @@ _orders: weakref.WeakKeyDictionary[Any, GpuOrder] = weakref.WeakKeyDictionary()
 
 
 def order_of(slots: Any) -> GpuOrder:
-    """The order of a :class:`lightning_deepr.connections.KSlots`, up to date."""
+    """The order of a :class:`lightning_deepr.weights.k_slots.KSlots`, up to date."""
     order = _orders.get(slots)
     if order is None or not order.is_of(slots.places):
         with torch.inference_mode(False), torch.no_grad():

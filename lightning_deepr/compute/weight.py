@@ -25,7 +25,7 @@ class SparseWeight(torch.Tensor):
 
     Args:
         theta: [K], this tensor's own.
-        slots: its :class:`lightning_deepr.connections.KSlots`.
+        slots: its :class:`lightning_deepr.weights.k_slots.KSlots`.
     """
 
     _theta: Tensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from lightning_deepr.conversion import connections
+from lightning_deepr.conversion.convert import connections
 from lightning_deepr.export.matrices import rows_of
 
 KNOWN = (nn.Linear, nn.ReLU, nn.Flatten, nn.Identity, nn.Dropout)

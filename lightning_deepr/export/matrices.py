@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_deepr.conversion import connections
+from lightning_deepr.conversion.convert import connections
 from lightning_deepr.export.requirements import needed
 
 LARGEST_DENSE = 1 << 34  # bytes, as for densify

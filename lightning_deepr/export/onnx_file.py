@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_deepr.conversion import connections, densify
+from lightning_deepr.conversion.convert import connections, densify
 from lightning_deepr.export.onnx_weights import scatter_weights
 from lightning_deepr.export.requirements import needed
 

@@ -20,7 +20,7 @@ def available() -> bool:
     if os.environ.get("LIGHTNING_DEEPR_KERNELS", "1") == "0" or sys.byteorder != "little" or sys.maxsize < 2**32:
         return False
     try:
-        from lightning_deepr.kernels import native
+        from lightning_deepr.kernels.cpu import native
     except ImportError:  # no numba for this Python, or one that doesn't get on with this NumPy
         return False
     return bool(native)
@@ -46,6 +46,6 @@ def random_places(total: int, count: int, index: int, seed: int) -> Tensor:
 
 @cache
 def _step() -> Any:
-    from lightning_deepr.kernels import step
+    from lightning_deepr.kernels.cpu import step
 
     return step

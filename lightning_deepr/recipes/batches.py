@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_deepr import randomness
+from lightning_deepr.algorithm import randomness
 
 _ORDER, _SHIFT = 101, 102  # streams of their own, apart from the rewiring's
 

@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
-from lightning_deepr.checkpoint import save_sparse
-from lightning_deepr.connections import converted_tensors
-from lightning_deepr.conversion import connections
-from lightning_deepr.report import connectivity_report
+from lightning_deepr.conversion.convert import connections
+from lightning_deepr.conversion.report import connectivity_report
+from lightning_deepr.files.checkpoint import save_sparse
+from lightning_deepr.weights.find import converted_tensors
 
 
 class ConnectivityTable(Callback):

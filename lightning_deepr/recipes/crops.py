@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_deepr import randomness
+from lightning_deepr.algorithm import randomness
 from lightning_deepr.recipes.batches import TensorBatches
 
 _CROP, _COLOUR = 103, 104  # streams of their own, apart from the order's

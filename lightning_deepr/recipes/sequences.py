@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_deepr import randomness
+from lightning_deepr.algorithm import randomness
 from lightning_deepr.recipes.batches import ResumableBatches
 from lightning_deepr.recipes.timit_cache import Frames
 from lightning_deepr.recipes.timit_phones import IGNORED

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
-from lightning_deepr import randomness
+from lightning_deepr.algorithm import randomness
 from lightning_deepr.models import BLSTMClassifier
 from lightning_deepr.recipes.classifier import check_choices, cosine_factor
 from lightning_deepr.recipes.sequences import SequenceBatch

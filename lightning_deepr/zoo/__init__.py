@@ -9,30 +9,17 @@ The folder ``zoo/`` of the repository travels in the wheel as ``lightning_deepr.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_deepr._lazy import lazy
 
 if TYPE_CHECKING:
-    from lightning_deepr.checkpoint import save_sparse as save
-    from lightning_deepr.zoo.gaps import FormatError
-    from lightning_deepr.zoo.loading import connections_of, info, load, path_of, publish
+    from lightning_deepr.files.checkpoint import save_sparse as save
+    from lightning_deepr.files.gaps import FormatError
+    from lightning_deepr.zoo.loading import connections_of, info, load, path_of
+    from lightning_deepr.zoo.publishing import publish
     from lightning_deepr.zoo.registry import ENTRIES, Entry, list_models
     from lightning_deepr.zoo.verification import Verification, verify
-
-_HOMES = {
-    "ENTRIES": "zoo.registry",
-    "Entry": "zoo.registry",
-    "FormatError": "zoo.gaps",
-    "Verification": "zoo.verification",
-    "connections_of": "zoo.loading",
-    "info": "zoo.loading",
-    "list_models": "zoo.registry",
-    "load": "zoo.loading",
-    "path_of": "zoo.loading",
-    "publish": "zoo.loading",
-    "save": "checkpoint",
-    "verify": "zoo.verification",
-}
 
 __all__ = [
     "ENTRIES",
@@ -49,10 +36,15 @@ __all__ = [
     "verify",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # the package's own modules read and write files through this one: what needs them is imported when it is used
-    if name in _HOMES:
-        home = importlib.import_module(f"lightning_deepr.{_HOMES[name]}")
-        return getattr(home, "save_sparse" if name == "save" else name)
-    raise AttributeError(f"module 'lightning_deepr.zoo' has no attribute {name!r}; it has {', '.join(__all__)}.")
+# `huggingface_hub` and the readers of files are imported when they are used
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        **dict.fromkeys(("ENTRIES", "Entry", "list_models"), "lightning_deepr.zoo.registry"),
+        "FormatError": "lightning_deepr.files.gaps",
+        **dict.fromkeys(("Verification", "verify"), "lightning_deepr.zoo.verification"),
+        **dict.fromkeys(("connections_of", "info", "load", "path_of"), "lightning_deepr.zoo.loading"),
+        "publish": "lightning_deepr.zoo.publishing",
+        "save": "lightning_deepr.files.checkpoint:save_sparse",
+    },
+)

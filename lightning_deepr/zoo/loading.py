@@ -6,19 +6,17 @@ import difflib
 from importlib import resources
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_deepr.conversion import densify
-from lightning_deepr.zoo import architectures, container, sparse_file
-from lightning_deepr.zoo.container import Contents
-from lightning_deepr.zoo.gaps import FormatError
+from lightning_deepr.conversion.convert import densify
+from lightning_deepr.files import container, sparse_file
+from lightning_deepr.files.checkpoint import load_contents, rows_of
+from lightning_deepr.files.container import Contents
+from lightning_deepr.files.gaps import FormatError
 from lightning_deepr.zoo.registry import entry_of, list_models
-
-if TYPE_CHECKING:
-    from lightning_deepr.hub import Published
 
 
 def folder() -> Path:
@@ -67,6 +65,7 @@ def load(
     module: nn.Module | None = None,
     source: str = "package",
     revision: str | None = None,
+    **options: Any,
 ) -> nn.Module:
     """A trained network, ready to use: in eval mode, on the CPU.
 
@@ -79,6 +78,7 @@ def load(
             :mod:`lightning_deepr.models`.
         source: "package" | "hub".
         revision: with ``source="hub"``: a branch, tag or commit.
+        options: with ``source="hub"``: sha256, token, cache_dir, local_files_only, as for :func:`lightning_deepr.hub.download`.
 
     Returns:
         the network; ``module`` itself where given. To train on, give it to a ``Trainer`` with ``DeepR()`` among its callbacks: it takes the
@@ -87,6 +87,7 @@ def load(
     Raises:
         FileNotFoundError: neither a name nor a file.
         FormatError: (a ValueError) the file is damaged, of a newer format, names an unknown architecture, or does not fit.
+        HubError: see :func:`lightning_deepr.hub.download`.
 
     Example::
 
@@ -100,56 +101,29 @@ def load(
         (True, False, 1810)
     """
     if source == "hub":
-        from lightning_deepr import hub
-
-        return hub.load(str(name_or_path), revision=revision, dense=dense, module=module)
+        return load_from_hub(str(name_or_path), dense=dense, module=module, revision=revision, **options)
     if source != "package":
         raise ValueError(f'source: expected "package" or "hub", found {source!r}.')
-    if revision is not None:
-        raise ValueError(f'revision: expected with source="hub" only, found {revision!r}.')
+    for option, value in {"revision": revision, **options}.items():
+        if value is not None:
+            raise ValueError(f'{option}: expected with source="hub" only, found {value!r}.')
     path, contents = open_file(name_or_path)
     with container.about(path):
         loaded = load_contents(contents, module)
     return (densify(loaded) if dense else loaded).eval()
 
 
-def load_contents(contents: Contents, module: nn.Module | None = None) -> nn.Module:
-    """A checked file's network."""
-    from lightning_deepr.checkpoint import load_checked
+def load_from_hub(
+    repo_id: str, *, dense: bool = False, module: nn.Module | None = None, revision: str | None = None, **options: Any
+) -> nn.Module:
+    """``load(repo_id, source="hub")``; ``lightning_deepr.hub.load`` is another name for it."""
+    from lightning_deepr.hub import transfer
 
-    state, found = sparse_file.state_of(contents)
-    if module is None:
-        record = contents.record
-        module = architectures.build(record["architecture"], record["arguments"])
-        _refuse_misfit(module, contents)
-        types = {value.dtype for value in state.values() if value.is_floating_point()}
-        if len(types) == 1:
-            module.to(types.pop())
-        # what is not sparse is the module's at once: nothing is initialized, and the global generator is not asked
-        module.load_state_dict({name: state[name] for name in sparse_file.dense_names(contents)}, strict=False, assign=True)
-    return load_checked(module, state, found)
-
-
-def _refuse_misfit(module: nn.Module, contents: Contents) -> None:
-    """A file's names and shapes against those of the network that it names, before anything is allocated."""
-    own = module.state_dict()
-    expected = {name: tuple(value.shape) for name, value in own.items()}
-    found = {name: contents.pieces[name].shape for name in sparse_file.dense_names(contents)}
-    found.update({name: tuple(entry["shape"]) for name, entry in contents.record["sparse"].items()})
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise FormatError(
-                f"`{name[:80]}`: {type(module).__name__} with the recorded arguments has {_shape(expected.get(name))}, the file has "
-                f"{_shape(found.get(name))}. Expected the file of such a network; give another one with module=."
-            )
-    for name in sparse_file.dense_names(contents):
-        wanted, dtype = own[name].dtype, contents.pieces[name].dtype
-        if wanted != dtype and not (wanted.is_floating_point and dtype.is_floating_point):
-            raise FormatError(f"`{name}`: expected {wanted}, as {type(module).__name__} has it, found {dtype}.")
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "no such tensor" if shape is None else f"shape {shape}"
+    if repo_id.count("/") != 1:
+        raise ValueError(
+            f'expected a repository of the Hub as "owner/name", found {repo_id!r}. A model of the package needs source="package".'
+        )
+    return load(transfer.download(repo_id, revision=revision, **options), dense=dense, module=module)
 
 
 def connections_of(name_or_path: str | PathLike[str]) -> dict[str, tuple[torch.Size, Tensor, Tensor]]:
@@ -205,24 +179,3 @@ def info(name_or_path: str | PathLike[str]) -> dict[str, Any]:
             "left_out": record["left_out"],
         },
     }
-
-
-def rows_of(contents: Contents) -> list[dict[str, Any]]:
-    """The connectivity per tensor, in the order of conversion."""
-    return [
-        {
-            "name": name,
-            "shape": tuple(entry["shape"]),
-            "total": entry["total"],
-            "active": entry["active"],
-            "connectivity": entry["active"] / entry["total"],
-        }
-        for name, entry in sorted(contents.record["sparse"].items(), key=lambda item: item[1]["index"])
-    ]
-
-
-def publish(name: str | PathLike[str] | nn.Module, repo_id: str, **options: Any) -> Published:
-    """Put a model on the Hugging Face Hub: :func:`lightning_deepr.hub.publish`, which has the arguments."""
-    from lightning_deepr import hub
-
-    return hub.publish(name, repo_id, **options)

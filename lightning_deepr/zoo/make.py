@@ -25,8 +25,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_deepr import cli, zoo
-from lightning_deepr.zoo.command import has_root, quiet
+from lightning_deepr import methods, zoo
+from lightning_deepr.recipes.running import has_root, quiet
+from lightning_deepr.recipes.running import train as run_recipe
 from lightning_deepr.zoo.loading import folder as folder_of_models
 from lightning_deepr.zoo.verification import counting, evaluate
 
@@ -166,7 +167,7 @@ def train(name: str, seed: int, root: str, runs: Path) -> Path:
     (folder / TRAINED_WITH).write_text(json.dumps(command(plan, seed, "")), encoding="utf-8")
     last = folder / "runs" / plan.recipe / "checkpoints" / "last.ckpt"
     arguments = ["fit", *command(plan, seed, root), *(["--ckpt_path", str(last.resolve())] if last.is_file() else [])]
-    program = "from lightning_deepr.cli import main; main()"
+    program = "from lightning_deepr.commands.main import main; main()"
     with (folder / "train.log").open("a") as log:
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments],
@@ -211,7 +212,7 @@ def collect(name: str, root: str, runs: Path, folder: Path) -> Path:
     for seed in files:
         refuse_other_settings(name, seed, runs)
     with quiet():
-        made = cli.train(command(plan, 0, root), run=False)
+        made = run_recipe(command(plan, 0, root), run=False)
     made.datamodule.prepare_data()
     made.datamodule.setup("test")
     count = counting(name.partition(".")[0])
@@ -239,10 +240,8 @@ def collect(name: str, root: str, runs: Path, folder: Path) -> Path:
 
 def settings(config: Any) -> tuple[str, dict[str, Any]]:
     """The algorithm's name, and what was set: of the algorithm where it is not the default, of model, data and trainer what shapes the training."""
-    import lightning_deepr
-
     name = config.sparsity.class_path.rpartition(".")[2]
-    defaults = inspect.signature(getattr(lightning_deepr, name)).parameters
+    defaults = inspect.signature(getattr(methods, name)).parameters
     given = config.sparsity.init_args.as_dict()
     found = {key: _plain(value) for key, value in given.items() if value != defaults[key].default and value not in ([], ())}
     found.pop("seed", None)

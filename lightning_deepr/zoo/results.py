@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_deepr import zoo
-from lightning_deepr.zoo.command import data_of_recipe
+from lightning_deepr.recipes.running import data_of_recipe
 from lightning_deepr.zoo.loading import folder as folder_of_models
 from lightning_deepr.zoo.verification import counting, evaluate
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_deepr import zoo
-from lightning_deepr.hub_files import describe
-from lightning_deepr.zoo.cards import card
-from lightning_deepr.zoo.pictures import draw
+from lightning_deepr.hub.cards import card
+from lightning_deepr.hub.pictures import draw
+from lightning_deepr.zoo.describing import describe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

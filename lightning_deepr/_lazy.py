@@ -1,0 +1,37 @@
+"""Names of a package that are imported when somebody asks for them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def lazy(
+    package: str, homes: Mapping[str, str], names: Sequence[str] | None = None
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` for a package.
+
+    Args:
+        package: its ``__name__``.
+        homes: name -> the module that has it, or ``module:name`` where it has another name there. A module that ends in the name
+            itself is a submodule.
+        names: what ``dir`` shows; None: the names of ``homes``.
+
+    Example::
+
+        >>> get, show = lazy("lightning_deepr", {"sqrt": "math", "root": "math:sqrt"})
+        >>> get("root")(4.0), show()
+        (2.0, ['root', 'sqrt'])
+    """
+    shown = sorted(homes if names is None else names)
+
+    def get(name: str) -> Any:
+        home = homes.get(name)
+        if home is None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}; it has {', '.join(shown)}.")
+        module, _, other = home.partition(":")
+        found = importlib.import_module(module)
+        return found if module == f"{package}.{name}" else getattr(found, other or name)
+
+    return get, lambda: shown

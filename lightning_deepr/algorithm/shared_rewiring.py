@@ -1,0 +1,296 @@
+"""Algorithm 1 with one K for a whole network: which slot goes where, on plain tensors.
+
+The slots of all layers lie end to end, sorted by layer. In a step everything that has gone dormant leaves its layer, and as many
+connections are born, each in a layer that a rule chooses; so the layers' counts move and their sum does not. The survivors of
+a layer keep their order and come first in it, its newborns follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_deepr.algorithm import randomness
+from lightning_deepr.algorithm.rewiring import SlotTensor, ascending, first_free, shuffled
+
+RULES = ("budget", "uniform")
+
+# bits(key, counter) hashes key + counter * golden: with the inverse, one call with key 0 serves layers of several keys
+_INVERSE = pow(randomness.GOLDEN, -1, 1 << 64)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What never changes about some layers, on their device.
+
+    Args:
+        totals: int64 [layers], N of each.
+        place_starts: int64 [layers], the number of a layer's first place when places are counted over all layers.
+        counter_starts: int64 [layers], the counter of each layer's slot 0.
+        sign_offsets: int64 [layers]: place + offset, hashed with key 0, is the place hashed with the layer's sign seed.
+        weights: int64 [layers], the connections that each started with (N_l * p_l).
+        sizes: the same as ``totals``, as integers.
+    """
+
+    totals: Tensor
+    place_starts: Tensor
+    counter_starts: Tensor
+    sign_offsets: Tensor
+    weights: Tensor
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[SlotTensor], sign_seeds: Sequence[int], budgets: Sequence[int]) -> Geometry:
+        sizes = [tensor.total for tensor in tensors]
+        if sum(sizes) > randomness.LARGEST:
+            raise ValueError(f"The layers have {sum(sizes)} potential connections in all, expected at most 2**63 - 1.")
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        counters = [tensor.index << randomness.SLOT_BITS for tensor in tensors]
+        offsets = [randomness._signed(seed * _INVERSE & randomness.WORD) for seed in sign_seeds]
+        device = tensors[0].places.device
+        first, second, third, fourth, fifth = torch.tensor([sizes, starts, counters, offsets, list(budgets)], device=device)
+        return cls(first, second, third, fourth, fifth, tuple(sizes))
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What a step does to the slots of a network.
+
+    Args:
+        source: int64 [K]: slot i is what slot ``source[i]`` was; at the newborns any that has gone dormant.
+        born: int64 [R], ascending: the newborns.
+        owners: int64 [R]: their layers.
+        places: int64 [R]: their places within the layer.
+        counts: connections of each layer after the step.
+        births, deaths, newborn_deaths: of each layer.
+    """
+
+    source: Tensor
+    born: Tensor
+    owners: Tensor
+    places: Tensor
+    counts: list[int]
+    births: list[int]
+    deaths: list[int]
+    newborn_deaths: list[int]
+
+
+def plan(
+    tensors: Sequence[SlotTensor],
+    geometry: Geometry,
+    theta: Tensor,
+    places: Tensor,
+    born: Tensor,
+    *,
+    rule: str,
+    least: int,
+    newborn_since: int,
+    seed: int,
+    step: int,
+) -> Moves | None:
+    """Where the slots with theta < 0 go.
+
+    Args:
+        tensors: the layers, in the order of their slots.
+        geometry: theirs.
+        theta: [K].
+        places: int64 [K], within the layers.
+        born: int64 [K], the step of each slot's last birth.
+        rule: "budget": a newborn's layer is drawn with probability proportional to ``geometry.weights``, then one of its dormant
+            places; "uniform": one of all dormant places of the network. A full layer is never chosen.
+        least: a layer that is left with fewer connections than this gets births before the rule is asked.
+        newborn_since: a slot born in this step or later dies as a newborn.
+        seed, step: the whole random state.
+
+    Returns:
+        None where nothing has gone dormant.
+    """
+    dead = theta < 0
+    dormant = dead.nonzero().view(-1)
+    count = dormant.numel()
+    if count == 0:
+        return None
+    device, layers = theta.device, len(tensors)
+    before = torch.tensor([tensor.places.numel() for tensor in tensors], device=device)
+    owner = torch.searchsorted(before.cumsum(0), dormant, right=True)
+    deaths = torch.bincount(owner, minlength=layers)
+    newborn_deaths = torch.bincount(owner[born[dormant] >= newborn_since], minlength=layers)
+    alive = before - deaths
+    # the survivors' places, counted over all layers
+    taken = places + torch.repeat_interleave(geometry.place_starts, before, output_size=places.numel())
+    taken[dormant] = -1  # what has gone dormant in this step is free again
+    taken = ascending(taken)
+
+    every = torch.arange(layers, device=device)
+    short = (geometry.totals.clamp(max=least) - alive).clamp_(min=0)
+    first = torch.repeat_interleave(every, short)[:count]
+    rest = count - first.numel()
+    if rule == "budget":
+        room = geometry.totals - alive - torch.bincount(first, minlength=layers)
+        chosen = torch.cat([first, draw_layers(geometry.weights, room, rest, seed, step)])
+        births = torch.bincount(chosen, minlength=layers)
+        new = draw_within(tensors, geometry, alive, births, taken, seed, step)
+    else:
+        births = torch.bincount(first, minlength=layers)
+        new = draw_within(tensors, geometry, alive, births, taken, seed, step)
+        if rest:
+            new = torch.cat([new, draw_anywhere(geometry, new, taken, rest, seed, step)])
+            chosen = torch.searchsorted(geometry.place_starts, new, right=True) - 1
+            births, order = torch.bincount(chosen, minlength=layers), chosen.sort(stable=True).indices
+            new = new[order]
+    owners = torch.repeat_interleave(every, births, output_size=count)
+    survivors = (~dead).nonzero().view(-1)
+    moved = births.cumsum(0) - births  # births in earlier layers: how far a layer's survivors move up
+    position = torch.arange(survivors.numel(), device=device)
+    position += torch.repeat_interleave(moved, alive, output_size=survivors.numel())
+    place_of_births = torch.arange(count, device=device) + alive.cumsum(0)[owners]
+    source = torch.empty_like(places)
+    source[position] = survivors
+    source[place_of_births] = dormant
+    table = torch.stack([alive + births, births, deaths, newborn_deaths]).tolist()
+    return Moves(source, place_of_births, owners, new - geometry.place_starts[owners], *table)
+
+
+def draw_layers(weights: Tensor, room: Tensor, count: int, seed: int, step: int) -> Tensor:
+    """A layer for each of so many births, in proportion to weights; one that is full is never chosen.
+
+    Draws are judged one after the other: each is accepted if its layer still has room then, and repeated otherwise.
+
+    Args:
+        weights: int64 [layers].
+        room: int64 [layers], the dormant places of each; their sum is at least ``count``.
+        count: R.
+        seed, step: the random state.
+
+    Returns:
+        int64 [R].
+    """
+    chosen = torch.empty(count, dtype=torch.long, device=weights.device)
+    pending = torch.arange(count, device=weights.device)
+    left, attempt = room, 0
+    while pending.numel():
+        open_ = torch.where(left > 0, weights, 0)
+        if int(open_.sum()) == 0:  # what has a budget is full
+            open_ = left
+        ends = open_.cumsum(0)
+        draw = randomness.uniform_places(randomness.key(seed, randomness.LAYER, step, attempt), pending, ends[-1])
+        layer = torch.searchsorted(ends, draw, right=True)
+        asked = torch.bincount(layer, minlength=weights.numel())
+        if bool((draw >= 0).all()) and bool((asked <= left).all()):
+            chosen[pending] = layer
+            break
+        # the rank of each draw among those of its layer
+        ordered, order = torch.where(draw >= 0, layer, weights.numel()).sort(stable=True)
+        starts = torch.searchsorted(ordered, torch.arange(weights.numel() + 1, device=weights.device))
+        rank = torch.arange(ordered.numel(), device=weights.device) - starts[ordered]
+        fits = rank < torch.cat([left, left.new_zeros(1)])[ordered]
+        chosen[pending[order[fits]]] = ordered[fits]
+        left = left - torch.bincount(ordered[fits], minlength=weights.numel())
+        pending = pending[order[~fits]].sort().values
+        attempt += 1
+    return chosen
+
+
+def draw_within(
+    tensors: Sequence[SlotTensor], geometry: Geometry, alive: Tensor, births: Tensor, taken: Tensor, seed: int, step: int
+) -> Tensor:
+    """Uniform dormant places for the births of each layer, without replacement: by rejection where a layer will be at most half
+    full, from a list of its dormant places otherwise.
+
+    Args:
+        tensors, geometry: the layers.
+        alive: int64 [layers], their survivors.
+        births: int64 [layers].
+        taken: int64, sorted: the survivors' places, counted over all layers; -1 is ignored.
+        seed, step: the random state.
+
+    Returns:
+        int64 [R], layer by layer, counted over all layers.
+    """
+    number, device = births.tolist(), births.device
+    owners = torch.repeat_interleave(torch.arange(len(tensors), device=device), births, output_size=sum(number))
+    if not sum(number):
+        return owners
+    dense = (2 * (alive + births) > geometry.totals).tolist()
+    slot = torch.arange(owners.numel(), device=device) + (alive - births.cumsum(0) + births)[owners]
+    counters = slot + geometry.counter_starts[owners]
+    lists = [i for i, (count, full) in enumerate(zip(number, dense, strict=True)) if count and full]
+
+    def reject(these: Tensor) -> Tensor:
+        return first_free(
+            lambda attempt: randomness.key(seed, randomness.BIRTH, step, attempt),
+            counters[these],
+            geometry.totals[owners[these]],
+            geometry.place_starts[owners[these]],
+            taken,
+        )
+
+    if not lists:
+        return reject(torch.arange(owners.numel(), device=device))
+    chosen = torch.empty_like(owners)
+    rejecting = (~torch.isin(owners, torch.tensor(lists, device=device))).nonzero().view(-1)
+    if rejecting.numel():
+        chosen[rejecting] = reject(rejecting)
+    starts = geometry.place_starts.tolist()
+    for i in lists:
+        free = dormant_places(taken, starts[i], geometry.sizes[i])
+        stream = randomness.key(seed, randomness.BIRTH, step, 0)
+        chosen[owners == i] = shuffled(stream, tensors[i].index, free)[: number[i]] + starts[i]
+    return chosen
+
+
+def draw_anywhere(geometry: Geometry, more: Tensor, taken: Tensor, count: int, seed: int, step: int) -> Tensor:
+    """Uniform dormant places of the whole network, without replacement.
+
+    Args:
+        geometry: of the layers.
+        more: int64: places that have just been given away.
+        taken: int64, sorted: the survivors' places.
+        count: how many.
+        seed, step: the random state.
+
+    Returns:
+        int64 [count], counted over all layers.
+    """
+    taken = torch.cat([taken, more]).sort().values if more.numel() else taken
+    total = sum(geometry.sizes)
+    if 2 * taken.numel() > total:
+        free = dormant_places(taken, 0, total)
+        return shuffled(randomness.key(seed, randomness.LAYER, step, 0), 0, free)[:count]
+    births = torch.arange(count, device=taken.device)
+    return first_free(
+        lambda attempt: randomness.key(seed, randomness.LAYER, step, attempt),
+        births,
+        torch.full_like(births, total),
+        torch.zeros_like(births),
+        taken,
+    )
+
+
+def dormant_places(taken: Tensor, start: int, total: int) -> Tensor:
+    """int64: the numbers 0 ... total - 1 that are not taken (when ``start`` is added)."""
+    free = torch.ones(total, dtype=torch.bool, device=taken.device)
+    ends = torch.searchsorted(taken, torch.tensor([start, start + total], device=taken.device)).tolist()
+    free[taken[ends[0] : ends[1]] - start] = False
+    return free.nonzero().view(-1)
+
+
+def signs_at(geometry: Geometry, owners: Tensor, places: Tensor, exceptions: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The constant signs of places of several layers.
+
+    Args:
+        geometry: of the layers.
+        owners: int64 [R], the layers.
+        places: int64 [R], within them.
+        exceptions: of each layer: sorted places whose sign is the opposite of the hash.
+        dtype: of the result.
+    """
+    hashed = randomness.bits(0, places + geometry.sign_offsets[owners])
+    signs = torch.where(hashed < 0, -1.0, 1.0).to(dtype)
+    for layer, turned in enumerate(exceptions):
+        if turned.numel():
+            signs = torch.where((owners == layer) & torch.isin(places, turned), -signs, signs)
+    return signs

@@ -1,0 +1,131 @@
+"""``lightning-deepr export CHECKPOINT --to dense|csr|onnx|c --out PATH``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_deepr import zoo
+from lightning_deepr.export import to_c_header, to_csr, to_dense_state_dict, to_onnx
+from lightning_deepr.files.checkpoint import load_state_dict
+
+
+def export(arguments: Sequence[str]) -> None:
+    """The command.
+
+    Raises:
+        SystemExit: what is wrong, in one line.
+    """
+    given = _parser().parse_args(arguments)
+    try:
+        print(_export(given))
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError) as error:
+        raise SystemExit(f"lightning-deepr export: {error}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lightning-deepr export", description="Write a sparse checkpoint in another format.")
+    parser.add_argument("checkpoint", help="a .safetensors, .ckpt, .pt or .pth file, or a name of the zoo")
+    parser.add_argument("--to", choices=("dense", "csr", "onnx", "c"), required=True)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="dense: .safetensors, .pt or .pth; csr: .npz; onnx: .onnx; c: .h"
+    )
+    parser.add_argument("--module", metavar="CLASS", help="the network, where the file names none, e.g. my_package.Net")
+    parser.add_argument(
+        "--module-args", type=json.loads, default={}, metavar="JSON", help="its arguments, e.g. '{\"bias\": false}'"
+    )
+    parser.add_argument(
+        "--submodule", default="", metavar="NAME", help='export this part of it, e.g. "net" of a LightningModule'
+    )
+    parser.add_argument("--input-shape", type=_sizes, metavar="2,50,39", help="onnx: shape of an example input, batch included")
+    parser.add_argument(
+        "--dynamic", type=_names, default=None, metavar="0=batch,1=time", help="onnx: dimensions that vary (0=batch)"
+    )
+    parser.add_argument("--sparse", action="store_true", help="onnx: a small file, weights as places and values")
+    parser.add_argument("--weights", choices=("float32", "int16", "int8"), default="float32", help="c: type of the values")
+    return parser
+
+
+def _export(given: argparse.Namespace) -> str:
+    net = _load(given.checkpoint, given.module, given.module_args)
+    net = net.get_submodule(given.submodule).eval()
+    if given.to == "onnx":
+        if given.input_shape is None:
+            raise ValueError(
+                "--to onnx needs --input-shape, the shape of an example input with its batch dimension, e.g. 1,28,28."
+            )
+        return str(to_onnx(net, given.out, torch.rand(given.input_shape), dynamic=given.dynamic, sparse=given.sparse))
+    if given.to == "c":
+        return str(to_c_header(net, given.out, weights=given.weights))
+    return _write_csr(net, given.out) if given.to == "csr" else _write_dense(net, given.out)
+
+
+def _load(checkpoint: str, name: str | None, arguments: dict[str, Any]) -> nn.Module:
+    """The network with its weights: a sparse file names it, unless it is of a class of the user's own; other checkpoints never do."""
+    net = _class(name)(**arguments) if name else None
+    if not checkpoint.endswith((".ckpt", ".pt", ".pth")):
+        return zoo.load(checkpoint, module=net)
+    if net is None:
+        raise ValueError(
+            f"{checkpoint} does not say which network it is of: give --module, e.g. lightning_deepr.models.LeNet300100."
+        )
+    return load_state_dict(net, checkpoint)
+
+
+def _class(name: str) -> type[nn.Module]:
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute) if module else None
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(
+            f"--module: expected the full name of an nn.Module, e.g. lightning_deepr.models.LeNet300100, found {name!r}."
+        )
+    return found
+
+
+def _write_dense(net: nn.Module, out: Path) -> str:
+    state = to_dense_state_dict(net)
+    if out.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({key: value.contiguous() for key, value in state.items() if isinstance(value, Tensor)}, out)
+    elif out.suffix in (".pt", ".pth"):
+        torch.save(state, out)
+    else:
+        raise ValueError(f"--out: expected .safetensors, .pt or .pth for a dense state_dict, found {out.name!r}.")
+    return f"{out}: {out.stat().st_size:,} bytes, {len(state)} tensors"
+
+
+def _write_csr(net: nn.Module, out: Path) -> str:
+    """``<tensor>.indptr``, ``.indices``, ``.data`` and ``.shape`` per matrix, the names of SciPy; plus every other tensor as it is."""
+    if out.suffix != ".npz":
+        raise ValueError(f"--out: expected .npz for CSR, found {out.name!r}.")
+    arrays: dict[str, Any] = {}
+    matrices = to_csr(net)
+    for name, matrix in matrices.items():
+        narrow = torch.int32 if max(*matrix.shape, matrix.values().numel()) < 2**31 else torch.int64
+        arrays[f"{name}.indptr"] = matrix.crow_indices().to(narrow).numpy()
+        arrays[f"{name}.indices"] = matrix.col_indices().to(narrow).numpy()
+        arrays[f"{name}.data"] = matrix.values().numpy()
+        arrays[f"{name}.shape"] = np.array(matrix.shape)
+    for name, value in net.state_dict().items():
+        if "parametrizations." not in name and isinstance(value, Tensor):
+            arrays[name] = value.numpy()
+    np.savez_compressed(out, **arrays)
+    return f"{out}: {out.stat().st_size:,} bytes, {len(matrices)} sparse matrices"
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(","))
+
+
+def _names(text: str) -> dict[int, str]:
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    return {int(dimension): name or f"d{dimension}" for dimension, _, name in pairs}

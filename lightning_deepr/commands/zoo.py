@@ -1,0 +1,131 @@
+"""``lightning-deepr zoo list|info|verify|publish|pull``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_deepr import zoo
+from lightning_deepr.conversion.report import ConnectivityReport
+from lightning_deepr.recipes.running import data_of_recipe
+
+COLUMNS = ("name", "connections", "connectivity", "metric", "bytes")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The command; errors end it with their message.
+
+    Raises:
+        SystemExit: bad arguments, no such model, or a model that is not as recorded.
+    """
+    parser = argparse.ArgumentParser(
+        prog="lightning-deepr zoo", description="Sparse models: the zoo's, and files that zoo.save wrote."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("list", help="the models of the zoo")
+    command.add_argument("pattern", nargs="?", default="*", help="shell wildcards, as in 'lenet300_100.*'")
+    command = commands.add_parser("info", help="what is known of a model")
+    command.add_argument("model", help="a name of the zoo, or a file")
+    command.add_argument("--json", action="store_true", help="all of it, as JSON")
+    command = commands.add_parser("verify", help="whether models are what they say")
+    command.add_argument("models", nargs="*", help="names of the zoo, or files; none: the whole zoo")
+    command.add_argument(
+        "--data",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="measure the recorded metric, too, on the test set of the recorded recipe, in this folder (none given: where the recipe has it)",
+    )
+    commands.add_parser("publish", help="put a model on the Hugging Face Hub", add_help=False)
+    commands.add_parser("pull", help="get a model's file from the Hugging Face Hub", add_help=False)
+    if arguments and arguments[0] in ("publish", "pull"):
+        from lightning_deepr.commands import hub
+
+        {"publish": hub.publish, "pull": hub.pull}[arguments[0]](arguments[1:])
+        return
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "list":
+            print(listing(zoo.list_models(given.pattern)))
+        elif given.command == "info":
+            found = zoo.info(given.model)
+            print(json.dumps(found, indent=2) if given.json else describe(found))
+        else:
+            verify(*_models_and_folder(given.models, given.data))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"lightning-deepr zoo {given.command}: {error}") from error
+
+
+def _models_and_folder(models: list[str], data: str | None) -> tuple[list[str], str | None]:
+    """``--data MODEL``, too: what names a model is none of the data's folders."""
+    if data and (data in zoo.list_models() or Path(data).is_file()):
+        models, data = [*models, data], ""
+    return models or zoo.list_models(), data
+
+
+def verify(models: Sequence[str], folder: str | None) -> None:
+    """Verify each, with data where a folder is given ("": the recipe's); a failure does not keep the others from being looked at."""
+    failures = []
+    for model in models:
+        try:
+            print(zoo.verify(model, None if folder is None else data_of_recipe(zoo.info(model), folder)))
+        except (OSError, ValueError, RuntimeError) as error:
+            failures.append(f"{model}: {error}".replace("--data.root", "--data"))  # the recipes' name for it
+    if failures:
+        raise ValueError("\n".join(failures))
+    print(f"{len(models)} models are as recorded." if models else "There are no models in the zoo.")
+
+
+def listing(names: Sequence[str]) -> str:
+    """A table of models."""
+    rows = []
+    for name in names:
+        info = zoo.info(name)
+        connectivity = info["connectivity"]
+        metrics = info.get("metrics")
+        metric = next((text for text in map(_metric, metrics.items()) if text), "-") if isinstance(metrics, Mapping) else "-"
+        rows.append((name, f"{connectivity['active']:,}", f"{connectivity['connectivity']:.2%}", metric, f"{info['bytes']:,}"))
+    if not rows:
+        return (
+            "no model of that name. lightning-deepr zoo list shows all."
+            if zoo.list_models()
+            else "There are no models in the zoo."
+        )
+    widths = [max(len(row[i]) for row in [COLUMNS, *rows]) for i in range(len(COLUMNS))]
+    lines = [
+        "  ".join(cell.ljust(w) if i in (0, 3) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in [COLUMNS, *rows]
+    ]
+    return "\n".join([lines[0].rstrip(), "-" * (sum(widths) + 2 * (len(widths) - 1)), *(line.rstrip() for line in lines[1:])])
+
+
+def _metric(item: tuple[str, Any]) -> str:
+    name, value = item
+    value = value.get("value") if isinstance(value, Mapping) else value
+    return f"{name} {value:.4g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
+
+
+def describe(info: Mapping[str, Any]) -> str:
+    """What is known of a model, as text."""
+    rows = [{**row, "l1": None, "compute": "-"} for row in info["connectivity"]["rows"]]
+    lines = [f"{info['name']}", "", str(ConnectivityReport(rows, info["connectivity"]["left_out"])), ""]
+    own = [key for key in info if key not in ("name", "connectivity")]
+    width = max(map(len, own))
+    for key in own:
+        value = info[key]
+        if isinstance(value, Mapping) and value:
+            lines.append(f"{key}:")
+            inner = max(len(str(name)) for name in value)
+            lines += [f"  {str(name).ljust(inner)}  {_text(content)}" for name, content in value.items()]
+        elif value not in ({}, None):
+            lines.append(f"{key.ljust(width)}  {_text(value)}")
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else json.dumps(value)

@@ -1,0 +1,174 @@
+"""How many connections each tensor gets."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_deepr.conversion.selection import Candidate, Connectivity, Distribution, best_key
+
+DISTRIBUTIONS = ("erdos_renyi", "erk", "uniform", "deepr")
+
+
+DEEPR_FACTORS = (0.75, 2.3, 22.8)  # appendix A of the paper, as carried by later work: LeNet-300-100's three layers
+
+
+def check_connectivity(connectivity: Any, where: str = "connectivity") -> None:
+    """Validate a connectivity: a float in (0, 1], an int of at least 1, or a dict of those.
+
+    Raises:
+        TypeError, ValueError: says what was expected and what was found.
+    """
+    if isinstance(connectivity, Mapping):
+        if not connectivity:
+            raise ValueError(f"{where}: expected at least one pattern, found an empty dict.")
+        for pattern, value in connectivity.items():
+            check_connectivity(value, f"{where}[{pattern!r}]")
+    elif isinstance(connectivity, bool) or not isinstance(connectivity, numbers.Real):
+        raise TypeError(f"{where}: expected a float in (0, 1], an int or a dict, found {connectivity!r}.")
+    elif isinstance(connectivity, numbers.Integral):
+        if connectivity < 1:
+            raise ValueError(f"{where}: expected at least 1 connection, found {connectivity}.")
+        if connectivity == 1:
+            warnings.warn(f"{where} = 1 is an int and means one single connection; write 1.0 for all of them.", stacklevel=3)
+    elif not 0.0 < float(connectivity) <= 1.0:  # also NaN
+        raise ValueError(f"{where}: expected a fraction in (0, 1], found {connectivity}. An int is a number of connections.")
+
+
+def allocate(chosen: Sequence[Candidate], connectivity: Connectivity, distribution: Distribution) -> dict[str, int]:
+    """K of each tensor.
+
+    A float gives ``uniform`` and ``deepr`` K_l = round(f_l * c * N_l), at least 1 and at most N_l; ``erdos_renyi`` and ``erk``
+    share out round(c * N). An int is the total, by largest remainder. A dict has a value per tensor.
+
+    Args:
+        chosen: the tensors, in order.
+        connectivity: float in (0, 1] | int | dict {pattern: float | int}.
+        distribution: "erdos_renyi" (Mocanu et al. 2018) | "erk" (Evci et al. 2020) | "uniform" | "deepr" (the paper, appendix
+            A: 0.75, 2.3 and 22.8 times c for three layers) | a function of ({name: shape}, density) that returns a density
+            for each tensor.
+
+    Raises:
+        ValueError: the connectivity does not fit the tensors.
+
+    Example::
+
+        >>> from lightning_deepr.conversion.selection import candidates
+        >>> from lightning_deepr.models import LeNet300100
+        >>> found = candidates(LeNet300100())
+        >>> allocate(found, 0.01, "deepr")
+        {'fc1.weight': 1764, 'fc2.weight': 690, 'fc3.weight': 228}
+        >>> sum(allocate(found, 2662, "uniform").values())
+        2662
+    """
+    if isinstance(connectivity, Mapping):
+        return _allocate_by_key(chosen, connectivity)
+    totals = [c.total for c in chosen]
+    everything = sum(totals)
+    if isinstance(connectivity, numbers.Integral):
+        budget: int | None = int(connectivity)
+        density = int(connectivity) / everything
+        if int(connectivity) > everything:
+            raise ValueError(
+                f"connectivity = {connectivity} connections, but the {len(chosen)} chosen tensors have only {everything}. "
+                "Give at most that many, or a fraction."
+            )
+    else:
+        budget, density = None, float(connectivity)
+    if callable(distribution) or distribution in ("uniform", "deepr"):
+        densities = _densities(chosen, density, distribution)
+        if budget is None:
+            return {c.name: min(max(round(d * c.total), 1), c.total) for c, d in zip(chosen, densities, strict=True)}
+        weights = [d * n for d, n in zip(densities, totals, strict=True)]
+    elif distribution in ("erdos_renyi", "erk"):
+        if budget is None:
+            budget = round(density * everything)
+        # K_l / N_l in proportion to (in + out) / (in * out), the kernel's sizes left out, or (erk) put in
+        weights = []
+        for candidate in chosen:
+            sizes = candidate.shape[:2] if distribution == "erdos_renyi" else candidate.shape
+            weights.append(sum(sizes) / math.prod(sizes) * candidate.total)
+    else:
+        raise ValueError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)} or a function, found {distribution!r}.")
+    counts = share_out(budget, weights, totals, f"connectivity = {connectivity}")
+    return {c.name: k for c, k in zip(chosen, counts, strict=True)}
+
+
+def _densities(chosen: Sequence[Candidate], density: float, distribution: Distribution) -> list[float]:
+    if distribution == "uniform":
+        return [density] * len(chosen)
+    if distribution == "deepr":
+        if len(chosen) != len(DEEPR_FACTORS):
+            raise ValueError(
+                f'distribution="deepr" is the paper\'s for {len(DEEPR_FACTORS)} layers (0.75, 2.3 and 22.8 times the '
+                f'connectivity), found {len(chosen)}: {", ".join(c.name for c in chosen)}. Use "erdos_renyi", or a dict.'
+            )
+        return [factor * density for factor in DEEPR_FACTORS]
+    assert callable(distribution)
+    given = distribution({c.name: c.shape for c in chosen}, density)
+    if isinstance(given, Mapping):
+        if set(given) != {c.name for c in chosen}:
+            raise ValueError(f"distribution: expected a density for each of {[c.name for c in chosen]}, found {sorted(given)}.")
+        given = [given[c.name] for c in chosen]
+    densities = [float(d) for d in given]
+    if len(densities) != len(chosen) or not all(0.0 < d <= 1.0 for d in densities):
+        raise ValueError(f"distribution: expected {len(chosen)} densities in (0, 1], found {densities}.")
+    return densities
+
+
+def _allocate_by_key(chosen: Sequence[Candidate], connectivity: Mapping[str, float | int]) -> dict[str, int]:
+    keys = {c.name: best_key(connectivity, c, "connectivity") for c in chosen}
+    counts: dict[str, int] = {}
+    for key, value in connectivity.items():
+        mine = [c for c in chosen if keys[c.name] == key]
+        totals = [c.total for c in mine]
+        if isinstance(value, numbers.Integral) and mine:
+            if int(value) > sum(totals):
+                raise ValueError(
+                    f"connectivity[{key!r}] = {value} connections, but {', '.join(c.name for c in mine)} have only {sum(totals)}."
+                )
+            shares = share_out(int(value), [float(n) for n in totals], totals, f"connectivity[{key!r}] = {value}")
+        else:
+            shares = [min(max(round(float(value) * n), 1), n) for n in totals]
+        counts.update((c.name, k) for c, k in zip(mine, shares, strict=True))
+    return {c.name: counts[c.name] for c in chosen}
+
+
+def share_out(budget: int, weights: Sequence[float], limits: Sequence[int], what: str) -> list[int]:
+    """Share out a whole number in proportion to weights, by largest remainder: each at least 1 and at most its limit.
+
+    What a full tensor cannot take goes to the others in proportion.
+
+    Raises:
+        ValueError: the budget is smaller than the number of tensors.
+    """
+    count = len(weights)
+    if budget < count:
+        raise ValueError(
+            f"{what} gives {budget} connections to {count} tensors. Expected at least one for each: raise it, or name fewer."
+        )
+    if budget > sum(limits):
+        raise ValueError(f"{what} gives {budget} connections to tensors that have only {sum(limits)}. Lower it.")
+    # The exact share is clamp(scale * weight, 1, limit); the scale at which the shares add up to the budget lies between two
+    # of the points where a share reaches a bound, and is linear there.
+    points = sorted({1 / w for w in weights} | {n / w for n, w in zip(limits, weights, strict=True)})
+    bounded = list(zip(weights, limits, strict=True))
+    low, high = 0.0, points[-1]
+    for high in points:
+        if sum(min(max(high * w, 1.0), n) for w, n in bounded) >= budget:
+            break
+        low = high
+    free = [i for i, (w, n) in enumerate(bounded) if 1 / w <= low and n / w >= high]
+    pinned = sum(1 if 1 / w > low else n for i, (w, n) in enumerate(bounded) if i not in free)
+    scale = (budget - pinned) / sum(weights[i] for i in free) if free else high
+    shares = [min(max(scale * w, 1.0), float(n)) for w, n in bounded]
+    result = [math.floor(share) for share in shares]
+    open_ = [i for i in range(count) if result[i] < limits[i]]
+    by_remainder = sorted(open_, key=lambda i: (result[i] - shares[i], i))
+    for i in by_remainder[: budget - sum(result)]:
+        result[i] += 1
+    assert sum(result) == budget and all(1 <= k <= n for k, n in zip(result, limits, strict=True)), (result, budget)
+    return result

@@ -1,0 +1,224 @@
+"""Making a network sparse and dense again, and looking at it: no Lightning needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_deepr.compute import check_compute
+from lightning_deepr.conversion import sharing
+from lightning_deepr.conversion.allocation import allocate, check_connectivity
+from lightning_deepr.conversion.kinds import has_sparse_compute
+from lightning_deepr.conversion.materialize import materialize, refuse_unmaterializable
+from lightning_deepr.conversion.selection import Candidate, Connectivity, Distribution, Modules, candidates, select
+from lightning_deepr.conversion.start import INITS, start
+from lightning_deepr.kernels.cpu.buffers import give_back
+from lightning_deepr.weights.base import Parametrization
+from lightning_deepr.weights.find import Converted, converted_tensors
+from lightning_deepr.weights.install import install, remove
+from lightning_deepr.weights.k_slots import Notice
+
+
+def sparsify(
+    module: nn.Module,
+    connectivity: Connectivity,
+    *,
+    target_modules: Modules = "all",
+    exclude_modules: Modules = (),
+    distribution: Distribution = "erdos_renyi",
+    init: str = "module",
+    seed: int = 0,
+    compute: str = "auto",
+    device: torch.device | str | None = None,
+    scope: str = "layer",
+) -> nn.Module:
+    """Convert chosen weights into K slots each, in place. Do it before the optimizer is made.
+
+    Args:
+        module: any module; layers of the meta device are materialized.
+        connectivity: float in (0, 1] (a fraction), int (a number of connections) or dict {pattern: float | int}.
+        target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
+        exclude_modules: the same forms.
+        distribution: how the connections are shared out, see :func:`lightning_deepr.conversion.allocation.allocate`.
+        init: "module" | "largest" | "deepr", see :func:`lightning_deepr.conversion.start.start`.
+        seed: of places, signs and (``init="deepr"``) values. The global generator is not used.
+        compute: "dense" (each weight is built for its forward pass, and thrown away), "sparse" (linear layers, LSTMs and GRUs are computed from
+            their connections alone) or "auto" (per tensor and batch size, by a measured break-even).
+        device: where to put the module (None: where it is; the CPU for what is on meta).
+        scope: "layer": K per tensor. "global": one K for all of them, in one parameter (``connectivity`` gives K, ``distribution``
+            the start), for ``DeepR(scope="global")``.
+
+    Returns:
+        the module itself.
+
+    Raises:
+        ValueError: nothing matches, a count does not fit, a tensor is converted already, shared by two layers or has
+            another parametrization. Nothing is converted then.
+
+    Example::
+
+        >>> from lightning_deepr.models import LeNet300100
+        >>> net = sparsify(LeNet300100(), 0.01)
+        >>> [tuple(p.shape) for p in net.fc1.parameters()]
+        [(300,), (1810,)]
+        >>> net.fc1.weight.shape, int((net.fc1.weight != 0).sum())
+        (torch.Size([300, 784]), 1810)
+    """
+    check_connectivity(connectivity)
+    if scope not in ("layer", "global"):
+        raise ValueError(f'scope: expected "layer" (K per tensor) or "global" (one K for all of them), found {scope!r}.')
+    chosen = select(candidates(module), target_modules, exclude_modules, connectivity)
+    for candidate in chosen:
+        if candidate.slots is not None:
+            raise ValueError(
+                f"`{candidate.name}` is converted already (K = {candidate.slots.count}). Expected a dense weight: leave it out "
+                "with exclude_modules, or call densify(module) first."
+            )
+    if not chosen:
+        raise ValueError(nothing_to_convert(module))
+    counts = allocate(chosen, connectivity, distribution)
+    if scope == "global":
+        sharing.check(chosen, device=device)
+    new = convert(module, chosen, counts, init=init, seed=seed, compute=compute, device=device)
+    if scope == "global":
+        sharing.join(new)
+    return module
+
+
+def convert(
+    root: nn.Module,
+    chosen: list[Candidate],
+    counts: Mapping[str, int],
+    *,
+    init: str,
+    seed: int,
+    compute: str,
+    device: torch.device | str | None = None,
+    begin: Callable[..., tuple[Tensor, Parametrization]] = start,
+) -> list[Converted]:
+    """Convert the chosen tensors with the given counts; all checks come before the first change.
+
+    ``begin`` makes theta and its parametrization, with the arguments of :func:`lightning_deepr.conversion.start.start`: K slots.
+    """
+    if init not in INITS:
+        raise ValueError(f"init: expected one of {', '.join(INITS)}, found {init!r}.")
+    policy = check_compute(compute)
+    check_seed(seed)
+    _refuse_shared(root, chosen)
+    for candidate in chosen:
+        if parametrize.is_parametrized(candidate.module, candidate.tensor_name):
+            kind = type(candidate.module.parametrizations[candidate.tensor_name][0]).__name__  # type: ignore[index, union-attr]
+            raise ValueError(
+                f"`{candidate.name}` has another parametrization already ({kind}). Expected a plain weight: leave it out with "
+                "exclude_modules, or remove that parametrization first."
+            )
+        if isinstance(candidate.module, (nn.Embedding, nn.EmbeddingBag)) and candidate.module.sparse:
+            raise ValueError(
+                f"`{candidate.name}` has sparse=True, whose gradient is a sparse tensor: expected sparse=False (the gradient of a "
+                "converted weight has K entries anyway)."
+            )
+    refuse_unmaterializable(root, chosen)
+    first = 1 + max((converted.slots.index for converted in converted_tensors(root)), default=-1)
+    notice, begun = Notice(), []
+    for offset, candidate in enumerate(chosen):
+        weight = candidate.parameter
+        assert weight is not None
+        target = weight.device if weight.device.type != "meta" else torch.device("cpu")
+        target = torch.device(device) if device is not None else target
+        begun.append(
+            begin(candidate, counts[candidate.name], first + offset, init=init, seed=seed, notice=notice, device=target)
+        )
+    for candidate, (theta, slots) in zip(chosen, begun, strict=True):
+        slots.choose_compute(policy, has_sparse_compute(candidate.module, candidate.tensor_name, candidate.shape))
+        install(candidate.module, candidate.tensor_name, theta, slots, candidate.name)
+        slots.hold(candidate.module.parametrizations[candidate.tensor_name])  # type: ignore[index, union-attr, arg-type]
+    materialize(root, seed, device)
+    if any(candidate.total > 1 << 28 for candidate in chosen):
+        give_back()  # what making the connections took
+    if device is not None:
+        root.to(device)
+    names = {candidate.name for candidate in chosen}
+    return [converted for converted in converted_tensors(root) if converted.name in names]
+
+
+def check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, found {seed!r}.")
+
+
+def _refuse_shared(root: nn.Module, chosen: list[Candidate]) -> None:
+    holders: dict[int, list[str]] = {}
+    for prefix, module in root.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    for candidate in chosen:
+        names = holders.get(id(candidate.parameter), [])
+        if len(names) > 1:
+            raise ValueError(
+                f"`{candidate.name}` is shared (tied): {' and '.join(f'`{name}`' for name in names)} are one tensor, and converting "
+                "one of them would untie them. Leave all of them out with exclude_modules, or untie them first."
+            )
+
+
+def nothing_to_convert(module: nn.Module) -> str:
+    """The message for a model in which nothing can be converted: what was found, and where to build the layers."""
+    found = candidates(module)
+    why = "; ".join(f"`{c.name}`: {c.left_out}" for c in found if c.left_out and c.slots is None)
+    return (
+        f"{type(module).__name__} has nothing to convert: expected at least one Linear, Conv, recurrent or attention layer with a "
+        f"trainable weight, found {'only what is left out (' + why + ')' if why else 'none'}. Build the layers in `__init__` or in "
+        "`configure_model`: a callback's `setup` comes before the module's own `setup`."
+    )
+
+
+def densify(module: nn.Module) -> nn.Module:
+    """Turn converted weights back into ordinary dense parameters, in place: zeros where nothing is connected.
+
+    The ``state_dict`` then loads without this package. Parameters are new objects: make the optimizer anew.
+
+    Args:
+        module: a module with or without converted weights.
+
+    Returns:
+        the module itself.
+
+    Example::
+
+        >>> net = densify(sparsify(nn.Linear(100, 10), 0.05))
+        >>> type(net).__name__, int((net.weight != 0).sum()), sorted(net.state_dict())
+        ('Linear', 50, ['bias', 'weight'])
+    """
+    sharing.refuse_torn(converted_tensors(module))
+    for converted in list(converted_tensors(module)):
+        if converted.slots.total * converted.theta.element_size() > (1 << 34):
+            raise RuntimeError(
+                f"`{converted.name}` of shape {tuple(converted.slots.shape)} would take more than 16 GiB as a dense weight. "
+                "`connections(module)` gives its places and values."
+            )
+    for converted in list(converted_tensors(module)):
+        remove(converted)
+    return module
+
+
+def connections(module: nn.Module) -> dict[str, tuple[torch.Size, Tensor, Tensor]]:
+    """The connections of every converted tensor; never builds a dense tensor.
+
+    Args:
+        module: a module with converted weights.
+
+    Returns:
+        {tensor name: (shape, places int64 [K], values [K])}: the weight is ``values`` at the flat indices ``places`` of
+        ``shape`` and 0 elsewhere. Places are in the order of the slots; both tensors are copies.
+
+    Example::
+
+        >>> shape, places, values = connections(sparsify(nn.Linear(100, 10), 0.05))["weight"]
+        >>> shape, places.shape, values.shape
+        (torch.Size([10, 100]), torch.Size([50]), torch.Size([50]))
+    """
+    return {c.name: (c.slots.shape, *c.slots.active(c.theta)) for c in converted_tensors(module)}

@@ -1,0 +1,63 @@
+"""Values for the layers of the meta device, without building a dense weight for what is converted."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lightning_deepr.conversion.selection import Candidate
+
+
+def on_meta(module: nn.Module) -> bool:
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return any(tensor is not None and tensor.device.type == "meta" for tensor in tensors)
+
+
+def refuse_unmaterializable(root: nn.Module, chosen: list[Candidate]) -> None:
+    """What is on the meta device is converted, or has to know how to reset itself."""
+    becoming = {id(candidate.module) for candidate in chosen}
+    for name, module in root.named_modules():
+        if not on_meta(module) or id(module) in becoming or parametrize.is_parametrized(module):
+            continue
+        if not hasattr(module, "reset_parameters"):
+            raise ValueError(
+                f"`{name}` ({type(module).__name__}) is on the meta device and has no reset_parameters: expected a layer that can "
+                "be materialized. Build it on a real device."
+            )
+
+
+def materialize(root: nn.Module, seed: int, device: torch.device | str | None) -> None:
+    """Give values to what is still on the meta device after conversion: biases, norm layers and unconverted weights.
+
+    Each such module is emptied onto the device and reset by its own ``reset_parameters``; a converted module has its biases
+    set as torch's layers do, since its reset would build the dense weight.
+    """
+    target = torch.device(device) if device is not None else torch.device("cpu")
+    for module in root.modules():
+        if not on_meta(module):
+            continue
+        converted = parametrize.is_parametrized(module)
+        for own in (module._parameters, module._buffers):
+            for key, tensor in own.items():
+                if tensor is not None and tensor.device.type == "meta":
+                    empty = torch.empty_like(tensor, device=target)
+                    own[key] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty  # type: ignore[assignment]
+        if not converted:
+            module.reset_parameters()  # type: ignore[operator]
+            continue
+        with torch.no_grad():
+            for parameter in module._parameters.values():
+                if parameter is None:
+                    continue
+                if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+                    bound = 1 / math.sqrt(module.hidden_size)
+                elif isinstance(module, nn.MultiheadAttention):
+                    bound = 0.0
+                else:
+                    shape = next(iter(module.parametrizations.values()))[0].shape  # type: ignore[union-attr, operator]
+                    bound = 1 / math.sqrt(max(math.prod(shape[1:]), 1))
+                generator = torch.Generator(parameter.device).manual_seed(seed)
+                parameter.copy_(torch.rand(parameter.shape, generator=generator, device=parameter.device) * (2 * bound) - bound)

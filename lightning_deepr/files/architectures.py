@@ -1,0 +1,102 @@
+"""The networks that a file can name: built from recorded arguments, without values for their weights."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_deepr.files.gaps import FormatError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network of :mod:`lightning_deepr.models`.
+
+    Attributes:
+        cls: the class's name there.
+        limits: argument -> its type, the lowest and the highest value; a file that asks for more is refused.
+        arguments_of: a network's arguments.
+    """
+
+    cls: str
+    arguments_of: Callable[[Any], dict[str, Any]]
+    limits: Mapping[str, tuple[type, float, float]] = field(default_factory=dict)
+
+    def kind(self) -> type[nn.Module]:
+        found: type[nn.Module] = getattr(importlib.import_module("lightning_deepr.models"), self.cls)
+        return found
+
+
+ARCHITECTURES = {
+    "lenet300_100": Architecture("LeNet300100", lambda net: {"bias": net.fc1.bias is not None}, {"bias": (bool, 0, 1)}),
+    "cifar10_cnn": Architecture("CIFAR10CNN", lambda net: {}),
+    "timit_blstm": Architecture(
+        "BLSTMClassifier",
+        lambda net: {
+            "inputs": net.lstm.input_size,
+            "hidden": net.lstm.hidden_size,
+            "classes": net.head.out_features,
+            "layers": net.lstm.num_layers,
+            "dropout": net.dropout.p,
+        },
+        {
+            "inputs": (int, 1, 1 << 16),
+            "hidden": (int, 1, 1 << 16),
+            "classes": (int, 1, 1 << 16),
+            "layers": (int, 1, 64),
+            "dropout": (float, 0, 1),
+        },
+    ),
+}
+
+
+def _within(value: Any, kind: Any, low: float, high: float) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind) and low <= value <= high
+
+
+def recognize(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
+    """The name and arguments with which a file can name a network; (None, {}) where it can't."""
+    for name, architecture in ARCHITECTURES.items():
+        if type(module) is architecture.kind():
+            return name, architecture.arguments_of(module)
+    return None, {}
+
+
+def build(name: str | None, arguments: Mapping[str, Any]) -> nn.Module:
+    """A network whose parameters are on the meta device: nothing of a weight's size is allocated.
+
+    Raises:
+        ValueError: a name that is not known; says what to do.
+        FormatError: arguments that the network does not have, or out of their limits.
+    """
+    if name is None or name not in ARCHITECTURES:
+        found = "the file names none" if name is None else f"found {name[:80]!r}"
+        raise FormatError(
+            f"architecture: expected one of {', '.join(ARCHITECTURES)}, {found}. Give the network yourself: zoo.load(path, module=Net()). Code is never "
+            "loaded from a file."
+        )
+    limits = ARCHITECTURES[name].limits
+    for key, value in arguments.items():
+        if key not in limits or not _within(value, *limits[key]):
+            known = ", ".join(
+                f"{argument} ({limit[0].__name__}, {limit[1]} to {limit[2]})" for argument, limit in limits.items()
+            )
+            raise FormatError(f"{name}: expected among its arguments {known or 'none'}, found {key[:80]} = {str(value)[:80]}.")
+    with _EmptyIsMeta():
+        return ARCHITECTURES[name].kind()(**arguments)
+
+
+class _EmptyIsMeta(TorchFunctionMode):
+    """Parameters are made by ``torch.empty``: they go to the meta device, and buffers, which are computed, have their values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **{**kwargs, "device": "meta"}) if func is torch.empty else func(*args, **kwargs)

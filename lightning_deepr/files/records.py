@@ -1,0 +1,38 @@
+"""What the entries of a ``state_dict`` say about a converted tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_deepr.weights.base import Parametrization
+from lightning_deepr.weights.dense_theta import MaskedTheta, SoftTheta
+from lightning_deepr.weights.k_slots import KSlots
+
+
+def kind_of_record(state: Mapping[str, Any], head: str) -> type[Parametrization]:
+    """Which parametrization wrote the entries that begin with ``head``."""
+    if head + "0.theta_min" in state:
+        return SoftTheta
+    return MaskedTheta if head + "0.mask" in state else KSlots
+
+
+def wanted_by_record(state: Mapping[str, Any], head: str) -> int:
+    """The K that was asked for."""
+    if kind_of_record(state, head) is KSlots:
+        return int(state[head + "0.places"].numel())
+    return int(state[head + "0.wanted"])
+
+
+def active_by_record(state: Mapping[str, Any], head: str) -> int:
+    """How many connections are active."""
+    kind = kind_of_record(state, head)
+    if kind is KSlots:
+        return int(state[head + "0.places"].numel())
+    theta: Tensor = state[head + "original"]
+    if kind is SoftTheta:
+        return int((theta >= 0).sum())
+    mask: Tensor = state[head + "0.mask"]
+    return int((mask if bool(state[head + "0.fixed"]) else mask & (theta != 0)).sum())

@@ -1,0 +1,287 @@
+"""What of a network is in its file: signed values and places of the connections, everything else as it is, and a record in JSON.
+
+A connection's value is its weight; theta is its magnitude and the float's sign bit is the connection's constant sign, also where theta is 0 (-0.0).
+Connections are in the order of their places. ``docs/format.md`` describes the file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_deepr._version import __version__
+from lightning_deepr.algorithm.randomness import LARGEST, signs_of
+from lightning_deepr.conversion.report import connectivity_report
+from lightning_deepr.files import gaps
+from lightning_deepr.files.container import Contents, Piece, whole_numbers
+from lightning_deepr.files.gaps import FormatError
+from lightning_deepr.weights.base import FORMAT_KEY, FORMAT_VERSION, Parametrization
+from lightning_deepr.weights.dense_theta import DenseTheta, SoftTheta
+from lightning_deepr.weights.find import converted_tensors
+from lightning_deepr.weights.k_slots import KSlots
+
+SPARSE_KEYS = {"shape", "total", "active", "bits", "index", "sign_seed", "last_birth"}
+EXCEPTION_KEYS = {"exceptions", "exception_bits"}  # only where there are any
+RECORD_KEYS = {"architecture", "arguments", "connectivity", "left_out", "metadata", "package_version", "sparse"}
+
+
+class Connections(NamedTuple):
+    """The connections of one tensor, by increasing places."""
+
+    shape: tuple[int, ...]
+    places: Tensor  # int64 [K]
+    values: Tensor  # [K], signed
+    exceptions: Tensor  # int64, sorted: all places whose sign is not the hash's
+    number: int  # the tensor's place in the order of conversion
+    sign_seed: int
+    last_birth: int
+
+    @property
+    def theta(self) -> Tensor:
+        return self.values.abs()
+
+    def slots(self, dtype: torch.dtype, device: torch.device) -> KSlots:
+        slots = KSlots(
+            torch.Size(self.shape), self.places.to(device), self.number, self.sign_seed, self.exceptions.to(device), dtype
+        )
+        slots.born.fill_(self.last_birth)
+        return slots
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------------
+
+
+def contents_of(
+    module: nn.Module, architecture: str | None, arguments: dict[str, Any], metadata: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record and the tensors of a module's file.
+
+    Raises:
+        ValueError: the module's state has something that is no tensor, or no finite number.
+    """
+    prefixes = {id(submodule): prefix for prefix, submodule in module.named_modules()}
+    tensors: dict[str, Tensor] = dict(module.state_dict())
+    sparse: dict[str, Any] = {}
+    for converted in converted_tensors(module):
+        head = prefixes[id(converted.holder)] + "."
+        tensors = {name: value for name, value in tensors.items() if not name.startswith(head)}
+        name = _outer(prefixes[id(converted.module)], converted.tensor_name)
+        _refuse_infinite(name, converted.theta.detach())
+        found = _connections(converted.slots, converted.theta.detach())
+        sparse[name], streams = _encoded(found)
+        tensors.update({f"{name}.{key}": value for key, value in streams.items()})
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"`{name}`: expected a tensor in the module's state_dict, found {type(value).__name__}.")
+        _refuse_infinite(name, value)
+    report = connectivity_report(module)
+    record = {
+        "architecture": architecture,
+        "arguments": arguments,
+        "connectivity": {
+            "active": sum(entry["active"] for entry in sparse.values()),
+            "total": sum(entry["total"] for entry in sparse.values()),
+        },
+        "left_out": report.left_out,
+        "metadata": metadata,
+        "package_version": __version__,
+        "sparse": sparse,
+    }
+    return record, tensors
+
+
+def _refuse_infinite(name: str, value: Tensor) -> None:
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise ValueError(
+            f"`{name}` holds NaN or infinity: expected finite values. A buffer that needs them is no part of a file: register it with persistent=False."
+        )
+
+
+def _connections(slots: Parametrization, theta: Tensor) -> Connections:
+    if isinstance(slots, KSlots):
+        places, own, signs = slots.places, slots.own(theta), slots.signs
+        # a weight that passed through zero (trained without rewiring, or with free signs) has the sign that it has now
+        values = torch.where(own == 0, torch.copysign(torch.zeros_like(own), signs), own * signs)
+        exceptions = slots.exceptions
+    elif isinstance(slots, SoftTheta) and bool((theta >= 0).any()):
+        places = (theta >= 0).reshape(-1).nonzero().view(-1)
+        values = torch.copysign(theta.reshape(-1)[places].abs(), slots.signs.reshape(-1)[places])
+        exceptions = slots.exceptions
+    else:
+        assert isinstance(slots, DenseTheta)
+        magnitudes, made = slots.as_slots(theta)
+        places, values, exceptions = made.places, torch.copysign(magnitudes, made.signs), made.exceptions
+    order = torch.argsort(places)
+    return Connections(
+        tuple(slots.shape),
+        places[order].cpu(),
+        values[order].cpu(),
+        exceptions.cpu(),
+        slots.index,
+        slots.sign_seed,
+        slots.last_birth(),
+    )
+
+
+def _encoded(found: Connections) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    places = found.places.numpy()
+    bits = gaps.best_width(places)
+    entry: dict[str, Any] = {
+        "shape": list(found.shape),
+        "total": math.prod(found.shape),
+        "active": places.size,
+        "bits": bits,
+        "index": found.number,
+        "sign_seed": found.sign_seed,
+        "last_birth": found.last_birth,
+    }
+    streams = {"values": found.values, "gaps": _stream(gaps.encode(places, bits))}
+    # of active places the sign bit tells; exceptions that are dormant just now have to be named
+    dormant = np.setdiff1d(found.exceptions.numpy(), places)
+    if dormant.size:
+        entry["exceptions"], entry["exception_bits"] = int(dormant.size), gaps.best_width(dormant)
+        streams["exceptions"] = _stream(gaps.encode(dormant, entry["exception_bits"]))
+    return entry, streams
+
+
+def _stream(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------------
+
+
+def check(contents: Contents) -> None:
+    """Whether the record and the tensors agree; reads no place.
+
+    Raises:
+        FormatError: they don't.
+    """
+    record, pieces = contents.record, contents.pieces
+    if set(record) != RECORD_KEYS:
+        raise FormatError(f"record: expected {', '.join(sorted(RECORD_KEYS))}, found {', '.join(sorted(record))[:200]}.")
+    for key in RECORD_KEYS - {"architecture", "package_version"}:
+        if not isinstance(record[key], dict):
+            raise FormatError(f"record: `{key}`: expected an object, found {type(record[key]).__name__}.")
+    if not isinstance(record["architecture"], (str, type(None))) or not isinstance(record["package_version"], str):
+        raise FormatError("record: `architecture` and `package_version`: expected text.")
+    sums = {"active": 0, "total": 0}
+    for name, entry in record["sparse"].items():
+        _check_entry(name, entry, pieces)
+        sums = {key: sums[key] + entry[key] for key in sums}
+    if record["connectivity"] != sums:
+        raise FormatError(
+            f"connectivity: expected {sums}, the sums over the tensors, found {str(record['connectivity'])[:80]}."
+        )
+    for name in dense_names(contents):
+        if ".parametrizations." in f".{name}" and (
+            FORMAT_KEY in name or any(name.startswith(_head(n)) for n in record["sparse"])
+        ):
+            raise FormatError(f"`{name[:80]}`: expected a dense tensor, found a part of a converted one.")
+
+
+def _check_entry(name: str, entry: Any, pieces: dict[str, Piece]) -> None:
+    keys = set(entry) if isinstance(entry, dict) else set()
+    if keys not in (SPARSE_KEYS, SPARSE_KEYS | EXCEPTION_KEYS):
+        raise FormatError(f"`{name[:80]}`: expected {', '.join(sorted(SPARSE_KEYS))}, found {', '.join(sorted(keys))[:200]}.")
+    shape = whole_numbers(entry["shape"], f"`{name}`: shape")
+    for key in keys - {"shape"}:
+        low = {"last_birth": -1, "active": 1, "bits": 1, "exception_bits": 1, "exceptions": 1}.get(key, 0)
+        high = {"bits": gaps.WIDEST, "exception_bits": gaps.WIDEST, "index": (1 << 23) - 1, "last_birth": LARGEST - 1}.get(
+            key, LARGEST
+        )
+        if type(entry[key]) is not int or not low <= entry[key] <= high:
+            raise FormatError(f"`{name}`: {key}: expected a whole number from {low} to {high}, found {str(entry[key])[:80]}.")
+    total, active = math.prod(shape), entry["active"]
+    if entry["total"] != total or active > total or entry.get("exceptions", 0) > total - active:
+        raise FormatError(
+            f"`{name}`: expected K <= N = {total} (and exceptions among the other places), found K = {active}, N = {entry['total']}."
+        )
+    values, stream = _piece(pieces, f"{name}.values"), _piece(pieces, f"{name}.gaps")
+    if not values.dtype.is_floating_point or values.shape != (active,):
+        raise FormatError(f"`{name}.values`: expected {active} floats, found {values.dtype} of shape {values.shape}.")
+    streams = [(stream, active, entry["bits"])]
+    if "exceptions" in entry:
+        streams.append((_piece(pieces, f"{name}.exceptions"), entry["exceptions"], entry["exception_bits"]))
+    for piece, count, bits in streams:
+        if piece.dtype != torch.uint8 or len(piece.shape) != 1 or 8 * piece.numel < count * bits:
+            raise FormatError(f"`{name}`: expected at least {count} units of {bits} bits as U8, found shape {piece.shape}.")
+
+
+def _piece(pieces: dict[str, Piece], name: str) -> Piece:
+    if name not in pieces:
+        raise FormatError(f"expected a tensor `{name[:120]}`, found none.")
+    return pieces[name]
+
+
+def dense_names(contents: Contents) -> list[str]:
+    """The tensors that are in the file as they are."""
+    own = {f"{name}.{key}" for name, entry in contents.record["sparse"].items() for key in _streams(entry)}
+    return [name for name in contents.pieces if name not in own]
+
+
+def _streams(entry: dict[str, Any]) -> tuple[str, ...]:
+    return ("values", "gaps", "exceptions") if "exceptions" in entry else ("values", "gaps")
+
+
+def all_connections(contents: Contents) -> Iterator[tuple[str, Connections]]:
+    """Every sparse tensor's name and connections, in the order of conversion.
+
+    Raises:
+        FormatError: places that are not as recorded.
+    """
+    for name, entry in sorted(contents.record["sparse"].items(), key=lambda item: item[1]["index"]):
+        try:
+            yield name, _decoded(name, entry, contents.pieces)
+        except FormatError as error:
+            raise FormatError(f"`{name}`: {error}") from error
+
+
+def _decoded(name: str, entry: dict[str, Any], pieces: dict[str, Piece]) -> Connections:
+    total = entry["total"]
+    places = torch.from_numpy(gaps.decode(pieces[f"{name}.gaps"].data, entry["active"], entry["bits"], total=total))
+    values = pieces[f"{name}.values"].tensor()
+    hashed = signs_of(entry["sign_seed"], places, torch.float32) < 0
+    exceptions = places[torch.signbit(values) != hashed]
+    if "exceptions" in entry:
+        stream, count = pieces[f"{name}.exceptions"].data, entry["exceptions"]
+        dormant = gaps.decode(stream, count, entry["exception_bits"], total=total)
+        if np.isin(dormant, places.numpy(), assume_unique=True).any():
+            raise FormatError("expected exceptions of dormant places only, found an active one.")
+        exceptions = torch.cat([exceptions, torch.from_numpy(dormant)]).sort().values
+    return Connections(
+        tuple(entry["shape"]), places, values, exceptions, entry["index"], entry["sign_seed"], entry["last_birth"]
+    )
+
+
+def state_of(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Connections]]:
+    """A file as the ``state_dict`` of a converted module, and its connections by the name of their entries in it (the head)."""
+    state = {name: contents.pieces[name].tensor() for name in dense_names(contents)}
+    heads = {}
+    for name, found in all_connections(contents):
+        head = _head(name)
+        heads[head] = found
+        state[head + "original"] = found.theta
+        state[head + "0." + FORMAT_KEY] = torch.tensor(FORMAT_VERSION)
+        state[head + "0.places"] = found.places
+        state[head + "0.born"] = torch.full_like(found.places, found.last_birth)
+        state[head + "0.sign_exceptions"] = found.exceptions
+        state[head + "0.sign_seed"] = torch.tensor(found.sign_seed)
+        state[head + "0.index"] = torch.tensor(found.number)
+        state[head + "0.shape"] = torch.tensor(found.shape, dtype=torch.long)
+    return state, heads
+
+
+def _outer(prefix: str, tensor_name: str) -> str:
+    return f"{prefix}.{tensor_name}" if prefix else tensor_name
+
+
+def _head(name: str) -> str:
+    """Where a tensor's entries are in a ``state_dict``: "fc1.weight" -> "fc1.parametrizations.weight."."""
+    module, _, tensor = name.rpartition(".")
+    return _outer(module, f"parametrizations.{tensor}.")

@@ -1,0 +1,30 @@
+"""The Hugging Face Hub: a file from it, checked; a folder to it in one commit; cards; a mixin for classes of one's own.
+
+A model goes to the Hub with ``zoo.publish`` and comes from it with ``zoo.load(..., source="hub")``; ``hub.publish`` and ``hub.load`` are other names
+for the two.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning_deepr._lazy import lazy
+
+if TYPE_CHECKING:
+    from lightning_deepr.hub.errors import HubError
+    from lightning_deepr.hub.mixin import SparseHubMixin
+    from lightning_deepr.hub.transfer import WEIGHTS, Published, download, revision_of
+
+__all__ = ["WEIGHTS", "HubError", "Published", "SparseHubMixin", "download", "load", "publish", "revision_of"]
+
+# `huggingface_hub` is imported when it is used; and SparseHubMixin's base class signs up every subclass when it is defined
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "HubError": "lightning_deepr.hub.errors",
+        "SparseHubMixin": "lightning_deepr.hub.mixin",
+        "load": "lightning_deepr.zoo.loading:load_from_hub",
+        "publish": "lightning_deepr.zoo.publishing",
+        **dict.fromkeys(("WEIGHTS", "Published", "download", "revision_of"), "lightning_deepr.hub.transfer"),
+    },
+)

@@ -1,0 +1,318 @@
+"""Model cards: a README.md in the Hub's form, made from a file's own metadata.
+
+python -m lightning_deepr.zoo.write_cards FOLDER [NAME_OR_PATH ...]
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+LIBRARY = "lightning-deepr"
+PICTURE = "connectivity.png"
+CITATION = """@inproceedings{bellec2018deep,
+  title     = {Deep Rewiring: Training very sparse deep networks},
+  author    = {Bellec, Guillaume and Kappel, David and Maass, Wolfgang and Legenstein, Robert},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2018},
+  url       = {https://openreview.net/forum?id=BJ_wN01C-}
+}"""
+SPARSE_FROM_THE_START = {"DeepR", "SET", "FixedRandom"}
+# what the Hub calls them: task, data set
+TASKS = {"lenet300_100": "image-classification", "cifar10_cnn": "image-classification", "timit_blstm": "audio-classification"}
+DATA_SETS = {"mnist": "ylecun/mnist", "cifar-10": "uoft-cs/cifar10", "cifar10": "uoft-cs/cifar10"}
+
+
+def card(
+    info: Mapping[str, Any], *, repo_id: str | None = None, picture: str | None = PICTURE, recipe: str | None = None
+) -> str:
+    """A model's card.
+
+    Args:
+        info: what ``zoo.info`` tells of the model. What is not recorded is left out.
+        repo_id: where it is published, None: it travels with the package only.
+        picture: path of the picture of the connectivity, None: there is none.
+        recipe: path of the recipe's YAML beside the card, None: it is not there.
+
+    Returns:
+        Markdown with the Hub's metadata in front.
+
+    Example::
+
+        >>> card({"name": "net", "license": "MIT", "connectivity": {"rows": [], "total": 1000, "active": 10}}).splitlines()[:3]
+        ['---', 'library_name: lightning-deepr', 'license: mit']
+    """
+    name = str(info.get("name") or (repo_id or "model").rpartition("/")[2])
+    parts = [
+        front(info, name),
+        f"# {name}\n\n{_summary(info)}",
+        _use(info, name, repo_id),
+        _section("Connectivity", table(info) + (f"\n\n![connectivity]({picture})" if picture else "")),
+        _section("Metrics", metrics_table(info)),
+        _section("Training", _training(info, recipe)),
+        _section("File", _file(info)),
+        _section("Licence", _licence(info)),
+        _section("Citation", f"The algorithm:\n\n```bibtex\n{CITATION}\n```"),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def card_of_class(module: nn.Module, front_matter: Mapping[str, Any], **details: Any) -> str:
+    """The card of a user's own class (``SparseHubMixin``): its connectivity and how to load it.
+
+    Args:
+        module: with converted weights.
+        front_matter: the metadata of its class, as the mixin keeps it.
+        details: ``model_card_kwargs`` of ``save_pretrained``, each a section of its own.
+    """
+    from lightning_deepr.conversion.report import connectivity_report
+
+    written = next(
+        cls for cls in type(module).__mro__ if cls.__module__ != "torch.nn.utils.parametrize"
+    )  # as its author wrote it
+    kind = written.__name__
+    source = "" if written.__module__ == "__main__" else f"from {written.__module__} import {kind}\n\n"
+    use = f"The class does not travel with its weights: you need its code.\n\n```python\n{source}net = {kind}.from_pretrained(...)  # in eval mode\n```"
+    rows = {"connectivity": connectivity_report(module).to_dict()}
+    parts = [
+        _yaml({"library_name": LIBRARY, **{key: value for key, value in front_matter.items() if value is not None}}),
+        f"# {kind}\n\n{_summary({**rows, 'architecture': kind})}",
+        _section("Use", use),
+        _section("Connectivity", table(rows)),
+        *(_section(title.replace("_", " ").capitalize(), str(text)) for title, text in details.items()),
+        _section("Citation", f"The algorithm:\n\n```bibtex\n{CITATION}\n```"),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def front(info: Mapping[str, Any], name: str) -> str:
+    """The YAML in front of the card, with the Hub's ``model-index``."""
+    task = TASKS.get(str(info.get("architecture")))
+    fields: dict[str, Any] = {
+        "library_name": LIBRARY,
+        "license": _hub_licence(info),
+        "pipeline_tag": task,
+        "tags": [
+            "sparse",
+            "deep-r",
+            "dynamic-sparse-training",
+            *([str(info["architecture"])] if info.get("architecture") else []),
+        ],
+    }
+    data = _data(info)
+    if data.get("name") and (hub_name := DATA_SETS.get(str(data["name"]).lower())):
+        fields["datasets"] = [hub_name]
+    results = [
+        {"type": _plain_name(metric), "name": metric.replace("_", " ").capitalize(), "value": numbers["value"]}
+        for metric, numbers in metrics(info).items()
+        if numbers.get("value") is not None
+    ]
+    if results:
+        data_set = {"name": str(data.get("name") or "unknown"), "type": DATA_SETS.get(str(data.get("name")).lower(), "unknown")}
+        if data.get("split"):
+            data_set["split"] = str(data["split"])
+        fields["metrics"] = sorted({result["type"] for result in results})
+        fields["model-index"] = [
+            {"name": name, "results": [{"task": {"type": task or "other"}, "dataset": data_set, "metrics": results}]}
+        ]
+    return _yaml({key: value for key, value in fields.items() if value is not None})
+
+
+def table(info: Mapping[str, Any]) -> str:
+    """Connections per tensor, as Markdown."""
+    recorded = info.get("connectivity") or {}
+    lines = ["| tensor | shape | potential | connections | connectivity |", "|---|---|---:|---:|---:|"]
+    for row in recorded.get("rows", []):
+        shape = " x ".join(str(size) for size in row["shape"])
+        share = row["active"] / row["total"] if row["total"] else 0.0
+        lines.append(f"| `{row['name']}` | {shape} | {row['total']:,} | {row['active']:,} | {share:.3%} |")
+    if recorded.get("total"):
+        share = recorded["active"] / recorded["total"]
+        lines.append(f"| **all** | | {recorded['total']:,} | {recorded['active']:,} | {share:.3%} |")
+    dense = recorded.get("left_out") or {}
+    note = f"\n\nDense: {', '.join(f'`{name}`' for name in dense)}." if dense else ""
+    return "\n".join(lines) + note
+
+
+def metrics(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The recorded metrics: name -> value (this file's), mean, std, seeds (number of runs) and whatever else was noted.
+
+    A metric may be recorded as a number or as a dict.
+    """
+    found = {}
+    for name, value in (info.get("metrics") or {}).items():
+        numbers = dict(value) if isinstance(value, Mapping) else {"value": value}
+        if isinstance(value, (Mapping, int, float)) and not isinstance(value, bool):
+            found[str(name)] = numbers
+    return found
+
+
+def metrics_table(info: Mapping[str, Any]) -> str:
+    """Each metric of this file, and its mean and spread over seeds."""
+    found = metrics(info)
+    if not found:
+        return ""
+    lines = ["| metric | this file | mean ± standard deviation over seeds | seeds |", "|---|---:|---:|---|"]
+    for name, numbers in found.items():
+        mean, spread = numbers.get("mean"), numbers.get("std")
+        seeds = numbers.get("seeds", "")
+        over = "" if mean is None else _number(mean) + ("" if spread is None else f" ± {_number(spread)}")
+        listed = (
+            ", ".join(str(seed) for seed in seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else str(seeds)
+        )
+        value = numbers.get("value")
+        counted = f" ({numbers['correct']:,} of {numbers['examples']:,})" if _counted(numbers) else ""
+        lines.append(f"| {name.replace('_', ' ')} | {'' if value is None else _number(value)}{counted} | {over} | {listed} |")
+    notes = [
+        f"{name.replace('_', ' ')}: {key.replace('_', ' ')} {value}."
+        for name, numbers in found.items()
+        for key, value in numbers.items()
+        if key not in ("value", "mean", "std", "seeds", "correct", "examples") and isinstance(value, (str, int, float))
+    ]
+    if _part(info.get("recipe")).get("name") and any(_counted(numbers) for numbers in found.values()):
+        notes.append("Measure it again: `lightning-deepr zoo verify --data FILE`.")
+    return "\n".join(lines) + ("\n\n" + " ".join(notes) if notes else "")
+
+
+def _summary(info: Mapping[str, Any]) -> str:
+    recorded, data = info.get("connectivity") or {}, _data(info)
+    said = f"`{info['architecture']}`" if info.get("architecture") else "A network"
+    if data.get("name"):
+        said += f" trained on {data['name']}"
+    if recorded.get("total"):
+        said += (
+            f", with {recorded['active']:,} of {recorded['total']:,} connections ({recorded['active'] / recorded['total']:.2%})"
+        )
+    method = _method(info)
+    if method in SPARSE_FROM_THE_START:
+        said += ". It was sparse from the first step of its training to the last"
+    elif method:
+        said += f". Its connections were found by {method}"
+    said += ". The file holds K values and K places for each sparse weight."
+    return said + (f"\n\n{info['description']}" if info.get("description") else "")
+
+
+def _use(info: Mapping[str, Any], name: str, repo_id: str | None) -> str:
+    where = f'"{repo_id}", source="hub"' if repo_id else f'"{name}"'
+    own = "" if info.get("architecture") in TASKS else ", module=Net()"
+    lines = [
+        "```python",
+        "# pip install lightning-deepr",
+        "from lightning_deepr import zoo",
+        "",
+        "# an nn.Module in eval mode, computed from its connections; dense=True for ordinary weights",
+        f"net = zoo.load({where}{own})",
+        "```",
+    ]
+    if repo_id:
+        lines += [
+            "",
+            'Pin what you use: `revision="<commit hash>"`. Only safetensors and JSON are read; no code comes from this repository.',
+        ]
+    lines += ["", "To go on training it, give it to a `lightning.Trainer` with `DeepR()` among its callbacks."]
+    return _section("Use", "\n".join(lines))
+
+
+def _training(info: Mapping[str, Any], recipe: str | None) -> str:
+    lines = []
+    if _method(info):
+        given = info.get("hyperparameters") or _part(info.get("algorithm"))
+        listed = ", ".join(f"{key} = {_short(value)}" for key, value in given.items() if key != "name" and value is not None)
+        lines.append(f"- algorithm: {_method(info)}" + (f" ({listed})" if listed else ""))
+    seeds = info.get("seeds", info.get("seed"))
+    if seeds is not None:
+        lines.append(f"- seeds: {_short(seeds)}")
+    data = _data(info)
+    if data:
+        said = ", ".join(
+            f"{key} `{value}`" if "sha" in key or "sum" in key else f"{key} {_short(value)}" for key, value in data.items()
+        )
+        lines.append(f"- data: {said}")
+    recorded = _part(info.get("recipe"))
+    if recorded.get("name"):
+        file = f"[`{recipe}`]({recipe})" if recipe else f"`{recorded['name']}`"
+        lines.append(f"- recipe: {file}")
+        overrides = recorded.get("overrides") or []
+        if isinstance(overrides, Mapping):
+            overrides = [f"--{key} {shlex.quote(_short(value))}" for key, value in overrides.items()]
+        command = recorded.get("command") or " ".join(
+            ["lightning-deepr fit --config", str(recorded["name"]), *map(str, overrides)]
+        )
+        lines.append(f"\n```bash\n{command}\n```")
+    return "\n".join(lines)
+
+
+def _file(info: Mapping[str, Any]) -> str:
+    version = info.get("package_version", info.get("version"))
+    said = {
+        "format": info.get("format_version"),
+        "bytes": info.get("bytes"),
+        "sha256": f"`{info['sha256']}`" if info.get("sha256") else None,
+        "written by": f"{LIBRARY} {version}" if version else None,
+        "architecture": f"`{info['architecture']}`" if info.get("architecture") else None,
+        "its arguments": f"`{_short(info['arguments'])}`" if info.get("arguments") else None,
+        "numbers that are not sparse": info.get("dense_parameters"),
+    }
+    return "\n".join(
+        f"- {key}: {value:,}" if isinstance(value, int) else f"- {key}: {value}" for key, value in said.items() if value
+    )
+
+
+def _licence(info: Mapping[str, Any]) -> str:
+    return str(info["license"]) if info.get("license") else ""
+
+
+def _hub_licence(info: Mapping[str, Any]) -> str | None:
+    """The Hub's identifiers are SPDX's in small letters, and "other"."""
+    if not info.get("license"):
+        return None
+    spdx = str(info["license"]).lower()
+    return (
+        spdx
+        if spdx in {"apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-sa-3.0", "cc0-1.0"}
+        else "other"
+    )
+
+
+def _data(info: Mapping[str, Any]) -> dict[str, Any]:
+    return _part(info.get("data", info.get("dataset")))
+
+
+def _method(info: Mapping[str, Any]) -> str:
+    return str(_part(info.get("algorithm")).get("name", ""))
+
+
+def _part(value: Any) -> dict[str, Any]:
+    """A recorded value that may be a bare name."""
+    return dict(value) if isinstance(value, Mapping) else {} if value is None else {"name": value}
+
+
+def _plain_name(metric: str) -> str:
+    """The Hub's name of a metric: "test_accuracy" is "accuracy"."""
+    return metric.lower().removeprefix("test").strip(" _/")
+
+
+def _counted(numbers: Mapping[str, Any]) -> bool:
+    return all(type(numbers.get(key)) is int for key in ("correct", "examples"))
+
+
+def _number(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _section(title: str, text: str) -> str:
+    return f"## {title}\n\n{text}" if text else ""
+
+
+def _yaml(fields: Mapping[str, Any]) -> str:
+    import yaml  # type: ignore[import-untyped]
+
+    return "---\n" + yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True, width=120) + "---"

@@ -1,0 +1,132 @@
+"""``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` for a user's own modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from torch import nn
+
+from lightning_deepr.files.checkpoint import load_state_dict, save_sparse
+from lightning_deepr.hub.cards import card_of_class
+from lightning_deepr.hub.errors import readable
+from lightning_deepr.hub.transfer import WEIGHTS, download
+from lightning_deepr.weights.find import converted_tensors
+
+Own = TypeVar("Own", bound="SparseHubMixin")
+
+
+class SparseHubMixin(
+    PyTorchModelHubMixin,
+    library_name="lightning-deepr",
+    tags=["sparse", "deep-r"],
+    paper_url="https://arxiv.org/abs/1711.05136",
+):
+    """``huggingface_hub``'s ``PyTorchModelHubMixin`` whose weights are a sparse file: K values and K places per converted weight.
+
+    Used as that mixin: ``net.save_pretrained(folder)``, ``net.push_to_hub("me/net")``, ``Net.from_pretrained("me/net" or folder)``. The arguments of
+    ``__init__`` that JSON can hold travel in ``config.json``. The class itself does not travel: whoever loads has it in his own code, and nothing from the
+    Hub is executed. Unlike that mixin, there is no fallback to pickled weights, and missing or left over keys are an error.
+
+    ``from_pretrained`` builds the class as its ``__init__`` does, dense, then converts it as recorded; it returns the module in eval mode, and
+    ``train()`` under ``DeepR`` goes on from there. A module without converted weights is refused when saved: ``PyTorchModelHubMixin`` is for those.
+
+    Example::
+
+        >>> import tempfile
+        >>> from lightning_deepr import sparsify
+        >>> class Net(nn.Module, SparseHubMixin):
+        ...     def __init__(self, width: int = 30) -> None:
+        ...         super().__init__()
+        ...         self.fc = nn.Linear(20, width)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = sparsify(Net(width=50), 0.05).save_pretrained(folder)
+        ...     Net.from_pretrained(folder).fc.weight.shape
+        torch.Size([50, 20])
+    """
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        _refuse_dense(self)
+        save_sparse(_module(self), save_directory / WEIGHTS, license=self._hub_mixin_info.model_card_data.license)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The library's card from a class's own template, ours where it has none: with the table of the connectivity."""
+        from huggingface_hub.hub_mixin import DEFAULT_MODEL_CARD
+
+        if self._hub_mixin_info.model_card_template != DEFAULT_MODEL_CARD:
+            return super().generate_model_card(*args, **kwargs)
+        return ModelCard(card_of_class(_module(self), self._hub_mixin_info.model_card_data.to_dict(), **kwargs))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Publish: ``PyTorchModelHubMixin.push_to_hub`` with its arguments, and errors that say what to do.
+
+        Raises:
+            HubError: with ``reason`` and what to do.
+        """
+        _refuse_dense(self)
+        with readable(repo_id, revision=options.get("branch"), publishing=True):
+            return super().push_to_hub(repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls: type[Own], pretrained_model_name_or_path: str | Path, **options: Any) -> Own:
+        """Build the class from ``config.json`` and load its sparse weights: ``PyTorchModelHubMixin.from_pretrained`` with its arguments.
+
+        Raises:
+            HubError: with ``reason`` and what to do.
+            FileNotFoundError: a folder without ``model.safetensors``.
+            ValueError: the file is damaged or of another architecture.
+        """
+        if Path(pretrained_model_name_or_path).is_dir():
+            return super().from_pretrained(pretrained_model_name_or_path, **options)
+        repo_id = str(pretrained_model_name_or_path)
+        with readable(repo_id, revision=options.get("revision"), filename="config.json"):
+            return super().from_pretrained(repo_id, **options)
+
+    @classmethod
+    def _from_pretrained(
+        cls: type[Own],
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str | torch.device = "cpu",
+        strict: bool = True,
+        **model_kwargs: Any,
+    ) -> Own:
+        if not strict:
+            raise ValueError(
+                "strict=False: expected a file with all of the module's tensors; a sparse file is loaded whole or not at all."
+            )
+        if Path(model_id).is_dir():
+            file = Path(model_id) / WEIGHTS
+        else:
+            file = download(
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        net = cls(**model_kwargs)
+        load_state_dict(_module(net), file)
+        return _module(net).to(map_location).eval()  # type: ignore[return-value]
+
+
+def _module(net: Any) -> nn.Module:
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"SparseHubMixin: expected a class of nn.Module beside it, found {type(net).__name__}.")
+    return net
+
+
+def _refuse_dense(net: Any) -> None:
+    if not any(True for _ in converted_tensors(_module(net))):
+        raise ValueError(
+            f"{type(net).__name__} has no converted weight: expected a sparse module. Call sparsify(module, connectivity) or train it under "
+            "DeepR first, or derive it from huggingface_hub's PyTorchModelHubMixin for a dense one."
+        )

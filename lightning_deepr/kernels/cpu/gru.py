@@ -1,0 +1,65 @@
+"""The cell of a GRU: one unit of W = lanes * vectors batch elements at one step, and its gradients.
+
+r and z are the sigmoids of their sums, n = tanh(a + r b), and h' = (1 - z) n + z h, where a is what the input adds to the sum of n, b what
+the hidden state adds: a reset gate that works behind the product (as in PyTorch and cuDNN) needs the two apart.
+"""
+
+from __future__ import annotations
+
+from numba import types
+from numba.extending import intrinsic
+
+from lightning_deepr.kernels.cpu.activations import Math, blocks
+from lightning_deepr.kernels.cpu.native import _Tile
+
+
+@intrinsic(prefer_literal=True)
+def gru_cell(typingctx, gates, stride, h, new_h, kept_h, size, lanes, vectors):
+    """r, z and n (``stride`` bytes apart) from their sums, in place, b is behind them; the new hidden state, to two places."""
+    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
+
+    def codegen(context, builder, signature, args):
+        tile = _Tile(builder, *shape)
+        m = Math(builder, tile)
+        places = blocks(builder, args[0], args[1])
+        for v in range(tile.vectors):
+            r, z, a, b = (tile.load(place, v) for place in places)
+            r, z = m.sigmoid(r), m.sigmoid(z)
+            n = m.tanh(m.add(a, m.multiply(r, b)))
+            out = m.add(m.multiply(m.one_minus(z), n), m.multiply(z, tile.load(args[2], v)))
+            for place, value in zip([*places[:3], *args[3:5]], [r, z, n, out, out], strict=True):
+                tile.store(value, place, v)
+        return context.get_dummy_value()
+
+    int64 = types.int64
+    return types.void(int64, int64, int64, int64, int64, size, lanes, vectors), codegen
+
+
+@intrinsic(prefer_literal=True)
+def gru_gradient(typingctx, gates, stride, h, dy, dh, dgates, dstride, kept, size, lanes, vectors):
+    """The gradients of one unit's sums: those of r, z and b to ``dgates`` (``dstride`` bytes apart), of r, z, a and b to ``kept``.
+
+    dh becomes what reaches the hidden state ``h`` of the step before past the gates.
+    """
+    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
+
+    def codegen(context, builder, signature, args):
+        tile = _Tile(builder, *shape)
+        m = Math(builder, tile)
+        places = blocks(builder, args[0], args[1])
+        for_product, kept = blocks(builder, args[5], args[6], 3), blocks(builder, args[7], args[1])
+        for v in range(tile.vectors):
+            r, z, n, b = (tile.load(place, v) for place in places)
+            h, dy, dh = (tile.load(place, v) for place in args[2:5])
+            dh = m.add(dy, dh)
+            da = m.multiply(m.multiply(dh, m.one_minus(z)), m.one_minus(m.multiply(n, n)))
+            db = m.multiply(da, r)
+            dz = m.multiply(m.multiply(dh, m.subtract(h, n)), m.multiply(z, m.one_minus(z)))
+            dr = m.multiply(m.multiply(db, b), m.one_minus(r))
+            tile.store(m.multiply(dh, z), args[4], v)
+            for place, value in zip([*for_product, *kept], [dr, dz, db, dr, dz, da, db], strict=True):
+                tile.store(value, place, v)
+        return context.get_dummy_value()
+
+    int64 = types.int64
+    return types.void(*[int64] * 8, size, lanes, vectors), codegen

@@ -1,0 +1,320 @@
+"""The sparse linear layer on the CPU: y = x W^T + b, its input gradient and its theta gradient, from the K connections alone.
+
+The batch is the inner dimension. x [B, in] is laid out as tiles [in, W] of W batch elements (W = lanes * vectors, padded with 0), so that
+a connection (row, column) is one multiplication of W floats with a scalar. The forward pass goes through the connections by row:
+the sums of a row stay in registers, and blocks of finished rows are transposed into y on their way out. The backward pass goes
+through them by column, and gets both gradients from one look at each: dx[column] += w * dy[row], dw = dy[row] . x[column].
+
+``slots`` entries hold the slot's number, with the top bit set where the connection's sign is negative.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from numba import njit
+
+from lightning_deepr.kernels.cpu.native import (
+    Kernel,
+    accumulate_and_dot,
+    accumulate_rows,
+    dot_rows,
+    fetch_add,
+    fill_row,
+    load_float,
+    load_int32,
+    load_int64,
+    stack_space,
+    store_float,
+    store_int64,
+    sum_row,
+    transpose_block,
+    transpose_edge,
+)
+
+CHUNK = 256  # connections whose values are gathered at a time
+SLOT = 0x7FFFFFFF
+CACHE = 3 << 19  # bytes
+
+
+@njit(inline="never")
+def to_tiles(x, tiled, batch, features, first, last, tile, vectors, size, lanes):
+    """Columns first ... last of one batch tile of x [batch, features] -> tiled [features, W], 0 beyond the batch."""
+    width = lanes * vectors
+    start = tile * width
+    for column in range(first, last, lanes):
+        for part in range(vectors):
+            b = start + part * lanes
+            source = x + (b * features + column) * size
+            target = tiled + ((tile * features + column) * width + part * lanes) * size
+            if b + lanes <= batch and column + lanes <= last:
+                transpose_block(source, features * size, target, width * size, size, lanes)
+            else:
+                inside = min(lanes, last - column)
+                transpose_edge(source, features * size, batch - b, inside, target, width * size, inside, lanes, size, lanes)
+
+
+@njit(inline="never")
+def from_block(block, y, batch, features, first, count, tile, vectors, size, lanes):
+    """``count`` finished rows of W floats -> y [batch, features], columns first ... first + count."""
+    width = lanes * vectors
+    for part in range(vectors):
+        b = tile * width + part * lanes
+        if count == lanes and b + lanes <= batch:
+            transpose_block(
+                block + part * lanes * size, width * size, y + (b * features + first) * size, features * size, size, lanes
+            )
+        else:
+            transpose_edge(
+                block + part * lanes * size,
+                width * size,
+                count,
+                lanes,
+                y + (b * features + first) * size,
+                features * size,
+                batch - b,
+                count,
+                size,
+                lanes,
+            )
+
+
+@njit(inline="always")
+def gather_values(theta, slots, count, values, size):
+    for i in range(count):
+        slot = load_int32(slots + i * 4)
+        value = load_float(theta + (slot & SLOT) * size, size)
+        store_float(values + i * size, -value if slot < 0 else value, size)
+
+
+@njit(inline="always")
+def scatter_dots(dtheta, slots, count, dots, add, size):
+    for i in range(count):
+        slot = load_int32(slots + i * 4)
+        value = load_float(dots + i * size, size)
+        value = -value if slot < 0 else value
+        where = dtheta + (slot & SLOT) * size
+        if add:
+            value += load_float(where, size)
+        store_float(where, value, size)
+
+
+# The number of vectors in a tile is PARTS where a constant would only make the compiler unroll what need not be unrolled.
+# Arguments of both kernels, by position in the array.
+TASK, PHASE, BATCH, TILES, ROWS, COLUMNS, X, XT, Y, YT, THETA, BIAS = range(12)
+ROW_START, ROW_COLUMN, ROW_SLOT, COLUMN_START, COLUMN_ROW, COLUMN_SLOT, DX, DTHETA, DBIAS, PARTS = range(12, 22)
+ARGUMENTS = 22
+TILE = BIAS  # in the backward pass: the tile to multiply (the first of all, for one thread)
+ALL, TRANSPOSE, MULTIPLY = 0, 1, 2  # phases; ALL: one thread does everything in one call
+
+
+@cache
+def forward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
+    """y [B, rows] = x [B, columns] W^T + b, by row."""
+    width = lanes * vectors
+    block_bytes, chunk_bytes = lanes * width * size, CHUNK * size
+
+    def forward(a):
+        phase, batch, tiles = load_int64(a + 8 * PHASE), load_int64(a + 8 * BATCH), load_int64(a + 8 * TILES)
+        rows, columns, parts = load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS), load_int64(a + 8 * PARTS)
+        xt, y, theta, bias = load_int64(a + 8 * XT), load_int64(a + 8 * Y), load_int64(a + 8 * THETA), load_int64(a + 8 * BIAS)
+        counter = a
+        if phase == ALL:  # the caller is alone, and its arguments may be constants
+            counter = stack_space(8)
+            store_int64(counter, 0)
+        if phase != MULTIPLY:
+            x = load_int64(a + 8 * X)
+            blocks = (columns + 127) // 128
+            while True:
+                task = fetch_add(counter, 1)
+                if task >= blocks * tiles:
+                    break
+                first = (task % blocks) * 128
+                to_tiles(x, xt, batch, columns, first, min(first + 128, columns), task // blocks, parts, size, lanes)
+        if phase == TRANSPOSE:
+            return
+        if phase == ALL:
+            store_int64(counter, 0)
+        row_start, row_column, row_slot = (
+            load_int64(a + 8 * ROW_START),
+            load_int64(a + 8 * ROW_COLUMN),
+            load_int64(a + 8 * ROW_SLOT),
+        )
+        block, values = stack_space(block_bytes), stack_space(chunk_bytes)
+        groups = (rows + lanes - 1) // lanes
+        while True:
+            task = fetch_add(counter, 4)
+            if task >= groups * tiles:
+                break
+            for group in range(task, min(task + 4, groups * tiles)):
+                tile, first = group // groups, (group % groups) * lanes
+                source = xt + tile * columns * width * size
+                count = min(lanes, rows - first)
+                begin = load_int32(row_start + first * 4)
+                for r in range(count):
+                    sums = block + r * width * size
+                    start = load_float(bias + (first + r) * size, size) if bias != 0 else 0.0
+                    fill_row(sums, start, size, lanes, vectors)
+                    end = load_int32(row_start + (first + r + 1) * 4)
+                    while begin < end:
+                        n = min(CHUNK, end - begin)
+                        gather_values(theta, row_slot + begin * 4, n, values, size)
+                        accumulate_rows(sums, n, row_column + begin * 4, values, source, size, lanes, vectors)
+                        begin += n
+                from_block(block, y, batch, rows, first, count, tile, parts, size, lanes)
+
+    return Kernel(forward)
+
+
+@njit
+def dots_by_row(a, counter, batch, tiles, rows, columns, parts, xt, dy, dtheta, dbias, block, dots, size, lanes, vectors):
+    """Only dtheta and db, by row: a block of dy at a time is transposed on the stack, and never all of it."""
+    row_start, row_column, row_slot = (
+        load_int64(a + 8 * ROW_START),
+        load_int64(a + 8 * ROW_COLUMN),
+        load_int64(a + 8 * ROW_SLOT),
+    )
+    width = lanes * vectors
+    groups = (rows + lanes - 1) // lanes
+    while True:
+        task = fetch_add(counter, 4)
+        if task >= groups:
+            break
+        for group in range(task, min(task + 4, groups)):
+            first = group * lanes
+            count = min(lanes, rows - first)
+            for tile in range(tiles):
+                source = xt + tile * columns * width * size
+                # (an address from which these columns' tiles begin at the block)
+                to_tiles(
+                    dy,
+                    block - (tile * rows + first) * width * size,
+                    batch,
+                    rows,
+                    first,
+                    first + count,
+                    tile,
+                    parts,
+                    size,
+                    lanes,
+                )
+                begin = load_int32(row_start + first * 4)
+                for r in range(count):
+                    own = block + r * width * size
+                    if dbias != 0:
+                        total = sum_row(own, size, lanes, vectors)
+                        if tile != 0:
+                            total += load_float(dbias + (first + r) * size, size)
+                        store_float(dbias + (first + r) * size, total, size)
+                    end = load_int32(row_start + (first + r + 1) * 4)
+                    while begin < end:
+                        n = min(CHUNK, end - begin)
+                        dot_rows(n, row_column + begin * 4, source, own, dots, size, lanes, vectors)
+                        scatter_dots(dtheta, row_slot + begin * 4, n, dots, tile != 0, size)
+                        begin += n
+
+
+@cache
+def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
+    """dx [B, columns] = dy W, dtheta [K] = s * (dy^T x) at the places, db [rows] = sum of dy; each where its address is not 0.
+
+    xt is made from x where x is not 0. Where no dx is asked for, the connections are taken by row.
+    """
+    width = lanes * vectors
+    block_bytes, chunk_bytes = lanes * width * size, CHUNK * size
+
+    def backward(a):
+        phase, batch, tiles = load_int64(a + 8 * PHASE), load_int64(a + 8 * BATCH), load_int64(a + 8 * TILES)
+        rows, columns, parts = load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS), load_int64(a + 8 * PARTS)
+        x, xt, dy, yt = load_int64(a + 8 * X), load_int64(a + 8 * XT), load_int64(a + 8 * Y), load_int64(a + 8 * YT)
+        theta, dx = load_int64(a + 8 * THETA), load_int64(a + 8 * DX)
+        dtheta, dbias = load_int64(a + 8 * DTHETA), load_int64(a + 8 * DBIAS)
+        counter = a
+        if phase == ALL:
+            counter = stack_space(8)
+            store_int64(counter, 0)
+        if phase != MULTIPLY:
+            blocks = (rows + 127) // 128 if dx != 0 else 0
+            more = ((columns + 127) // 128) * tiles if x != 0 else 0
+            while True:
+                task = fetch_add(counter, 1)
+                if task >= blocks + more:
+                    break
+                if task >= blocks:
+                    task -= blocks
+                    first = (task // tiles) * 128
+                    to_tiles(x, xt, batch, columns, first, min(first + 128, columns), task % tiles, parts, size, lanes)
+                    continue
+                first = task * 128
+                last = min(first + 128, rows)
+                for tile in range(tiles):
+                    to_tiles(dy, yt, batch, rows, first, last, tile, parts, size, lanes)
+                if dbias != 0:
+                    for r in range(first, last):
+                        total = sum_row(yt + r * width * size, size, lanes, vectors)
+                        for tile in range(1, tiles):
+                            total += sum_row(yt + (tile * rows + r) * width * size, size, lanes, vectors)
+                        store_float(dbias + r * size, total, size)
+        if phase == TRANSPOSE:
+            return
+        if phase == ALL:
+            store_int64(counter, 0)
+        block, values, dots = stack_space(block_bytes), stack_space(chunk_bytes), stack_space(chunk_bytes)
+        if dx == 0:
+            dots_by_row(
+                a, counter, batch, tiles, rows, columns, parts, xt, dy, dtheta, dbias, block, dots, size, lanes, vectors
+            )
+            return
+        column_start, column_row = load_int64(a + 8 * COLUMN_START), load_int64(a + 8 * COLUMN_ROW)
+        column_slot = load_int64(a + 8 * COLUMN_SLOT)
+        groups = (columns + lanes - 1) // lanes
+        # One tile after the other: a tile of dy fits a nearer cache than all, and no two threads add to one dtheta.
+        for tile in range(load_int64(a + 8 * TILE), tiles if phase == ALL else load_int64(a + 8 * TILE) + 1):
+            if phase == ALL:
+                store_int64(counter, 0)
+            source = yt + tile * rows * width * size
+            while True:
+                task = fetch_add(counter, 4)
+                if task >= groups:
+                    break
+                for group in range(task, min(task + 4, groups)):
+                    first = group * lanes
+                    count = min(lanes, columns - first)
+                    begin = load_int32(column_start + first * 4)
+                    for c in range(count):
+                        sums = block + c * width * size
+                        own = xt + (tile * columns + first + c) * width * size
+                        fill_row(sums, 0.0, size, lanes, vectors)
+                        end = load_int32(column_start + (first + c + 1) * 4)
+                        while begin < end:
+                            n = min(CHUNK, end - begin)
+                            index, slots = column_row + begin * 4, column_slot + begin * 4
+                            gather_values(theta, slots, n, values, size)
+                            if dtheta == 0:
+                                accumulate_rows(sums, n, index, values, source, size, lanes, vectors)
+                            else:
+                                accumulate_and_dot(sums, n, index, values, source, own, dots, size, lanes, vectors)
+                                scatter_dots(dtheta, slots, n, dots, tile != 0, size)
+                            begin += n
+                    from_block(block, dx, batch, columns, first, count, tile, parts, size, lanes)
+
+    return Kernel(backward)
+
+
+def tile_of(batch: int, size: int, features: int = 0) -> tuple[int, int]:
+    """(lanes, vectors) of the tile for a batch: the smallest that holds it, at most 8 vectors of 64 bytes.
+
+    Args:
+        batch: number of rows of x.
+        size: of a float in bytes.
+        features: the larger of rows and columns. Where a tile would take more than a core's own cache, its half is better.
+    """
+    lanes = 64 // size
+    if batch <= lanes // 2:
+        return lanes // 2, 1
+    vectors = 1
+    while vectors < 8 and lanes * vectors < batch:
+        vectors *= 2
+    while vectors > 4 and features * vectors * 64 > CACHE:
+        vectors //= 2
+    return lanes, vectors

@@ -1,0 +1,64 @@
+"""The cell of an LSTM: one unit of W = lanes * vectors batch elements at one step, and its gradients."""
+
+from __future__ import annotations
+
+from numba import types
+from numba.extending import intrinsic
+
+from lightning_deepr.kernels.cpu.activations import Math, blocks
+from lightning_deepr.kernels.cpu.native import _Tile
+
+
+@intrinsic(prefer_literal=True)
+def lstm_cell(typingctx, gates, stride, c, new_c, h, kept_h, size, lanes, vectors):
+    """One unit of W batch elements: its four gates (``stride`` bytes apart) from their sums, in place; the new cell and hidden state."""
+    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
+
+    def codegen(context, builder, signature, args):
+        tile = _Tile(builder, *shape)
+        m = Math(builder, tile)
+        places = blocks(builder, args[0], args[1])
+        for v in range(tile.vectors):
+            sums = [tile.load(place, v) for place in places]
+            i, f, g, o = (m.tanh(x) if k == 2 else m.sigmoid(x) for k, x in enumerate(sums))
+            state = m.add(m.multiply(f, tile.load(args[2], v)), m.multiply(i, g))
+            out = m.multiply(o, m.tanh(state))
+            for place, value in zip([*places, *args[3:6]], [i, f, g, o, state, out, out], strict=True):
+                tile.store(value, place, v)
+        return context.get_dummy_value()
+
+    int64 = types.int64
+    return types.void(int64, int64, int64, int64, int64, int64, size, lanes, vectors), codegen
+
+
+@intrinsic(prefer_literal=True)
+def lstm_gradient(typingctx, gates, stride, c, new_c, dy, dh, dc, dgates, dstride, kept, size, lanes, vectors):
+    """The gradients of one unit's sums, to ``dgates`` (``dstride`` bytes apart) and ``kept``; dc becomes that of the step before."""
+    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
+
+    def codegen(context, builder, signature, args):
+        tile = _Tile(builder, *shape)
+        m = Math(builder, tile)
+        places, first, second = (
+            blocks(builder, args[0], args[1]),
+            blocks(builder, args[7], args[8]),
+            blocks(builder, args[9], args[1]),
+        )
+        for v in range(tile.vectors):
+            i, f, g, o = (tile.load(place, v) for place in places)
+            c, new_c, dy, dh, dc = (tile.load(place, v) for place in args[2:7])
+            t = m.tanh(new_c)
+            dh = m.add(dy, dh)
+            dc = m.add(dc, m.multiply(m.multiply(dh, o), m.one_minus(m.multiply(t, t))))
+            di = m.multiply(m.multiply(dc, g), m.multiply(i, m.one_minus(i)))
+            df = m.multiply(m.multiply(dc, c), m.multiply(f, m.one_minus(f)))
+            dg = m.multiply(m.multiply(dc, i), m.one_minus(m.multiply(g, g)))
+            do = m.multiply(m.multiply(dh, t), m.multiply(o, m.one_minus(o)))
+            tile.store(m.multiply(dc, f), args[6], v)
+            for k, value in enumerate((di, df, dg, do)):
+                tile.store(value, first[k], v)
+                tile.store(value, second[k], v)
+        return context.get_dummy_value()
+
+    int64 = types.int64
+    return types.void(*[int64] * 10, size, lanes, vectors), codegen

@@ -1,0 +1,315 @@
+"""The orders by rows and by columns (``lightning_deepr.compute.order``) follow a rewiring.
+
+A small tensor with many births is put in order anew. In any other, each side is brought up to date in place, at a cost that hardly
+depends on how many lines (rows, or columns) the connections are spread over: most lines of a very large layer hold one connection or
+none, and a loop over a line's connections would cost a wrongly predicted branch for each. So everything passes over connections, or
+over lines, never over the connections of each line:
+
+1. the births are sorted;
+2. one pass over the connections drops the dead, and keeps for each 64 of them which have stayed;
+3. one pass over the lines: a line begins where its first connection has moved to, by a count of bits, plus the births in lines before it;
+4. each birth looks up its position in its line, and what lies between two births moves as a whole, from the end.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from lightning_deepr.kernels.cpu.native import Kernel, fetch_add, load_int32, load_int64, pointer, store_int32, store_int64
+from lightning_deepr.kernels.cpu.rewire import (
+    COLUMN_ROW,
+    COLUMN_SLOT,
+    COLUMN_START,
+    COLUMNS,
+    COUNT,
+    FIELDS,
+    PLACES,
+    REBORN,
+    REBORN_COUNT,
+    ROW_COLUMN,
+    ROW_SLOT,
+    ROW_START,
+    ROWS,
+    SIGNS,
+    SIZE,
+    SLOT,
+    TABLE,
+    TENSORS,
+)
+from lightning_deepr.kernels.cpu.sorting import sort_with
+
+SMALL, BASE, PER_BIRTH = 1 << 12, 700, 11  # connections; measured
+BLOCK = 16  # connections that are compared or moved at a time
+_INT32 = ir.IntType(32)
+
+
+@intrinsic
+def count_bits(typingctx, word):
+    """How many bits of an int64 are set."""
+
+    def codegen(context, builder, signature, args):
+        return builder.ctpop(args[0])
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def move_block(typingctx, source, shift):
+    """Copy ``BLOCK`` int32 to ``shift`` bytes behind; all are read before one is written."""
+
+    def codegen(context, builder, signature, args):
+        _move(builder, args[0], args[1])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def move_and_compare(typingctx, source, shift, bound):
+    """As :func:`move_block`; how many come after the last that is not above a bound."""
+
+    def codegen(context, builder, signature, args):
+        values = _move(builder, args[0], args[1])
+        undefined = ir.Constant(values.type, ir.Undefined)
+        one = builder.insert_element(undefined, args[2], ir.Constant(_INT32, 0))
+        bounds = builder.shuffle_vector(one, undefined, ir.Constant(values.type, [0] * BLOCK))
+        not_above = builder.bitcast(builder.icmp_signed("<=", values, bounds), ir.IntType(BLOCK))
+        bits = builder.shl(builder.zext(not_above, _INT32), ir.Constant(_INT32, 32 - BLOCK))
+        bits = builder.or_(bits, ir.Constant(_INT32, 1 << (31 - BLOCK)))  # so that there is one
+        return builder.zext(builder.ctlz(bits, ir.Constant(ir.IntType(1), 1)), ir.IntType(64))
+
+    return types.int64(types.int64, types.int64, types.int32), codegen
+
+
+def _move(builder: Any, source: Any, shift: Any) -> Any:
+    block = ir.VectorType(_INT32, BLOCK).as_pointer()
+    values = builder.load(builder.inttoptr(source, block), align=4)
+    builder.store(values, builder.inttoptr(builder.add(source, shift), block), align=4)
+    return values
+
+
+@njit
+def drop_dead(other, slots, count, reborn, stayed, before):
+    """The connections that have stayed move together.
+
+    Args:
+        other, slots: addresses of the order.
+        reborn: address of a bit per slot.
+        stayed, before: addresses of the results for each 64 connections (and for an empty piece at the end): a bit for each that has stayed,
+            int64, and how many have stayed before them, int32.
+    """
+    written = 0
+    for piece in range((count >> 6) + 1):
+        first = piece << 6
+        store_int32(before + 4 * piece, np.int32(written))
+        bits = np.int64(0)
+        for i in range(min(64, count - first)):
+            slot = load_int32(slots + 4 * (first + i))
+            number = slot & SLOT
+            stays = np.int64(~(load_int32(reborn + 4 * (number >> 5)) >> (number & 31)) & 1)
+            store_int32(other + 4 * written, load_int32(other + 4 * (first + i)))
+            store_int32(slots + 4 * written, slot)
+            bits |= stays << i
+            written += stays
+        store_int64(stayed + 8 * piece, bits)
+    return written
+
+
+@njit
+def move_starts(start, lines, stayed, before, births_before):
+    """Where each line begins.
+
+    Args:
+        births_before: address of an int32 for each line and one more: in, births in the line before; out, in all lines before.
+    """
+    births = np.int32(0)
+    for line in range(1, lines + 1):
+        entry = np.int64(load_int32(start + 4 * line))
+        piece, rest = entry >> 6, entry & 63
+        bits = load_int64(stayed + 8 * piece) & ((np.int64(1) << rest) - 1)
+        births += load_int32(births_before + 4 * line)
+        store_int32(births_before + 4 * line, births)
+        store_int32(start + 4 * line, load_int32(before + 4 * piece) + np.int32(count_bits(bits)) + births)
+
+
+@njit
+def insert(start, other, slots, births_before, stayed, lines_across, born_slots, births):
+    """The births take their positions; from the end, so that nothing is overwritten before it has moved.
+
+    Args:
+        stayed: the number of connections that have stayed.
+        lines_across: address of an int64 for each birth: its line, and in the lower half its place across; sorted.
+        born_slots: address of the slots that belong to them.
+    """
+    end = stayed  # those from here on have moved
+    for i in range(births - 1, -1, -1):
+        key, shift = load_int64(lines_across + 8 * i), 4 * (i + 1)
+        across, at, ahead = np.int32(key), start + 4 * (key >> 32), births_before + 4 * (key >> 32)
+        # where the line's connections are now
+        line_begin = np.int64(load_int32(at) - load_int32(ahead))
+        line_end = np.int64(load_int32(at + 4) - load_int32(ahead + 4))
+        if i + 1 >= BLOCK:
+            # Whole blocks: what is moved too early, from before the line's end or the birth's position, doesn't reach what has yet to move,
+            # and is overwritten by what belongs there.
+            if end > line_end:
+                while end > line_end:
+                    end -= BLOCK
+                    move_block(other + 4 * end, shift)
+                    move_block(slots + 4 * end, shift)
+                end = line_end
+            after = np.int64(BLOCK)
+            while after == BLOCK:
+                block = end - BLOCK
+                move_block(slots + 4 * block, shift)
+                after = min(move_and_compare(other + 4 * block, shift, across), end - line_begin)
+                end -= after
+        else:
+            while end > line_begin and (end > line_end or load_int32(other + 4 * (end - 1)) > across):
+                end -= 1
+                store_int32(other + 4 * end + shift, load_int32(other + 4 * end))
+                store_int32(slots + 4 * end + shift, load_int32(slots + 4 * end))
+        store_int32(other + 4 * (end + i), across)
+        store_int32(slots + 4 * (end + i), load_int32(born_slots + 4 * i))
+
+
+@njit
+def follow(t, side):
+    """One order (side 0: by rows, 1: by columns) of a tensor follows its rewiring."""
+    count, places = load_int64(t + 8 * COUNT), load_int64(t + 8 * PLACES)
+    births, reborn = load_int64(t + 8 * REBORN_COUNT), load_int64(t + 8 * REBORN)
+    rows, columns = load_int64(t + 8 * ROWS), load_int64(t + 8 * COLUMNS)
+    signs, size = load_int64(t + 8 * SIGNS), load_int64(t + 8 * SIZE)
+    inverse = 1.0 / columns
+    keys, born_slots = np.empty(births, np.uint64), np.empty(births, np.int32)
+    flags = np.zeros(count // 32 + 1, np.int32)
+    for i in range(births):
+        slot = load_int64(reborn + 8 * i)
+        place = load_int64(places + 8 * slot)
+        if side == 1:
+            row = row_of(place, columns, inverse)
+            place = (place - row * columns) * rows + row
+        keys[i] = np.uint64(place)
+        # the sign bit of a little-endian float is the top bit of its last four bytes
+        negative = load_int32(signs + (slot + 1) * size - 4) < 0
+        born_slots[i] = np.int32(slot - (SLOT + 1)) if negative else np.int32(slot)
+        flags[slot >> 5] |= np.int32(np.int64(1) << (slot & 31))
+    keys, born_slots = sort_with(keys, born_slots, np.uint64(rows * columns - 1))
+
+    lines, width = (rows, columns) if side == 0 else (columns, rows)
+    start = load_int64(t + 8 * (ROW_START if side == 0 else COLUMN_START))
+    other = load_int64(t + 8 * (ROW_COLUMN if side == 0 else COLUMN_ROW))
+    slots = load_int64(t + 8 * (ROW_SLOT if side == 0 else COLUMN_SLOT))
+    births_before = np.zeros(lines + 1, np.int32)
+    inverse = 1.0 / width
+    for i in range(births):
+        line = row_of(np.int64(keys[i]), width, inverse)
+        births_before[line + 1] += np.int32(1)
+        keys[i] = np.uint64((line << 32) | (np.int64(keys[i]) - line * width))
+    stayed, before = np.empty((count >> 6) + 1, np.int64), np.empty((count >> 6) + 1, np.int32)
+    stayed_at, before_at, births_at = (
+        np.int64(stayed.ctypes.data),
+        np.int64(before.ctypes.data),
+        np.int64(births_before.ctypes.data),
+    )
+    number = drop_dead(other, slots, count, np.int64(flags.ctypes.data), stayed_at, before_at)
+    move_starts(start, lines, stayed_at, before_at, births_at)
+    insert(start, other, slots, births_at, number, np.int64(keys.ctypes.data), np.int64(born_slots.ctypes.data), births)
+    # (numba frees an array after its last mention)
+    flags[0] = stayed[0] = before[0] = births_before[0] = born_slots[0] = 0
+    keys[0] = np.uint64(0)
+
+
+@njit(inline="always")
+def row_of(place, columns, inverse):
+    """place // columns: a multiplication, which is off by one at most, instead of a division."""
+    row = np.int64(np.float64(place) * inverse)
+    across = place - row * columns
+    return row + np.int64(across >= columns) - np.int64(across < 0)
+
+
+@njit
+def order_anew(t):
+    """Both orders of a small tensor, or of one that is new altogether, from its places: three stable counting sorts, none of which has to guess where a line ends."""
+    count, rows, columns = load_int64(t + 8 * COUNT), load_int64(t + 8 * ROWS), load_int64(t + 8 * COLUMNS)
+    signs, size = load_int64(t + 8 * SIGNS), load_int64(t + 8 * SIZE)
+    places = carray(pointer(load_int64(t + 8 * PLACES)), count, np.int64)
+    row_of, column_of, by_column = np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, np.int32)
+    inverse = 1.0 / columns
+    for k in range(count):  # a division, by a multiplication that is off by one at most
+        row = np.int64(np.float64(places[k]) * inverse)
+        across = places[k] - row * columns
+        row += np.int64(across >= columns) - np.int64(across < 0)
+        row_of[k] = row
+        column_of[k] = places[k] - row * columns
+    row_start, column_start = load_int64(t + 8 * ROW_START), load_int64(t + 8 * COLUMN_START)
+    row_next, column_next = np.zeros(rows + 1, np.int32), np.zeros(columns + 1, np.int32)
+    rows_at, columns_at = np.int64(row_next.ctypes.data), np.int64(column_next.ctypes.data)
+    row_at, column_at = np.int64(row_of.ctypes.data), np.int64(column_of.ctypes.data)
+    for k in range(count):
+        take_next(rows_at, load_int32(row_at + 4 * k) + 1)
+        take_next(columns_at, load_int32(column_at + 4 * k) + 1)
+    for line in range(rows):
+        row_next[line + 1] += row_next[line]
+    for line in range(columns):
+        column_next[line + 1] += column_next[line]
+    for line in range(rows + 1):
+        store_int32(row_start + 4 * line, row_next[line])
+    for line in range(columns + 1):
+        store_int32(column_start + 4 * line, column_next[line])
+    sorted_at = np.int64(by_column.ctypes.data)
+    for k in range(count):
+        store_int32(sorted_at + 4 * take_next(columns_at, load_int32(column_at + 4 * k)), np.int32(k))
+    other, order = load_int64(t + 8 * ROW_COLUMN), load_int64(t + 8 * ROW_SLOT)
+    for i in range(count):
+        k = load_int32(sorted_at + 4 * i)
+        position = take_next(rows_at, load_int32(row_at + 4 * k))
+        negative = load_int32(signs + (k + 1) * size - 4) < 0
+        store_int32(other + 4 * position, load_int32(column_at + 4 * k))
+        store_int32(order + 4 * position, np.int32(k - (SLOT + 1)) if negative else np.int32(k))
+    for line in range(columns + 1):
+        column_next[line] = load_int32(column_start + 4 * line)
+    across_at, across_order = load_int64(t + 8 * COLUMN_ROW), load_int64(t + 8 * COLUMN_SLOT)
+    for i in range(count):
+        slot = load_int32(order + 4 * i)
+        position = take_next(columns_at, load_int32(other + 4 * i))
+        store_int32(across_at + 4 * position, load_int32(row_at + 4 * (slot & SLOT)))
+        store_int32(across_order + 4 * position, slot)
+    row_next[0] = column_next[0] = row_of[0] = column_of[0] = by_column[0] = 0  # (numba frees an array after its last mention)
+
+
+@njit(inline="always")
+def take_next(counters, line):
+    value = load_int32(counters + 4 * line)
+    store_int32(counters + 4 * line, value + np.int32(1))
+    return value
+
+
+@cache
+def update_kernel() -> Kernel:
+    """The orders of all tensors in the table follow their rewiring; a task is one side of one tensor."""
+
+    def update(a):
+        tensors, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
+        while True:
+            task = fetch_add(a, 1)
+            if task >= 2 * tensors:
+                break
+            t = table + (task // 2) * FIELDS * 8
+            births, start = load_int64(t + 8 * REBORN_COUNT), load_int64(t + 8 * ROW_START)
+            if births == 0 or start == 0:
+                continue
+            lines = load_int64(t + 8 * ROWS) + load_int64(t + 8 * COLUMNS)
+            count = load_int64(t + 8 * COUNT)
+            if births == count or (count <= min(SMALL, BASE + PER_BIRTH * births) and lines <= SMALL):
+                if task % 2 == 0:
+                    order_anew(t)
+                continue
+            follow(t, task % 2)
+
+    return Kernel(update)

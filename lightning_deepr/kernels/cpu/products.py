@@ -1,0 +1,166 @@
+"""The products of a recurrent layer that don't wait for its steps: with the input, before them, and for all gradients but that
+of the hidden state, after them; each over all steps at once, from the connections alone.
+
+Matrices have one row per step and element of the batch (:mod:`.recurrent`) and are laid out in tiles [features, V], as for the linear
+layer (:mod:`.linear`). The sums of the gates stay in such tiles of ROWS features; the weight has a row for each but SKIPPED ones. A GRU's
+fourth block of sums has no rows in the weight of the input (there SKIP is the number of its rows), its third none in that of the hidden state.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from numba import njit
+
+from lightning_deepr.kernels.cpu.linear import CHUNK, from_block, gather_values, scatter_dots, to_tiles
+from lightning_deepr.kernels.cpu.native import (
+    Kernel,
+    accumulate_and_dot,
+    accumulate_rows,
+    dot_rows,
+    fetch_add,
+    fill_row,
+    load_float,
+    load_int32,
+    load_int64,
+    stack_space,
+    store_float,
+    sum_row,
+)
+
+# Arguments of these kernels, by position. START, INDEX, SLOTS: starts, indices and slots by row or by column.
+TASK, PHASE, COUNT, TILES, SHARES, ROWS, COLUMNS, X, XT, YT, THETA, BIAS, START, INDEX, SLOTS, DX, DTHETA, DBIAS = range(18)
+SKIP, SKIPPED, FIELDS = 18, 19, 20
+TRANSPOSE, MULTIPLY = 0, 1  # phases
+
+
+@cache
+def product_kernel(size: int, lanes: int, vectors: int) -> Kernel:
+    """x W^T + b by row, for x [COUNT, COLUMNS]; x and the result stay in tiles of V = lanes * vectors rows."""
+    row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
+
+    def product(a):
+        tiles, rows, columns = load_int64(a + 8 * TILES), load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS)
+        x, xt, yt, count = load_int64(a + 8 * X), load_int64(a + 8 * XT), load_int64(a + 8 * YT), load_int64(a + 8 * COUNT)
+        if load_int64(a + 8 * PHASE) == TRANSPOSE:
+            blocks = (columns + 127) // 128
+            while True:
+                task = fetch_add(a, 1)
+                if task >= blocks * tiles:
+                    break
+                first = (task % blocks) * 128
+                to_tiles(x, xt, count, columns, first, min(first + 128, columns), task // blocks, vectors, size, lanes)
+            return
+        theta, bias = load_int64(a + 8 * THETA), load_int64(a + 8 * BIAS)
+        start, index, slots = load_int64(a + 8 * START), load_int64(a + 8 * INDEX), load_int64(a + 8 * SLOTS)
+        connected = rows - load_int64(a + 8 * SKIPPED)
+        values = stack_space(chunk_bytes)
+        groups = (rows + 63) // 64
+        while True:
+            task = fetch_add(a, 1)
+            if task >= groups * tiles:
+                break
+            tile, first = task // groups, (task % groups) * 64
+            source = xt + tile * columns * row_bytes
+            for r in range(first, min(first + 64, rows)):
+                sums = yt + (tile * rows + r) * row_bytes
+                fill_row(sums, load_float(bias + r * size, size) if bias != 0 else 0.0, size, lanes, vectors)
+                if r >= connected:
+                    continue
+                begin, end = load_int32(start + r * 4), load_int32(start + r * 4 + 4)
+                while begin < end:
+                    n = min(CHUNK, end - begin)
+                    gather_values(theta, slots + begin * 4, n, values, size)
+                    accumulate_rows(sums, n, index + begin * 4, values, source, size, lanes, vectors)
+                    begin += n
+
+    return Kernel(product)
+
+
+@njit(inline="always")
+def add_sum(row, where, add, size, lanes, vectors):
+    total = sum_row(row, size, lanes, vectors)
+    store_float(where, total + load_float(where, size) if add else total, size)
+
+
+# Each of SHARES tasks has its rows or columns, and takes one tile after the other: the tile stays in a near cache, and nobody
+# else adds to the same gradients.
+
+
+@cache
+def theta_kernel(size: int, lanes: int, vectors: int) -> Kernel:
+    """dtheta = s * (dy^T x) at the places and, where asked for, db = sum of dy, both in tiles; by row."""
+    row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
+
+    def of_theta(a):
+        tiles, rows, columns = load_int64(a + 8 * TILES), load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS)
+        xt, yt, shares = load_int64(a + 8 * XT), load_int64(a + 8 * YT), load_int64(a + 8 * SHARES)
+        start, index, slots = load_int64(a + 8 * START), load_int64(a + 8 * INDEX), load_int64(a + 8 * SLOTS)
+        dtheta, dbias = load_int64(a + 8 * DTHETA), load_int64(a + 8 * DBIAS)
+        skip, skipped = load_int64(a + 8 * SKIP), load_int64(a + 8 * SKIPPED)
+        connected = rows - skipped
+        dots = stack_space(chunk_bytes)
+        while True:
+            share = fetch_add(a, 1)
+            if share >= shares:
+                break
+            for tile in range(tiles):
+                source = xt + tile * columns * row_bytes
+                for row in range(connected * share // shares, connected * (share + 1) // shares):
+                    r = row + skipped if row >= skip else row
+                    own = yt + (tile * rows + r) * row_bytes
+                    if dbias != 0:
+                        add_sum(own, dbias + r * size, tile != 0, size, lanes, vectors)
+                        if r != row:  # one of the sums that this weight has no row for
+                            add_sum(yt + (tile * rows + row) * row_bytes, dbias + row * size, tile != 0, size, lanes, vectors)
+                    begin, end = load_int32(start + row * 4), load_int32(start + row * 4 + 4)
+                    while begin < end and dtheta != 0:
+                        n = min(CHUNK, end - begin)
+                        dot_rows(n, index + begin * 4, source, own, dots, size, lanes, vectors)
+                        scatter_dots(dtheta, slots + begin * 4, n, dots, tile != 0, size)
+                        begin += n
+
+    return Kernel(of_theta)
+
+
+@cache
+def input_kernel(size: int, lanes: int, vectors: int) -> Kernel:
+    """dx [COUNT, COLUMNS] = dy W for dy in tiles and, where asked for, dtheta in the same pass; by column."""
+    row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
+    block_bytes = lanes * row_bytes
+
+    def of_input(a):
+        tiles, rows, columns = load_int64(a + 8 * TILES), load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS)
+        xt, yt, shares = load_int64(a + 8 * XT), load_int64(a + 8 * YT), load_int64(a + 8 * SHARES)
+        start, index, slots = load_int64(a + 8 * START), load_int64(a + 8 * INDEX), load_int64(a + 8 * SLOTS)
+        theta, dtheta = load_int64(a + 8 * THETA), load_int64(a + 8 * DTHETA)
+        dx, count = load_int64(a + 8 * DX), load_int64(a + 8 * COUNT)
+        block, values, dots = stack_space(block_bytes), stack_space(chunk_bytes), stack_space(chunk_bytes)
+        groups = (columns + lanes - 1) // lanes
+        while True:
+            share = fetch_add(a, 1)
+            if share >= shares:
+                break
+            for tile in range(tiles):
+                source = yt + tile * rows * row_bytes
+                for group in range(groups * share // shares, groups * (share + 1) // shares):
+                    first = group * lanes
+                    last = min(first + lanes, columns)
+                    for c in range(first, last):
+                        sums = block + (c - first) * row_bytes
+                        own = xt + (tile * columns + c) * row_bytes
+                        fill_row(sums, 0.0, size, lanes, vectors)
+                        begin, end = load_int32(start + c * 4), load_int32(start + c * 4 + 4)
+                        while begin < end:
+                            n = min(CHUNK, end - begin)
+                            where = index + begin * 4
+                            gather_values(theta, slots + begin * 4, n, values, size)
+                            if dtheta == 0:
+                                accumulate_rows(sums, n, where, values, source, size, lanes, vectors)
+                            else:
+                                accumulate_and_dot(sums, n, where, values, source, own, dots, size, lanes, vectors)
+                                scatter_dots(dtheta, slots + begin * 4, n, dots, tile != 0, size)
+                            begin += n
+                    from_block(block, dx, count, columns, first, last - first, tile, vectors, size, lanes)
+
+    return Kernel(of_input)

@@ -1,0 +1,276 @@
+"""The steps of an LSTM or GRU layer in one direction, on the CPU: all of them in one call, from the connections alone.
+
+Step t of batch element b is row n = t * P + b of matrices with one row per step and element, where P is the batch size, padded to whole
+parts of W elements. Such a matrix is laid out in tiles [features, V] of V rows, V a multiple of W: so the input product is one product over
+all steps, and the gradients of both weights are one pass at the end, with long vectors (:mod:`.products`). A part of the batch
+never needs another: each thread takes a part through the whole sequence, without waiting for others.
+
+Before the steps, ``gates`` holds input product and biases, in 4 blocks of hidden-size rows; a step adds the recurrent product, and leaves the
+gates in its place. The hidden state and the gates' gradients of the step at work are also kept in [features, W], close together.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from lightning_deepr.kernels.cpu.gru import gru_cell, gru_gradient
+from lightning_deepr.kernels.cpu.linear import from_block, gather_values, to_tiles
+from lightning_deepr.kernels.cpu.lstm import lstm_cell, lstm_gradient
+from lightning_deepr.kernels.cpu.native import Kernel, _Tile, fetch_add, fill_row, load_int32, load_int64, store_float
+from lightning_deepr.kernels.cpu.products import COUNT, FIELDS, INDEX, SLOTS, START, THETA
+
+
+@intrinsic(prefer_literal=True)
+def accumulate_near(typingctx, sums, count, indices, values, source, size, lanes, vectors):
+    """As :func:`.native.accumulate_rows` for a source in a near cache: nothing is asked for ahead (which takes as many loads as
+    the work itself), and every other connection goes to a second sum (a multiplication need not wait for the one before)."""
+    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
+
+    def codegen(context, builder, signature, args):
+        into, number, index, value, origin = args[:5]
+        tile, int32, int64 = _Tile(builder, *shape), ir.IntType(32), ir.IntType(64)
+        zero = ir.Constant(tile.vector, [0.0] * tile.lanes)
+        held = [[cgutils.alloca_once_value(builder, tile.load(into, v)) for v in range(tile.vectors)]]
+        held.append([cgutils.alloca_once_value(builder, zero) for _ in range(tile.vectors)])
+
+        def scaled(base: Any, i: Any, factor: int) -> Any:
+            return builder.add(base, builder.mul(i, ir.Constant(int64, factor)))
+
+        def take(i: Any, registers: list[Any]) -> None:
+            row = builder.load(builder.inttoptr(scaled(index, i, 4), int32.as_pointer()))
+            row = scaled(origin, builder.zext(row, int64), tile.size * tile.lanes * tile.vectors)
+            factor = builder.load(builder.inttoptr(scaled(value, i, tile.size), tile.scalar.as_pointer()))
+            factor = tile.broadcast(factor)
+            for v, register in enumerate(registers):
+                builder.store(tile.multiply_add(factor, tile.load(row, v), builder.load(register)), register)
+
+        one = ir.Constant(int64, 1)
+        with cgutils.for_range(builder, builder.lshr(number, one)) as loop:
+            i = builder.shl(loop.index, one)
+            take(i, held[0])
+            take(builder.add(i, one), held[1])
+        with builder.if_then(builder.icmp_signed("!=", builder.and_(number, one), ir.Constant(int64, 0))):
+            take(builder.sub(number, one), held[0])
+        for v, (a, b) in enumerate(zip(*held, strict=True)):
+            tile.store(builder.fadd(builder.load(a), builder.load(b)), into, v)
+        return context.get_dummy_value()
+
+    int64 = types.int64
+    return types.void(int64, int64, int64, int64, int64, size, lanes, vectors), codegen
+
+
+@intrinsic(prefer_literal=True)
+def copy_row(typingctx, source, target, size, lanes, vectors):
+    """W floats from one address to another."""
+    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
+
+    def codegen(context, builder, signature, args):
+        tile = _Tile(builder, *shape)
+        for v in range(tile.vectors):
+            tile.store(tile.load(args[0], v), args[1], v)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, size, lanes, vectors), codegen
+
+
+# Further arguments, of both kernels. V is that of the tiles, W = lanes * vectors that of the parts; COUNT: of the connections.
+STEPS, BATCH, PARTS, HIDDEN, REVERSE, V, VECTORS, VALUES = range(FIELDS, FIELDS + 8)
+GATES, CELLS, CELL_STEP, SCRATCH, H_FIRST, C_FIRST, H_LAST, C_LAST, Y, KEPT = range(FIELDS + 8, FIELDS + 18)
+ARGUMENTS = FIELDS + 18
+LSTM, GRU = 4, 3  # kinds: the blocks of rows of their weights
+
+
+@cache
+def gather_kernel(size: int) -> Kernel:
+    """Signed values in the order of rows or columns, 4096 at a task: every step reads them."""
+
+    def gather(a):
+        theta, slots, count = load_int64(a + 8 * THETA), load_int64(a + 8 * SLOTS), load_int64(a + 8 * COUNT)
+        values = load_int64(a + 8 * VALUES)
+        while True:
+            first = 4096 * fetch_add(a, 1)
+            if first >= count:
+                break
+            gather_values(theta, slots + first * 4, min(4096, count - first), values + first * size, size)
+
+    return Kernel(gather)
+
+
+@njit(inline="always")
+def common_arguments(a):
+    return (
+        load_int64(a + 8 * STEPS), load_int64(a + 8 * BATCH), load_int64(a + 8 * PARTS), load_int64(a + 8 * HIDDEN),
+        load_int64(a + 8 * REVERSE), load_int64(a + 8 * V), load_int64(a + 8 * VECTORS), load_int64(a + 8 * START),
+        load_int64(a + 8 * INDEX), load_int64(a + 8 * VALUES), load_int64(a + 8 * GATES), load_int64(a + 8 * CELLS),
+        load_int64(a + 8 * CELL_STEP), load_int64(a + 8 * SCRATCH), load_int64(a + 8 * KEPT), load_int64(a + 8 * Y),
+    )  # fmt: skip
+
+
+@njit(inline="always")
+def in_tiles(n, features, wide):
+    """Where row n begins in tiles [features, V], in floats."""
+    return (n // wide) * features * wide + n % wide
+
+
+@njit(inline="never")
+def read_part(x, part, tiled, batch, features, vectors, size, lanes):
+    """One part of x [batch, features] -> [features, W]; zeros where there is no x."""
+    width = lanes * vectors
+    if x != 0:
+        to_tiles(x, tiled - part * features * width * size, batch, features, 0, features, part, vectors, size, lanes)
+    else:
+        for i in range(features * width):
+            store_float(tiled + i * size, 0.0, size)
+
+
+@njit(inline="never")
+def write_part(tiled, part, y, batch, features, vectors, size, lanes):
+    """The opposite; nowhere where there is no y."""
+    if y != 0:
+        for first in range(0, features, lanes):
+            block = tiled + first * lanes * vectors * size
+            from_block(block, y, batch, features, first, min(lanes, features - first), part, vectors, size, lanes)
+
+
+@cache
+def forward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
+    """Gates, cell states (of an LSTM) and y of all steps; h before each step to KEPT, in tiles, where somebody needs it. CELL_STEP: bytes
+    from one step's cell states to the next, 0 where nobody needs the past.
+
+    START, INDEX and VALUES are by row; FIRST is before the first step, LAST after the last. SCRATCH: [PARTS, 2, hidden, W].
+    """
+    row_bytes = lanes * vectors * size
+
+    def forward(a):
+        (
+            steps, batch, parts, hidden, reverse, wide, runtime_vectors, start, index, values,
+            gates, cells, cell_step, scratch, kept_all, y,
+        ) = common_arguments(a)  # fmt: skip
+        stride, state_bytes = wide * size, hidden * row_bytes
+        while True:
+            part = fetch_add(a, 1)
+            if part >= parts:
+                break
+            h = scratch + part * 2 * state_bytes
+            new_h = h + state_bytes
+            c = cells + part * (cell_step * steps + state_bytes)
+            read_part(load_int64(a + 8 * H_FIRST), part, h, batch, hidden, runtime_vectors, size, lanes)
+            if kind == LSTM:
+                read_part(load_int64(a + 8 * C_FIRST), part, c, batch, hidden, runtime_vectors, size, lanes)
+            for step in range(steps):
+                t = steps - 1 - step if reverse != 0 else step
+                n = (t * parts + part) * (lanes * vectors)
+                here = gates + in_tiles(n, 4 * hidden, wide) * size
+                if step == 0 and kept_all != 0:
+                    kept = kept_all + in_tiles(n, hidden, wide) * size
+                    for unit in range(hidden):
+                        copy_row(h + unit * row_bytes, kept + unit * stride, size, lanes, vectors)
+                kept, kept_stride = new_h, row_bytes
+                if kept_all != 0 and step + 1 < steps:
+                    later = n - parts * (lanes * vectors) if reverse != 0 else n + parts * (lanes * vectors)
+                    kept = kept_all + in_tiles(later, hidden, wide) * size
+                    kept_stride = stride
+                for first in range(0, hidden, lanes):
+                    last = min(first + lanes, hidden)
+                    for unit in range(first, last):
+                        own, sums = unit * row_bytes, here + unit * stride
+                        for block in range(kind):
+                            row = block * hidden + unit
+                            begin = load_int32(start + row * 4)
+                            number = load_int32(start + row * 4 + 4) - begin
+                            into = block + 1 if kind == GRU and block == 2 else block
+                            accumulate_near(
+                                sums + into * hidden * stride, number, index + begin * 4, values + begin * size, h,
+                                size, lanes, vectors
+                            )  # fmt: skip
+                        to, also = new_h + own, kept + unit * kept_stride
+                        if kind == LSTM:
+                            lstm_cell(sums, hidden * stride, c + own, c + cell_step + own, to, also, size, lanes, vectors)
+                        else:
+                            gru_cell(sums, hidden * stride, h + own, to, also, size, lanes, vectors)
+                    out = y + t * batch * hidden * size
+                    from_block(
+                        new_h + first * row_bytes, out, batch, hidden, first, last - first, part, runtime_vectors, size, lanes
+                    )
+                c += cell_step
+                h, new_h = new_h, h
+            write_part(h, part, load_int64(a + 8 * H_LAST), batch, hidden, runtime_vectors, size, lanes)
+            if kind == LSTM:
+                write_part(c, part, load_int64(a + 8 * C_LAST), batch, hidden, runtime_vectors, size, lanes)
+
+    return Kernel(forward)
+
+
+@cache
+def backward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
+    """The gradients of the gates' sums to KEPT, in tiles, and of the first states.
+
+    Y is dy; FIRST and LAST are gradients; START, INDEX and VALUES are by column; CELLS, of a GRU: h before each step, in tiles.
+    SCRATCH: [PARTS, 7, hidden, W].
+    """
+    row_bytes = lanes * vectors * size
+
+    def backward(a):
+        (
+            steps, batch, parts, hidden, reverse, wide, runtime_vectors, start, index, values,
+            gates, cells, cell_step, scratch, kept_all, y,
+        ) = common_arguments(a)  # fmt: skip
+        stride, state_bytes = wide * size, hidden * row_bytes
+        while True:
+            part = fetch_add(a, 1)
+            if part >= parts:
+                break
+            dgates = scratch + part * 7 * state_bytes
+            dh = dgates + 4 * state_bytes
+            dc, dy = dh + state_bytes, dh + 2 * state_bytes
+            c = cells + part * (cell_step * steps + state_bytes) + cell_step * steps
+            read_part(load_int64(a + 8 * H_LAST), part, dh, batch, hidden, runtime_vectors, size, lanes)
+            if kind == LSTM:
+                read_part(load_int64(a + 8 * C_LAST), part, dc, batch, hidden, runtime_vectors, size, lanes)
+            for step in range(steps):
+                t = step if reverse != 0 else steps - 1 - step
+                n = (t * parts + part) * (lanes * vectors)
+                where = in_tiles(n, 4 * hidden, wide) * size
+                here, kept, h = gates + where, kept_all + where, cells + in_tiles(n, hidden, wide) * size
+                read_part(y + t * batch * hidden * size, part, dy, batch, hidden, runtime_vectors, size, lanes)
+                for unit in range(hidden):
+                    own, far = unit * row_bytes, unit * stride
+                    if kind == LSTM:
+                        lstm_gradient(
+                            here + far, hidden * stride, c - cell_step + own, c + own, dy + own, dh + own, dc + own,
+                            dgates + own, state_bytes, kept + far, size, lanes, vectors
+                        )  # fmt: skip
+                    else:
+                        gru_gradient(
+                            here + far, hidden * stride, h + far, dy + own, dh + own, dgates + own, state_bytes, kept + far,
+                            size, lanes, vectors
+                        )  # fmt: skip
+                for unit in range(hidden):
+                    begin = load_int32(start + unit * 4)
+                    number = load_int32(start + unit * 4 + 4) - begin
+                    into = dh + unit * row_bytes
+                    if kind == LSTM:
+                        fill_row(into, 0.0, size, lanes, vectors)
+                    accumulate_near(into, number, index + begin * 4, values + begin * size, dgates, size, lanes, vectors)
+                c -= cell_step
+            write_part(dh, part, load_int64(a + 8 * H_FIRST), batch, hidden, runtime_vectors, size, lanes)
+            if kind == LSTM:
+                write_part(dc, part, load_int64(a + 8 * C_FIRST), batch, hidden, runtime_vectors, size, lanes)
+
+    return Kernel(backward)
+
+
+def parts_of(batch: int, threads: int, size: int) -> tuple[int, int, int]:
+    """(parts, lanes, vectors): how a batch is shared out among threads, in parts of W = lanes * vectors elements."""
+    lanes, each = 64 // size, -(-batch // threads)
+    if each <= lanes // 2:
+        lanes, vectors = lanes // 2, 1
+    else:
+        vectors = 1 if each <= lanes else 2 if each <= 2 * lanes else 4
+    return -(-batch // (lanes * vectors)), lanes, vectors

@@ -1,0 +1,441 @@
+"""Algorithm 1 after the gradient step, for all tensors of a network in one call (see :mod:`lightning_deepr.algorithm.rewiring`).
+
+Draws are the same integers, judged in the same order, as in the PyTorch version: the result is the same. For one tensor of K slots,
+R of which go dormant:
+
+1. one pass over the slots: L1, noise, and the list of those with theta < 0;
+2. the R draws go into a hash table, and one more pass over the places of the active connections marks the draws that are taken.
+   Thus nothing is kept between steps, and nothing can go stale. Slots without a place draw again, several attempts ahead, so that two
+   passes nearly always suffice;
+3. the reborn slots get theta 0, place, sign, birth and the optimizer's starting state.
+
+:mod:`lightning_deepr.kernels.cpu.orders` then lets the orders by rows and by columns follow.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numba import carray, njit
+
+from lightning_deepr.algorithm import randomness
+from lightning_deepr.kernels.cpu.deviates import BLOCK, deviates
+from lightning_deepr.kernels.cpu.hashing import GOLDEN, LARGEST, bits, extend
+from lightning_deepr.kernels.cpu.native import (
+    Kernel,
+    advise_huge_pages,
+    fetch_add,
+    load_float,
+    load_int32,
+    load_int64,
+    pointer,
+    prefetch,
+    store_byte,
+    store_float,
+    store_int64,
+)
+from lightning_deepr.kernels.cpu.sorting import sort_with
+
+# Arguments
+TASK, TENSORS, TABLE, STEP, SEED, NEWBORN_SINCE, FINISHED = range(7)
+# Fields of a tensor in the table
+THETA, PLACES, BORN, SIGNS, EXCEPTIONS, EXCEPTION_COUNT, COUNT, TOTAL, COUNTER, SIGN_SEED = range(10)
+DECREMENT, NOISE, REWIRES, STATES, REBORN, REBORN_COUNT, NEWBORN_DEATHS = range(10, 17)
+SIZE, ROWS, COLUMNS, ROW_START, ROW_COLUMN, ROW_SLOT, COLUMN_START, COLUMN_ROW, COLUMN_SLOT = range(17, 26)
+STATE = 26  # address, bytes per entry and starting value of each state tensor
+MOST_STATES = 4
+# A pass over the places of a large tensor, in which threads without a tensor help
+PASS_OPEN, PASS_CHUNK, PASS_BUSY, PASS_CELLS, PASS_STATUS, PASS_BITS, PASS_FILTER, PASS_FILTER_BITS = range(
+    STATE + 3 * MOST_STATES, STATE + 3 * MOST_STATES + 8
+)
+FIELDS = PASS_FILTER_BITS + 1
+PASS_SIZE = 1 << 15  # slots that a thread takes at a time
+
+FREE, ACTIVE, CLAIMED = 0, 1, 2
+BIRTH, NOISE_STREAM = np.uint64(randomness.BIRTH), np.uint64(randomness.NOISE)
+START_PLACES = np.uint64(randomness.START_PLACES)
+SLOT = 0x7FFFFFFF
+SIGN_BIT = np.uint64(1 << 63)
+BATCH = 32  # draws whose cells are asked for before they are looked at
+
+
+@njit
+def birth_stream(seed, step):
+    """The key of a step's births but for its last coordinate, the attempt."""
+    return extend(extend(extend(np.uint64(4), np.uint64(seed)), BIRTH), np.uint64(step))
+
+
+@njit(inline="always")
+def find(table, mask, shift, place):
+    """The cell of a place in the table, or the empty one where it belongs."""
+    cell = np.int64((np.uint64(place) * GOLDEN) >> shift)
+    while load_int64(table + cell * 8) != -1 and load_int64(table + cell * 8) != place:
+        cell = (cell + 1) & mask
+    return cell
+
+
+@njit
+def look_for_active(t, size):
+    """Mark the draws in a tensor's hash table that active connections have; a task is a piece of its places."""
+    count, places, theta = load_int64(t + 8 * COUNT), load_int64(t + 8 * PLACES), load_int64(t + 8 * THETA)
+    table, status, filter_at = load_int64(t + 8 * PASS_CELLS), load_int64(t + 8 * PASS_STATUS), load_int64(t + 8 * PASS_FILTER)
+    bits_of_table = load_int64(t + 8 * PASS_BITS)
+    mask, shift = (np.int64(1) << bits_of_table) - 1, np.uint64(64 - bits_of_table)
+    filter_shift = np.uint64(64 - load_int64(t + 8 * PASS_FILTER_BITS))
+    drawn = np.empty(
+        BATCH, np.int64
+    )  # of active connections that pass the filter: their cells are asked for before they are looked at
+    while True:
+        first = fetch_add(t + 8 * PASS_CHUNK, PASS_SIZE)
+        if first >= count:
+            break
+        suspects = 0
+        for k in range(first, min(first + PASS_SIZE, count)):
+            place = load_int64(places + k * 8)
+            word = np.uint64(place) * GOLDEN
+            bit = np.int64(word >> filter_shift)
+            if (load_int64(filter_at + (bit >> 6) * 8) >> (bit & 63)) & 1 and load_float(theta + k * size, size) >= 0:
+                prefetch(table + np.int64(word >> shift) * 8)
+                drawn[suspects] = place
+                suspects += 1
+                if suspects == BATCH:
+                    mark_active(table, mask, shift, drawn, suspects, status)
+                    suspects = 0
+        mark_active(table, mask, shift, drawn, suspects, status)
+
+
+@njit
+def mark_active(table, mask, shift, places, count, status):
+    for i in range(count):
+        cell = find(table, mask, shift, places[i])
+        if load_int64(table + cell * 8) == places[i]:
+            store_byte(status + cell, ACTIVE)
+
+
+@njit
+def help_others(a, size):
+    """A thread without a tensor takes part in the passes of the others until all are done."""
+    tensors, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
+    while fetch_add(a + 8 * FINISHED, 0) < tensors:
+        for task in range(tensors):
+            t = table + task * FIELDS * 8
+            if fetch_add(t + 8 * PASS_OPEN, 0) > 0:
+                # first counted, then looked again: whoever opened the pass closes it, and then waits for those that are counted
+                fetch_add(t + 8 * PASS_BUSY, 1)
+                if fetch_add(t + 8 * PASS_OPEN, 0) > 0:
+                    look_for_active(t, size)
+                fetch_add(t + 8 * PASS_BUSY, -1)
+
+
+@njit
+def is_active(place, columns, order, row_column, row_slot, theta, size):
+    """Whether an active connection is at a place, by the order of the rows from before the step."""
+    row = np.int64(np.uint64(place) // np.uint64(columns))
+    across = place - row * columns
+    low, high = np.int64(load_int32(order + 4 * row)), np.int64(load_int32(order + 4 * (row + 1)))
+    end = high
+    while low < high:
+        middle = (low + high) >> 1
+        if load_int32(row_column + 4 * middle) < across:
+            low = middle + 1
+        else:
+            high = middle
+    if low == end or load_int32(row_column + 4 * low) != across:
+        return False
+    return load_float(theta + (load_int32(row_slot + 4 * low) & SLOT) * size, size) >= 0
+
+
+@njit
+def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counter, stream, chosen, t):
+    """New places for the dormant slots of a tensor that is at most half full; see ``rewiring.first_free`` for the rule.
+
+    Args:
+        theta, places: addresses; theta < 0 marks the slots that have gone dormant.
+        dormant: array of ``reborn`` slots, ascending.
+        stream: the key of the draws but for the attempt.
+        chosen: array [reborn], the result.
+        t: address of the tensor's fields. Where its connections are kept in order, a few draws are looked up there: cheaper than
+            another pass over all places.
+    """
+    order, row_column, row_slot = load_int64(t + 8 * ROW_START), load_int64(t + 8 * ROW_COLUMN), load_int64(t + 8 * ROW_SLOT)
+    columns = load_int64(t + 8 * COLUMNS)
+    places_total = np.uint64(total)
+    limit = LARGEST - (LARGEST % places_total + np.uint64(1)) % places_total
+    bits_of_table = 8
+    while (1 << bits_of_table) < (4 if reborn < 1 << 20 else 2) * reborn:
+        bits_of_table += 1
+    capacity, mask, shift = 1 << bits_of_table, (1 << bits_of_table) - 1, np.uint64(64 - bits_of_table)
+    cells, status = np.empty(capacity, np.int64), np.empty(capacity, np.uint8)
+    advise_huge_pages(np.int64(cells.ctypes.data), 8 * capacity)
+    advise_huge_pages(np.int64(status.ctypes.data), capacity)
+    cells[:] = -1
+    status[:] = FREE
+    # A filter of at least 8 bits for each draw, but no larger than 1 MB: most active connections are dismissed by it, and it stays in a
+    # core's own cache.
+    words = np.empty(1 << max(2, min(17, bits_of_table - 4)), np.uint64)
+    table, filter_at = np.int64(cells.ctypes.data), np.int64(words.ctypes.data)
+    pending = np.arange(reborn)
+    waiting, attempt, inserted = reborn, 0, 0
+    where = np.empty(max(reborn, 64) + 64, np.int64)
+    drawn = np.empty(BATCH, np.int64)
+    while waiting > 0:
+        look_up = order != 0 and 32 * waiting < count
+        ahead = 1
+        if (
+            attempt > 0 and not look_up
+        ):  # as many attempts as it will probably take, so that this pass over the places is the last
+            left_over = 0.5 * waiting * count / total
+            while left_over > 0.25 and (ahead + 1) * waiting <= max(reborn, 64):
+                left_over *= count / total
+                ahead += 1
+        if inserted + ahead * waiting > capacity // 2:
+            # what is only known to be free or active is forgotten; the accepted draws stay
+            cells[:] = -1
+            status[:] = FREE
+            inserted = 0
+            still = 0
+            for i in range(reborn):
+                if still < waiting and pending[still] == i:
+                    still += 1
+                    continue
+                cell = find(table, mask, shift, chosen[i])
+                cells[cell], status[cell] = chosen[i], CLAIMED
+                inserted += 1
+        filter_bits = 8
+        while filter_bits < 23 and (1 << filter_bits) < 8 * ahead * waiting and (1 << filter_bits) < 64 * len(words):
+            filter_bits += 1
+        filter_shift = np.uint64(64 - filter_bits)
+        if not look_up:
+            words[: 1 << (filter_bits - 6)] = np.uint64(0)
+        for a in range(ahead):
+            key = extend(stream, np.uint64(attempt + a))
+            for begin in range(0, waiting, BATCH):
+                number = min(BATCH, waiting - begin)
+                for i in range(number):
+                    draw = bits(key, np.uint64(counter + dormant[pending[begin + i]])) & LARGEST
+                    place = np.int64(draw % places_total) if draw <= limit else np.int64(-1)
+                    drawn[i] = place
+                    if place >= 0:
+                        prefetch(table + np.int64((np.uint64(place) * GOLDEN) >> shift) * 8)
+                for i in range(number):
+                    place = drawn[i]
+                    if place < 0:
+                        where[a * waiting + begin + i] = -1
+                        continue
+                    cell = find(table, mask, shift, place)
+                    where[a * waiting + begin + i] = cell
+                    if load_int64(table + cell * 8) == -1:
+                        store_int64(table + cell * 8, place)
+                        inserted += 1
+                        if look_up:
+                            if is_active(place, columns, order, row_column, row_slot, theta, size):
+                                status[cell] = ACTIVE
+                            continue
+                        bit = np.int64((np.uint64(place) * GOLDEN) >> filter_shift)
+                        word = filter_at + (bit >> 6) * 8
+                        store_int64(word, load_int64(word) | (np.int64(1) << (bit & 63)))
+        if not look_up and count > 0:
+            store_int64(t + 8 * PASS_CELLS, table)
+            store_int64(t + 8 * PASS_STATUS, np.int64(status.ctypes.data))
+            store_int64(t + 8 * PASS_BITS, bits_of_table)
+            store_int64(t + 8 * PASS_FILTER, filter_at)
+            store_int64(t + 8 * PASS_FILTER_BITS, filter_bits)
+            store_int64(t + 8 * PASS_CHUNK, 0)
+            fetch_add(t + 8 * PASS_OPEN, 1)
+            look_for_active(t, size)
+            fetch_add(t + 8 * PASS_OPEN, -1)
+            while fetch_add(t + 8 * PASS_BUSY, 0) > 0:  # who came in time is at its last piece
+                pass
+        for a in range(ahead):
+            left = 0
+            for i in range(waiting):
+                if pending[i] < 0:
+                    continue
+                cell = where[a * waiting + i]
+                if cell >= 0 and status[cell] == FREE:
+                    status[cell] = CLAIMED
+                    chosen[pending[i]] = cells[cell]
+                    pending[i] = -1
+                else:
+                    left += 1
+            if left == 0:
+                break
+        left = 0
+        for i in range(waiting):
+            if pending[i] >= 0:
+                pending[left] = pending[i]
+                left += 1
+        waiting = left
+        attempt += ahead
+
+
+@njit
+def draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen):
+    """New places in a tensor more than half full: its dormant places in a random order, the first R."""
+    taken = np.zeros(total, np.uint8)
+    active = 0
+    for k in range(count):
+        if not load_float(theta + k * size, size) < 0:
+            taken[load_int64(places + k * 8)] = 1
+            active += 1
+    candidates, keys = np.empty(total - active, np.int32), np.empty(total - active, np.uint64)
+    key = extend(birth_stream(seed, step), np.uint64(0))
+    n = 0
+    for place in range(total):
+        if taken[place] == 0:
+            candidates[n] = np.int32(place)
+            keys[n] = bits(key, np.uint64(counter + place)) ^ SIGN_BIT  # PyTorch sorts the hash as a signed number
+            n += 1
+    keys, candidates = sort_with(keys, candidates, np.uint64(randomness.WORD))
+    for i in range(reborn):
+        chosen[i] = candidates[i]
+
+
+@njit(inline="always")
+def negative_at(place, sign_seed, exceptions, exception_count):
+    """Whether the constant sign of a place is -1 (``KSlots.signs_at``)."""
+    negative = np.int64(bits(np.uint64(sign_seed), np.uint64(place))) < 0
+    if exception_count > 0:
+        low, high = 0, exception_count
+        while low < high:
+            middle = (low + high) // 2
+            if load_int64(exceptions + middle * 8) < place:
+                low = middle + 1
+            else:
+                high = middle
+        if low < exception_count and load_int64(exceptions + low * 8) == place:
+            negative = not negative
+    return negative
+
+
+@cache
+def rewire_kernel(size: int) -> Kernel:
+    """One step of all tensors in the table; a task is a tensor. ``size`` is that of theta's floats in bytes."""
+    real = np.float32 if size == 4 else np.float64
+
+    def rewire(a):
+        tensors, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
+        step, seed = load_int64(a + 8 * STEP), load_int64(a + 8 * SEED)
+        working = False
+        while True:
+            if working:
+                fetch_add(a + 8 * FINISHED, 1)
+            task = fetch_add(a, 1)
+            if task >= tensors:
+                break
+            working = True
+            t = table + task * FIELDS * 8
+            theta, places, count = load_int64(t + 8 * THETA), load_int64(t + 8 * PLACES), load_int64(t + 8 * COUNT)
+            counter, total = load_int64(t + 8 * COUNTER), load_int64(t + 8 * TOTAL)
+            decrement, scale = load_float(t + 8 * DECREMENT, 8), load_float(t + 8 * NOISE, 8)
+            rewires, dormant_at = load_int64(t + 8 * REWIRES), load_int64(t + 8 * REBORN)
+            store_int64(t + 8 * REBORN_COUNT, 0)
+            store_int64(t + 8 * NEWBORN_DEATHS, 0)
+            # theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu; then theta < 0: dormant
+            values = carray(pointer(theta), count, real)
+            if decrement != 0.0:
+                less = real(decrement)
+                for k in range(count):
+                    values[k] -= less
+            if scale != 0.0:
+                key = extend(extend(extend(np.uint64(3), np.uint64(seed)), NOISE_STREAM), np.uint64(step))
+                noise = np.empty(BLOCK, np.float64)
+                for first in range(0, count, BLOCK):
+                    length = min(BLOCK, count - first)
+                    deviates(key, counter + first, length, noise)
+                    for k in range(length):
+                        values[first + k] += real(noise[k] * scale)
+            if rewires == 0:  # active at 0, with its place and its sign
+                for k in range(count):
+                    if values[k] < 0:
+                        values[k] = 0
+                continue
+            reborn = np.int64(0)
+            for k in range(count):
+                store_int64(dormant_at + reborn * 8, k)
+                reborn += values[k] < 0
+            store_int64(t + 8 * REBORN_COUNT, reborn)
+            if reborn == 0:
+                continue
+            dormant, chosen = carray(pointer(dormant_at), reborn, np.int64), np.empty(reborn, np.int64)
+            if 2 * count <= total:
+                draw_by_rejection(
+                    theta, size, places, count, total, dormant, reborn, counter, birth_stream(seed, step), chosen, t
+                )
+            else:
+                draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen)
+            born, signs = load_int64(t + 8 * BORN), load_int64(t + 8 * SIGNS)
+            since, newborn_deaths = load_int64(a + 8 * NEWBORN_SINCE), 0
+            sign_seed = load_int64(t + 8 * SIGN_SEED)
+            exceptions, exception_count = load_int64(t + 8 * EXCEPTIONS), load_int64(t + 8 * EXCEPTION_COUNT)
+            for i in range(reborn):
+                k, place = dormant[i], chosen[i]
+                newborn_deaths += load_int64(born + k * 8) >= since
+                negative = negative_at(place, sign_seed, exceptions, exception_count)
+                values[k] = 0
+                store_int64(places + k * 8, place)
+                store_float(signs + k * size, -1.0 if negative else 1.0, size)
+                store_int64(born + k * 8, step)
+            store_int64(t + 8 * NEWBORN_DEATHS, newborn_deaths)
+            for state in range(load_int64(t + 8 * STATES)):
+                field = t + 8 * (STATE + 3 * state)
+                address, start = load_int64(field), load_float(field + 16, 8)
+                if load_int64(field + 8) == 4:
+                    for i in range(reborn):
+                        store_float(address + dormant[i] * 4, np.float32(start), 4)
+                else:
+                    for i in range(reborn):
+                        store_float(address + dormant[i] * 8, start, 8)
+        help_others(a, size)
+
+    return Kernel(rewire)
+
+
+@cache
+def start_kernel() -> Kernel:
+    """K places where nothing is connected yet (``rewiring.random_places``): all slots are reborn.
+
+    Arguments: -, -, address of the result int64 [K], K, seed, N, counter of slot 0.
+    """
+
+    def start(a):
+        count, seed = load_int64(a + 24), load_int64(a + 32)
+        chosen = carray(pointer(load_int64(a + 16)), count, np.int64)
+        stream = extend(extend(np.uint64(3), np.uint64(seed)), START_PLACES)
+        nothing = np.zeros(FIELDS, np.int64)
+        slots = np.arange(count)
+        t = np.int64(nothing.ctypes.data)
+        draw_by_rejection(0, 4, 0, 0, load_int64(a + 40), slots, count, load_int64(a + 48), stream, chosen, t)
+        nothing[0] = 0  # (kept until here)
+
+    return Kernel(start)
+
+
+@cache
+def finite_kernel() -> Kernel:
+    """Argument 0 becomes 0 if some value in the table (address, number, bytes per value) is not finite."""
+
+    def finite(a):
+        number, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
+        fine = np.int64(1)
+        for i in range(number):
+            address, count = load_int64(table + 24 * i), load_int64(table + 24 * i + 8)
+            # a float is finite unless all bits of its exponent are set
+            if load_int64(table + 24 * i + 16) == 4:
+                words = carray(pointer(address), count, np.uint32)
+                worst = np.uint32(0)
+                for k in range(count):
+                    worst = max(worst, words[k] & np.uint32(0x7F800000))
+                if worst == np.uint32(0x7F800000):
+                    fine = np.int64(0)
+            else:
+                long_words = carray(pointer(address), count, np.uint64)
+                worst_long = np.uint64(0)
+                for k in range(count):
+                    worst_long = max(worst_long, long_words[k] & np.uint64(0x7FF0000000000000))
+                if worst_long == np.uint64(0x7FF0000000000000):
+                    fine = np.int64(0)
+        store_int64(a, fine)
+
+    return Kernel(finite)

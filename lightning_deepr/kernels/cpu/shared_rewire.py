@@ -1,0 +1,314 @@
+"""Rewiring with one K for a whole network, in one call (see :mod:`lightning_deepr.algorithm.shared_rewiring`): the same draws, the same result.
+
+One pass finds what has gone dormant, a second lets the survivors move up and puts their places into a hash table; then layers and
+places are drawn one by one, and at last everything of theta's shape follows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, njit
+from torch import Tensor
+
+from lightning_deepr.algorithm import randomness
+from lightning_deepr.kernels.cpu.hashing import LARGEST, bits, extend
+from lightning_deepr.kernels.cpu.native import Kernel, load_float, load_int64, pointer, store_float, store_int64
+from lightning_deepr.kernels.cpu.rewire import SIGN_BIT, birth_stream, find, negative_at
+from lightning_deepr.kernels.cpu.sorting import sort_with
+
+# Arguments
+COUNT, LAYERS, THETA, TABLE, RULE, LEAST, NEWBORN_SINCE, SEED, STEP, NEW_PLACES, NEW_SIGNS, NEW_BORN, STATES, NUMBER = range(14)
+# Fields of a layer in the table
+KEPT, TOTAL, COUNTER, START, BUDGET, PLACES, BORN, SIGNS, SIGN_SEED, EXCEPTIONS, EXCEPTION_COUNT, AFTER, BIRTHS, DEATHS = range(
+    14
+)
+NEWBORN_DEATHS, ALIVE, ROOM, MOVED = range(14, 18)  # MOVED: where the layer's piece begins now
+FIELDS = 18
+STATE_FIELDS = 3  # address, bytes per entry, starting value
+LAYER = np.uint64(randomness.LAYER)
+
+
+@njit(inline="always")
+def layer_stream(seed, step):
+    return extend(extend(extend(np.uint64(4), np.uint64(seed)), LAYER), np.uint64(step))
+
+
+@njit(inline="always")
+def draw_place(key, counter, total):
+    """``randomness.uniform_places``."""
+    draw, n = bits(key, np.uint64(counter)) & LARGEST, np.uint64(total)
+    rest = (LARGEST % n + np.uint64(1)) % n
+    return np.int64(draw % n) if draw <= LARGEST - rest else np.int64(-1)
+
+
+@njit
+def draw_layers(t, layers, first, count, seed, step, chosen):
+    """A layer for each of so many births, in proportion to the budgets; ``chosen[first:]``, and room shrinks."""
+    pending = np.arange(count)
+    left, attempt = count, np.uint64(0)
+    ends = np.empty(layers, np.int64)
+    while left > 0:
+        total = np.int64(0)
+        for i in range(layers):
+            total += t[i, BUDGET] if t[i, ROOM] > 0 else 0
+            ends[i] = total
+        if total == 0:  # what has a budget is full
+            for i in range(layers):
+                total += t[i, ROOM]
+                ends[i] = total
+        key = extend(layer_stream(seed, step), attempt)
+        waiting = 0
+        for j in range(left):
+            rank = pending[j]
+            draw = draw_place(key, rank, total)
+            layer = 0
+            while draw >= ends[layer]:
+                layer += 1
+            if draw >= 0 and t[layer, ROOM] > 0:
+                t[layer, ROOM] -= 1
+                chosen[first + rank] = layer
+            else:
+                pending[waiting] = rank
+                waiting += 1
+        left, attempt = waiting, attempt + np.uint64(1)
+
+
+@njit
+def draw_free(table, mask, shift, key_base, counter, total, start, count, chosen, first):
+    """For each of some counters the first of its draws that is free, judged in the order (attempt, counter)."""
+    pending = np.arange(count)
+    left, attempt = count, np.uint64(0)
+    while left > 0:
+        key, waiting = extend(key_base, attempt), 0
+        for j in range(left):
+            i = pending[j]
+            place = draw_place(key, counter + i, total)
+            cell = find(table, mask, shift, place + start) if place >= 0 else np.int64(-1)
+            if cell >= 0 and load_int64(table + cell * 8) == -1:
+                store_int64(table + cell * 8, place + start)
+                chosen[first + i] = place + start
+            else:
+                pending[waiting] = i
+                waiting += 1
+        left, attempt = waiting, attempt + np.uint64(1)
+
+
+@njit
+def draw_listed(table, mask, shift, key, counter, total, start, count, chosen, first):
+    """The first of the dormant places in a random order."""
+    numbers, keys = np.empty(total, np.int32), np.empty(total, np.uint64)
+    n = 0
+    for place in range(total):
+        cell = find(table, mask, shift, place + start)
+        if load_int64(table + cell * 8) == -1:
+            numbers[n] = np.int32(place)
+            keys[n] = bits(key, np.uint64(counter + place)) ^ SIGN_BIT  # PyTorch sorts the hash as a signed number
+            n += 1
+    _, numbers = sort_with(keys[:n], numbers[:n], np.uint64(randomness.WORD))
+    for i in range(count):
+        place = np.int64(numbers[i]) + start
+        store_int64(table + find(table, mask, shift, place) * 8, place)
+        chosen[first + i] = place
+
+
+@njit
+def draw_within(t, layers, table, mask, shift, seed, step, chosen):
+    """Places for ``BIRTHS`` births of each layer, layer by layer, in ``chosen``."""
+    base, first = birth_stream(seed, step), np.int64(0)
+    for i in range(layers):
+        births, alive, total = t[i, BIRTHS], t[i, ALIVE], t[i, TOTAL]
+        if births == 0:
+            continue
+        if 2 * (alive + births) > total:
+            draw_listed(
+                table, mask, shift, extend(base, np.uint64(0)), t[i, COUNTER], total, t[i, START], births, chosen, first
+            )
+        else:
+            draw_free(table, mask, shift, base, t[i, COUNTER] + alive, total, t[i, START], births, chosen, first)
+        first += births
+
+
+@njit(inline="always")
+def owner_of(t, layers, place):
+    layer = 0
+    while layer + 1 < layers and place >= t[layer + 1, START]:
+        layer += 1
+    return layer
+
+
+@cache
+def rewire_kernel(size: int) -> Kernel:
+    """``size`` is that of theta's floats in bytes."""
+
+    def rewire(a):
+        count, layers, theta = load_int64(a + 8 * COUNT), load_int64(a + 8 * LAYERS), load_int64(a + 8 * THETA)
+        t = carray(pointer(load_int64(a + 8 * TABLE)), (layers, FIELDS), np.int64)
+        seed, step, since = load_int64(a + 8 * SEED), load_int64(a + 8 * STEP), load_int64(a + 8 * NEWBORN_SINCE)
+        least = load_int64(a + 8 * LEAST)
+        # what has gone dormant
+        births, k = np.int64(0), np.int64(0)
+        for i in range(layers):
+            born, deaths, newborn = t[i, BORN], np.int64(0), np.int64(0)
+            for j in range(t[i, KEPT]):
+                if load_float(theta + k * size, size) < 0:
+                    deaths += 1
+                    newborn += load_int64(born + j * 8) >= since
+                k += 1
+            t[i, DEATHS], t[i, NEWBORN_DEATHS], t[i, ALIVE], t[i, BIRTHS] = deaths, newborn, t[i, KEPT] - deaths, 0
+            births += deaths
+        store_int64(a + 8 * NUMBER, births)
+        if births == 0:
+            return
+        # the places of the survivors
+        size_of_table, length = np.int64(16), np.uint64(4)
+        while size_of_table < 2 * (count + 1):
+            size_of_table, length = 2 * size_of_table, length + np.uint64(1)
+        cells = np.full(size_of_table, -1, np.int64)
+        table, mask, shift = np.int64(cells.ctypes.data), size_of_table - 1, np.uint64(64) - length
+        k = 0
+        for i in range(layers):
+            places, start = t[i, PLACES], t[i, START]
+            for j in range(t[i, KEPT]):
+                if not load_float(theta + k * size, size) < 0:
+                    place = load_int64(places + j * 8) + start
+                    store_int64(table + find(table, mask, shift, place) * 8, place)
+                k += 1
+        # a layer and a place for each birth
+        layer_of, chosen = np.empty(births, np.int64), np.empty(births, np.int64)
+        owed, network = np.int64(0), np.int64(0)
+        for i in range(layers):
+            short = max(min(least, t[i, TOTAL]) - t[i, ALIVE], 0)
+            for _ in range(min(short, births - owed)):
+                layer_of[owed] = i
+                t[i, BIRTHS] += 1
+                owed += 1
+            t[i, ROOM] = t[i, TOTAL] - t[i, ALIVE] - t[i, BIRTHS]
+            network += t[i, TOTAL]
+        if load_int64(a + 8 * RULE) == 0:
+            draw_layers(t, layers, owed, births - owed, seed, step, layer_of)
+            for n in range(owed, births):
+                t[layer_of[n], BIRTHS] += 1
+            draw_within(t, layers, table, mask, shift, seed, step, chosen)
+        else:
+            draw_within(t, layers, table, mask, shift, seed, step, chosen)
+            rest, base = births - owed, layer_stream(seed, step)
+            if rest > 0:
+                if 2 * (count + owed) > network:
+                    draw_listed(table, mask, shift, extend(base, np.uint64(0)), 0, network, 0, rest, chosen, owed)
+                else:
+                    draw_free(table, mask, shift, base, 0, network, 0, rest, chosen, owed)
+            # layer by layer, each in the order of its draws
+            drawn, at = chosen.copy(), np.zeros(layers + 1, np.int64)
+            for n in range(births):
+                at[owner_of(t, layers, drawn[n]) + 1] += 1
+            for i in range(layers):
+                t[i, BIRTHS] = at[i + 1]
+                at[i + 1] += at[i]
+            for n in range(births):
+                i = owner_of(t, layers, drawn[n])
+                chosen[at[i]] = drawn[n]
+                at[i] += 1
+        # everything moves up
+        source = np.empty(count, np.int64)  # -1: newborn
+        new_places, new_signs = load_int64(a + 8 * NEW_PLACES), load_int64(a + 8 * NEW_SIGNS)
+        new_born = load_int64(a + 8 * NEW_BORN)
+        k, to, n = np.int64(0), np.int64(0), 0
+        for i in range(layers):
+            places, born, signs = t[i, PLACES], t[i, BORN], t[i, SIGNS]
+            t[i, MOVED] = to
+            for j in range(t[i, KEPT]):
+                if not load_float(theta + k * size, size) < 0:
+                    source[to] = k
+                    store_int64(new_places + to * 8, load_int64(places + j * 8))
+                    store_int64(new_born + to * 8, load_int64(born + j * 8))
+                    store_float(new_signs + to * size, load_float(signs + j * size, size), size)
+                    to += 1
+                k += 1
+            for _ in range(t[i, BIRTHS]):
+                place = chosen[n] - t[i, START]
+                negative = negative_at(place, t[i, SIGN_SEED], t[i, EXCEPTIONS], t[i, EXCEPTION_COUNT])
+                source[to] = -1
+                store_int64(new_places + to * 8, place)
+                store_int64(new_born + to * 8, step)
+                store_float(new_signs + to * size, -1.0 if negative else 1.0, size)
+                to += 1
+                n += 1
+            t[i, AFTER] = t[i, ALIVE] + t[i, BIRTHS]
+        scratch = np.empty(count, np.float64)
+        states, number = load_int64(a + 8 * STATES), load_int64(a + 8 * (NUMBER + 1))
+        for s in range(number):
+            entry = states + 8 * STATE_FIELDS * s
+            address, start = load_int64(entry), load_float(entry + 16, 8)
+            if load_int64(entry + 8) == 4:
+                old, value = scratch.view(np.float32), carray(pointer(address), count, np.float32)
+                for k in range(count):
+                    old[k] = value[k]
+                for k in range(count):
+                    value[k] = old[source[k]] if source[k] >= 0 else np.float32(start)
+            else:
+                wide = carray(pointer(address), count, np.float64)
+                for k in range(count):
+                    scratch[k] = wide[k]
+                for k in range(count):
+                    wide[k] = scratch[source[k]] if source[k] >= 0 else start
+        cells[0] = source[0]  # (kept until here)
+
+    return Kernel(rewire)
+
+
+class Result:
+    """What a call has found: per layer in lists, the new state of all slots in tensors."""
+
+    def __init__(self, places: Tensor, signs: Tensor, born: Tensor, table: np.ndarray) -> None:
+        self.places, self.signs, self.born = places, signs, born
+        self.counts, self.births, self.deaths, self.newborn_deaths = table[:, AFTER : NEWBORN_DEATHS + 1].T.tolist()
+
+
+def rewire(
+    members: Sequence[Any], budgets: Sequence[int], theta: Tensor, values: Sequence[tuple[Tensor, float]], *, rule: int, least: int,
+    newborn_since: int, seed: int, step: int,
+) -> Result | None:  # fmt: skip
+    """One step; ``values`` (theta among them) are written in place, places, signs and births are not.
+
+    Args:
+        members: the layers' KSlots, in the order of their slots.
+        budgets: of each, for the rule "budget".
+        theta: [K], float32 or float64, contiguous, on the CPU; and so are the values.
+        values: everything of theta's shape that moves along, with a newborn's value.
+        rule: 0: "budget", 1: "uniform".
+        least, newborn_since, seed, step: see :func:`lightning_deepr.algorithm.shared_rewiring.plan`.
+
+    Returns:
+        None where nothing went dormant.
+    """
+    count, size = theta.numel(), theta.element_size()
+    start, rows = 0, []
+    for member, budget in zip(members, budgets, strict=True):
+        places, total, exceptions = member.places, member.total, member.exceptions
+        rows.append(
+            (places.numel(), total, member.index << randomness.SLOT_BITS, start, budget, places.data_ptr(), member.born.data_ptr(),
+             member.signs.data_ptr(), member.sign_seed, exceptions.data_ptr(), exceptions.numel(), 0, 0, 0, 0, 0, 0, 0)
+        )  # fmt: skip
+        start += total
+    table = np.array(rows, np.int64)
+    new_places, new_born, new_signs = (
+        torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64), torch.empty_like(theta)
+    )  # fmt: skip
+    moving = np.array([(value.data_ptr(), value.element_size(), 0) for value, _ in values], np.int64)
+    moving.view(np.float64)[:, 2] = [beginning for _, beginning in values]
+    arguments = (ctypes.c_int64 * 15)(
+        count, len(rows), theta.data_ptr(), table.ctypes.data, rule, least, newborn_since, seed, step, new_places.data_ptr(),
+        new_signs.data_ptr(), new_born.data_ptr(), moving.ctypes.data, 0, len(values),
+    )  # fmt: skip
+    rewire_kernel(size)(arguments)
+    if arguments[NUMBER] == 0:
+        return None
+    changed = [value for value, _ in values if not value.is_inference()]
+    torch.autograd.graph.increment_version(changed)
+    return Result(new_places, new_signs, new_born, table)

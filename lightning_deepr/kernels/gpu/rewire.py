@@ -1,0 +1,219 @@
+"""Algorithm 1 after the gradient step, for all tensors of a network, in Triton (see :mod:`lightning_deepr.algorithm.rewiring`).
+
+Nothing comes back to the host. Four kernels, each over the slots of all tensors (a program takes a piece of one tensor):
+
+1. ``shrink``: L1, noise, sign test; the slots with theta < 0 are counted and listed, in any order;
+2. ``insert``: the places of the active connections go into a hash table;
+3. ``claim``: every dormant slot draws until it has a place;
+4. ``finish``: the reborn slots get theta 0, place, sign, birth and the optimizer's starting state.
+
+The PyTorch version judges draws in the order (attempt, slot): a place that no active connection has goes to the earliest draw of
+it. The threads of a GPU come in any order, so here a place is *held*: an earlier draw takes it from a later one, and whoever loses
+it goes on with its next draw. That is deferred acceptance (Gale and Shapley, 1962): slots propose to places in the order of
+their draws, places prefer the earlier (attempt, slot), and the outcome does not depend on the order in which proposals come. Round
+after round, as PyTorch does it, is one such order.
+
+The table of active places is kept in the order in which a search meets the keys of a cluster: a cell takes the smaller of its key
+and the newcomer, and the larger one goes on. Each cell only ever decreases, so that ``atomic_min`` is all it takes, and the layout is
+the same whatever the order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lightning_deepr.algorithm import randomness
+from lightning_deepr.kernels.gpu.draws import LARGEST, bits, extend, mix, normal
+
+# Words (int64) that hold for all tensors
+STEP, NEWBORN_SINCE, BIRTH_STREAM, NOISE_KEY, HEADER = (tl.constexpr(i) for i in range(5))
+# Words of each tensor, behind them. An address is 0 where there is nothing.
+THETA, PLACES, BORN, SIGNS, EXCEPTIONS, EXCEPTION_COUNT = (tl.constexpr(i) for i in range(6))
+COUNT, TOTAL, LIMIT, COUNTER, SIGN_SEED, SLOT_START, LISTED = (tl.constexpr(i) for i in range(6, 13))
+DECREMENT, SCALE, REWIRES, STATES, STATE = (tl.constexpr(i) for i in range(13, 18))
+MOST_STATES = tl.constexpr(4)  # each with its address, the bytes of an entry, and the bits of its start
+FIELDS = tl.constexpr(17 + 3 * 4)
+
+EMPTY = tl.constexpr(randomness.LARGEST)  # larger than every place and every claim
+NEVER = tl.constexpr(-1)  # no cell ever holds it
+SLOT_BITS, SLOT_MASK = tl.constexpr(randomness.SLOT_BITS), tl.constexpr((1 << randomness.SLOT_BITS) - 1)
+CELLS = tl.constexpr(2)  # of each hash table, for every slot: they are at most half full
+
+
+@triton.jit
+def piece(words, pieces):
+    """What a program works on: its tensor's number and words, and the first slot of its piece."""
+    at = pieces + 2 * tl.program_id(0)
+    tensor = tl.load(at)
+    return tensor, words + HEADER + tensor * FIELDS, tl.load(at + 1)
+
+
+@triton.jit
+def following(cell, capacity):
+    return tl.where(cell + 1 == capacity, 0, cell + 1)
+
+
+@triton.jit
+def home(place, capacity):
+    """Where the search for a place begins."""
+    return tl.umulhi(mix(place.to(tl.uint64)), capacity.to(tl.uint64)).to(tl.int64)
+
+
+@triton.jit
+def shrink(words, pieces, counts, dormant, REAL: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu, in place; then theta < 0: dormant.
+
+    Args:
+        counts: int64 [tensors, 2], zeros: how many slots went dormant, and how many of them had been newborns.
+        dormant: int32 [K], the slots that went dormant, for each tensor from its first slot's position on.
+        REAL, WIDE: theta's type, and the one in which PyTorch computes with it.
+    """
+    tensor, row, first = piece(words, pieces)
+    slots = first + tl.arange(0, BLOCK)
+    inside = slots < tl.load(row + COUNT)
+    theta = tl.load(row + THETA).to(tl.pointer_type(REAL)) + slots
+    value = tl.load(theta, mask=inside, other=0.0).to(WIDE)
+    decrement = tl.load(row + DECREMENT).to(tl.float64, bitcast=True)
+    if decrement != 0.0:
+        value = (value - decrement.to(WIDE)).to(REAL).to(WIDE)
+    scale = tl.load(row + SCALE).to(tl.float64, bitcast=True)
+    if scale != 0.0:
+        nu = normal(tl.load(words + NOISE_KEY).to(tl.uint64, bitcast=True), tl.load(row + COUNTER) + slots)
+        value = (value + (nu * scale).to(WIDE).to(REAL).to(WIDE)).to(REAL).to(WIDE)
+    if tl.load(row + REWIRES) == 0:
+        value = tl.where(value < 0, 0.0, value)  # active at 0, with its place and its sign
+    tl.store(theta, value.to(REAL), mask=inside)
+    died = inside & (value < 0)
+    number = tl.sum(died.to(tl.int64))
+    if number > 0:
+        start = tl.load(row + SLOT_START) + tl.atomic_add(counts + 2 * tensor, number)
+        tl.store(dormant + start + tl.cumsum(died.to(tl.int64)) - 1, slots.to(tl.int32), mask=died)
+        born = tl.load(tl.load(row + BORN).to(tl.pointer_type(tl.int64)) + slots, mask=died, other=0)
+        newborns = died & (born >= tl.load(words + NEWBORN_SINCE))
+        tl.atomic_add(counts + 2 * tensor + 1, tl.sum(newborns.to(tl.int64)))
+
+
+@triton.jit
+def insert(words, pieces, counts, taken, REAL: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Put the places of the active connections into the hash table ``taken``, int64 [CELLS * K], all EMPTY."""
+    tensor, row, first = piece(words, pieces)
+    if (tl.load(counts + 2 * tensor) > 0) & (tl.load(row + LISTED) == 0):
+        count = tl.load(row + COUNT)
+        slots = first + tl.arange(0, BLOCK)
+        inside = slots < count
+        value = tl.load(tl.load(row + THETA).to(tl.pointer_type(REAL)) + slots, mask=inside, other=-1.0).to(WIDE)
+        going = inside & ~(value < 0)
+        key = tl.load(tl.load(row + PLACES).to(tl.pointer_type(tl.int64)) + slots, mask=going, other=0)
+        table, capacity = taken + tl.load(row + SLOT_START) * CELLS, count * CELLS
+        cell = home(key, capacity)
+        left = tl.sum(going.to(tl.int32))
+        while left > 0:
+            found = tl.atomic_min(table + cell, key, mask=going, sem="relaxed")
+            going = going & (found != EMPTY) & (found != key)
+            key = tl.maximum(key, found)
+            cell = following(cell, capacity)
+            left = tl.sum(going.to(tl.int32))
+
+
+@triton.jit
+def claim(words, pieces, counts, dormant, taken, drawn, claims, BLOCK: tl.constexpr):
+    """Every dormant slot draws places until it holds one.
+
+    Args:
+        taken: the table of active places.
+        drawn: int64 [CELLS * K], all EMPTY: a hash table of the places that are held.
+        claims: int64 [CELLS * K], all EMPTY: who holds each, attempt * 2**SLOT_BITS + slot.
+    """
+    tensor, row, first = piece(words, pieces)
+    number = tl.load(counts + 2 * tensor)
+    if (first < number) & (tl.load(row + LISTED) == 0):
+        lanes, start = first + tl.arange(0, BLOCK), tl.load(row + SLOT_START)
+        pending = lanes < number
+        slot = tl.load(dormant + start + lanes, mask=pending, other=0).to(tl.int64)
+        attempt = tl.zeros([BLOCK], tl.int64)
+        capacity = tl.load(row + COUNT) * CELLS
+        known, held, holders = taken + start * CELLS, drawn + start * CELLS, claims + start * CELLS
+        total, limit, counter = tl.load(row + TOTAL), tl.load(row + LIMIT), tl.load(row + COUNTER)
+        stream = tl.load(words + BIRTH_STREAM).to(tl.uint64, bitcast=True)
+        left = tl.sum(pending.to(tl.int32))
+        while left > 0:
+            draw = (bits(extend(stream, attempt.to(tl.uint64)), counter + slot) & LARGEST).to(tl.int64)
+            place = draw % total
+            # no place of an active connection
+            free = pending & (draw <= limit)
+            cell = home(place, capacity)
+            looking, looks = free, tl.sum(free.to(tl.int32))
+            while looks > 0:
+                found = tl.load(known + cell, mask=looking, other=EMPTY)
+                free = free & ~(looking & (found == place))
+                looking = looking & (found < place)
+                cell = following(cell, capacity)
+                looks = tl.sum(looking.to(tl.int32))
+            # hold it, unless an earlier draw does; an exchange has no mask: who does not take part expects what is never there
+            mine = (attempt << SLOT_BITS) | slot
+            later = mine
+            cell = home(place, capacity)
+            reaching, reaches = free, tl.sum(free.to(tl.int32))
+            while reaches > 0:
+                expected = tl.where(reaching, EMPTY, NEVER)
+                found = tl.atomic_cas(held + cell, expected, tl.where(reaching, place, NEVER), sem="relaxed")
+                here = reaching & ((found == EMPTY) | (found == place))
+                holder = tl.atomic_min(holders + cell, mine, mask=here, sem="relaxed")
+                pending = pending & ~(here & (holder == EMPTY))
+                later = tl.where(here & (holder != EMPTY), tl.maximum(mine, holder), later)
+                reaching = reaching & ~here
+                cell = tl.where(reaching, following(cell, capacity), cell)
+                reaches = tl.sum(reaching.to(tl.int32))
+            # the later of the two has lost: its next draw
+            slot, attempt = later & SLOT_MASK, (later >> SLOT_BITS) + 1
+            left = tl.sum(pending.to(tl.int32))
+
+
+@triton.jit
+def finish(words, pieces, counts, drawn, claims, REAL: tl.constexpr, BLOCK: tl.constexpr):
+    """The reborn slots start: theta 0, place, sign, birth and the optimizer's starting state."""
+    tensor, row, first = piece(words, pieces)
+    if (tl.load(counts + 2 * tensor) > 0) & (tl.load(row + LISTED) == 0):
+        cells = first * CELLS + tl.arange(0, CELLS * BLOCK)
+        at = tl.load(row + SLOT_START) * CELLS + cells
+        held = tl.load(claims + at, mask=cells < tl.load(row + COUNT) * CELLS, other=EMPTY)
+        born = held != EMPTY
+        slot, place = held & SLOT_MASK, tl.load(drawn + at, mask=born, other=0)
+        sign = sign_of(row, place, born)
+        tl.store(tl.load(row + THETA).to(tl.pointer_type(REAL)) + slot, tl.zeros_like(sign).to(REAL), mask=born)
+        tl.store(tl.load(row + PLACES).to(tl.pointer_type(tl.int64)) + slot, place, mask=born)
+        tl.store(tl.load(row + SIGNS).to(tl.pointer_type(REAL)) + slot, sign.to(REAL), mask=born)
+        step = tl.zeros_like(place) + tl.load(words + STEP)
+        tl.store(tl.load(row + BORN).to(tl.pointer_type(tl.int64)) + slot, step, mask=born)
+        states = tl.load(row + STATES)
+        for i in tl.static_range(MOST_STATES):
+            if i < states:
+                address, size = tl.load(row + STATE + 3 * i), tl.load(row + STATE + 3 * i + 1)
+                value = tl.zeros_like(place) + tl.load(row + STATE + 3 * i + 2)
+                if size == 2:
+                    tl.store(address.to(tl.pointer_type(tl.int16)) + slot, value.to(tl.int16), mask=born)
+                elif size == 4:
+                    tl.store(address.to(tl.pointer_type(tl.int32)) + slot, value.to(tl.int32), mask=born)
+                else:
+                    tl.store(address.to(tl.pointer_type(tl.int64)) + slot, value, mask=born)
+
+
+@triton.jit
+def sign_of(row, place, valid):
+    """The constant sign of each place, float32 (``KSlots.signs_at``)."""
+    negative = bits(tl.load(row + SIGN_SEED).to(tl.uint64, bitcast=True), place).to(tl.int64) < 0
+    number = tl.load(row + EXCEPTION_COUNT)
+    if number > 0:
+        exceptions = tl.load(row + EXCEPTIONS).to(tl.pointer_type(tl.int64))
+        low, high = tl.zeros_like(place), tl.zeros_like(place) + number
+        left = number
+        while left > 0:
+            open = valid & (low < high)
+            middle = (low + high) >> 1
+            less = open & (tl.load(exceptions + middle, mask=open, other=0) < place)
+            low, high = tl.where(less, middle + 1, low), tl.where(open & ~less, middle, high)
+            left = left >> 1
+        found = valid & (low < number)
+        negative = negative ^ (found & (tl.load(exceptions + low, mask=found, other=0) == place))
+    return tl.where(negative, -1.0, 1.0)

@@ -1,0 +1,245 @@
+"""One step of Algorithm 1 for all tensors of a network on a GPU: fills the Triton kernels' table and launches them.
+
+Nothing is asked of the device: all sizes follow from K. The table of addresses and numbers is written on the host and sent ahead of the
+kernels in one copy that nobody waits for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lightning_deepr.algorithm import randomness
+from lightning_deepr.kernels.gpu import rewire
+
+State = tuple[Tensor, float]  # a state tensor of theta's shape, and what the optimizer starts it with
+
+BLOCK = 256  # slots of a program
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # a multiplication and an addition stay two, as PyTorch computes them
+MOST_SLOTS = (1 << 31) - 1  # of a tensor: they are listed as int32
+HEADER, FIELDS, MOST_STATES = int(rewire.HEADER), int(rewire.FIELDS), int(rewire.MOST_STATES)
+CELLS, STATE = int(rewire.CELLS), int(rewire.STATE)
+_STEP, _NEWBORN_SINCE, _BIRTH_STREAM, _NOISE_KEY = range(HEADER)
+_COUNT, _TOTAL, _LIMIT, _COUNTER, _SIGN_SEED, _SLOT_START, _LISTED, _DECREMENT, _SCALE, _REWIRES, _STATES = range(6, 17)
+# theta's type, and the one in which PyTorch computes with it
+_TYPES = {
+    torch.float32: (tl.float32, tl.float32),
+    torch.float64: (tl.float64, tl.float64),
+    torch.bfloat16: (tl.bfloat16, tl.float32),
+    torch.float16: (tl.float16, tl.float32),
+}
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Slots(Protocol):
+    """What a step has to know of a tensor (see :class:`lightning_deepr.weights.k_slots.KSlots`)."""
+
+    places: Tensor
+    born: Tensor
+    signs: Tensor
+    exceptions: Tensor
+    total: int
+    index: int
+    sign_seed: int
+
+    def signs_at(self, places: Tensor) -> Tensor: ...
+
+
+def takes(theta: Tensor, slots: Slots) -> bool:
+    """Whether the kernels can work on a tensor: its types, and memory without gaps on one device."""
+    device = theta.device
+    words = (slots.places, slots.born, slots.exceptions)
+    return (
+        theta.dtype in _TYPES
+        and slots.signs.dtype == theta.dtype
+        and theta.is_contiguous()
+        and slots.signs.is_contiguous()
+        and slots.signs.device == device
+        and all(t.dtype == torch.long and t.is_contiguous() and t.device == device for t in words)
+        and theta.numel() == slots.places.numel() <= MOST_SLOTS
+    )
+
+
+class Table:
+    """The kernels' view of some tensors that step together.
+
+    Args:
+        tensors: all on one device, with thetas of one dtype (see :func:`takes`).
+        dtype: of theta.
+    """
+
+    def __init__(self, tensors: Sequence[Slots], dtype: torch.dtype) -> None:
+        self.tensors, self.dtype = tuple(tensors), dtype
+        self.device = tensors[0].places.device
+        counts = [t.places.numel() for t in tensors]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        self.slots = int(starts[-1])
+        pieces = [(i, first) for i, count in enumerate(counts) for first in range(0, count, BLOCK)]
+        self.pieces = torch.tensor(pieces, dtype=torch.long).reshape(-1, 2).to(self.device)
+        self.words = np.zeros(HEADER + FIELDS * len(tensors), np.int64)
+        self.rows = self.words[HEADER:].reshape(len(tensors), FIELDS)
+        self.numbers = self.rows.view(np.float64)
+        self.listed = [2 * count > t.total for count, t in zip(counts, tensors, strict=True)]
+        self.rows[:, _COUNT], self.rows[:, _SLOT_START], self.rows[:, _LISTED] = counts, starts[:-1], self.listed
+        self.rows[:, _TOTAL] = [t.total for t in tensors]
+        # a draw beyond it is repeated (randomness.uniform_places)
+        self.rows[:, _LIMIT] = [randomness.LARGEST - (randomness.LARGEST % t.total + 1) % t.total for t in tensors]
+        # what is in the table, so that only what changes is written
+        self.known: list[tuple[int, ...]] = [()] * len(tensors)
+        self.changing: list[tuple[Any, ...] | None] = [None] * len(tensors)
+        self.states: list[tuple[tuple[int, int, int], ...]] = [()] * len(tensors)
+
+    def step(
+        self,
+        thetas: Sequence[Tensor],
+        decrements: Sequence[float | Tensor],
+        scales: Sequence[float | Tensor],
+        rewires: Sequence[bool],
+        states: Sequence[Sequence[State]],
+        newborn_since: int,
+        seed: int,
+        step: int,
+        want_dormant: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Shrink, diffuse, rewire; places, signs, births and states follow.
+
+        Returns:
+            int64 [tensors, 2] on the device: how many slots were reborn, and how many of them had been newborns; and, if wanted, for
+            each tensor a bool [K] of the slots that were reborn.
+        """
+        words = self._words(thetas, decrements, scales, rewires, states, newborn_since, seed, step)
+        counts = torch.zeros(len(self.tensors), 2, dtype=torch.long, device=self.device)
+        dormant = torch.empty(self.slots, dtype=torch.int32, device=self.device)
+        real, wide = _TYPES[self.dtype]
+        grid = (len(self.pieces),)
+        options: dict[str, Any] = {"BLOCK": BLOCK, **OPTIONS}
+        with torch.cuda.device_of(words):
+            rewire.shrink[grid](words, self.pieces, counts, dormant, REAL=real, WIDE=wide, **options)
+            if not any(rewires):
+                return counts, []
+            if not all(self.listed):
+                cells = torch.full((3, CELLS * self.slots), int(rewire.EMPTY), dtype=torch.long, device=self.device)
+                taken, drawn, claims = cells
+                rewire.insert[grid](words, self.pieces, counts, taken, REAL=real, WIDE=wide, **options)
+                rewire.claim[grid](words, self.pieces, counts, dormant, taken, drawn, claims, **options)
+            # what the last kernel does not do needs to know whom it concerns
+            masks: dict[int, Tensor] = {}
+            for i, (theta, own) in enumerate(zip(thetas, states, strict=True)):
+                if rewires[i] and (want_dormant or self.listed[i] or not _can_write(own, self.device)):
+                    masks[i] = theta < 0
+            if not all(self.listed):
+                rewire.finish[grid](words, self.pieces, counts, drawn, claims, REAL=real, **options)
+        for i, mask in masks.items():
+            if self.listed[i]:
+                draw_from_list(thetas[i], self.tensors[i], mask, seed, step)
+            if self.listed[i] or not _can_write(states[i], self.device):
+                for value, start in states[i]:
+                    value.masked_fill_(mask.to(value.device), start)
+        # a backward pass through the connections of before would be wrong: autograd refuses it
+        torch.autograd.graph.increment_version([t.places for t, does in zip(self.tensors, rewires, strict=True) if does])
+        empty = torch.zeros(0, dtype=torch.bool, device=self.device)
+        return counts, [masks.get(i, empty) for i in range(len(self.tensors))] if want_dormant else []
+
+    def _words(
+        self,
+        thetas: Sequence[Tensor],
+        decrements: Sequence[float | Tensor],
+        scales: Sequence[float | Tensor],
+        rewires: Sequence[bool],
+        states: Sequence[Sequence[State]],
+        newborn_since: int,
+        seed: int,
+        step: int,
+    ) -> Tensor:
+        """The table, on the device; only what changed since the last step is written anew."""
+        self.words[_STEP], self.words[_NEWBORN_SINCE] = step, newborn_since
+        self.words[_BIRTH_STREAM] = _signed(_birth_stream(seed, step))
+        self.words[_NOISE_KEY] = _signed(randomness.key(seed, randomness.NOISE, step))
+        on_device: list[tuple[int, Tensor]] = []
+        for i, (tensor, theta) in enumerate(zip(self.tensors, thetas, strict=True)):
+            where = (theta, tensor.places, tensor.born, tensor.signs, tensor.exceptions)
+            known = (*(t.data_ptr() for t in where), tensor.exceptions.numel(), tensor.index, tensor.sign_seed)
+            if known != self.known[i]:
+                self.known[i] = known
+                self.rows[i, :_COUNT] = known[:_COUNT]
+                self.rows[i, _COUNTER] = tensor.index << randomness.SLOT_BITS
+                self.rows[i, _SIGN_SEED] = _signed(tensor.sign_seed)
+            changing = decrements[i], scales[i], rewires[i]
+            numbers = [n for n in changing if isinstance(n, Tensor) and n.device.type != "cpu"]
+            if numbers or changing != self.changing[i]:
+                self.changing[i] = None if any(isinstance(n, Tensor) for n in changing) else changing
+                self.rows[i, _REWIRES] = rewires[i]
+                for field, number in ((_DECREMENT, decrements[i]), (_SCALE, scales[i])):
+                    if isinstance(number, Tensor) and number.device.type != "cpu":
+                        on_device.append((HEADER + FIELDS * i + field, number))
+                    else:
+                        self.numbers[i, field] = float(number)
+            own = states[i] if _can_write(states[i], self.device) and not self.listed[i] else []
+            addresses = tuple((value.data_ptr(), value.element_size(), _bits(start, value.dtype)) for value, start in own)
+            if addresses != self.states[i]:
+                self.states[i] = addresses
+                self.rows[i, _STATES] = len(addresses)
+                for j, words in enumerate(addresses):
+                    self.rows[i, STATE + 3 * j : STATE + 3 * j + 3] = words
+        host = torch.from_numpy(self.words)
+        if self.device.type != "cuda":
+            return host.to(self.device, copy=True)
+        table = host.pin_memory().to(self.device, non_blocking=True)
+        for at, number in on_device:  # a learning rate that lives on the device
+            table[at : at + 1].view(torch.float64).copy_(number.reshape(1))
+        return table
+
+
+def draw_from_list(theta: Tensor, tensor: Slots, dormant: Tensor, seed: int, step: int) -> None:
+    """``rewiring.draw_from_list`` and what follows it, in operations whose sizes do not depend on how many are reborn.
+
+    Args:
+        dormant: bool [K].
+    """
+    device, total, places = theta.device, tensor.total, tensor.places
+    numbers = torch.arange(total, device=device)
+    active = torch.zeros(total, dtype=torch.bool, device=device).scatter_(0, places, ~dormant)
+    # the candidates, ascending, and then the others, which no draw is compared with: so that equal keys can't mix them up
+    among_free, among_active = (~active).cumsum(0) - 1, active.cumsum(0) - 1
+    position = torch.where(active, among_free[-1:] + 1 + among_active, among_free)
+    arranged = torch.empty_like(numbers).scatter_(0, position, numbers)
+    key = randomness.bits(randomness.key(seed, randomness.BIRTH, step, 0), randomness.counters(tensor.index, arranged))
+    key = torch.where(active[arranged], randomness.LARGEST, key)
+    shuffled = arranged[key.argsort(stable=True)]
+    chosen = torch.where(dormant, shuffled[(dormant.cumsum(0) - 1).clamp_(min=0)], places)
+    theta.masked_fill_(dormant, 0.0)
+    tensor.signs.copy_(torch.where(dormant, tensor.signs_at(chosen), tensor.signs))
+    tensor.born.masked_fill_(dormant, step)
+    places.copy_(chosen)
+
+
+def _can_write(states: Sequence[State], device: torch.device) -> bool:
+    """Whether the kernels reset these states, or PyTorch."""
+    return len(states) <= MOST_STATES and all(
+        value.device == device and value.is_contiguous() and value.element_size() in _BITS for value, _ in states
+    )
+
+
+@cache
+def _bits(start: float, dtype: torch.dtype) -> int:
+    """The bits of a number in a type, as a signed integer of its size."""
+    value = torch.tensor([start], dtype=dtype)
+    return int(value.view(_BITS[value.element_size()]))
+
+
+def _birth_stream(seed: int, step: int) -> int:
+    """The key of a step's births but for its last coordinate, the attempt (see ``randomness.key``)."""
+    state = 4
+    for coordinate in (seed, randomness.BIRTH, step):
+        state = randomness.mix((state + randomness.GOLDEN + randomness.mix(coordinate & randomness.WORD)) & randomness.WORD)
+    return state
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word

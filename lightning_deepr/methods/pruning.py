@@ -1,0 +1,324 @@
+"""Two ways to a sparse network that begin dense, as callbacks: they exist to be compared with.
+
+The paper compares DEEP R with both: pruning with retraining (Han, Pool, Tran and Dally, "Learning both weights and connections
+for efficient neural networks", NeurIPS 2015) and l1-shrinkage (Collins and Kohli, "Memory bounded deep convolutional
+networks", arXiv:1412.1442, 2014). How it set them up is not known to us: what is our own choice is marked so below.
+Signs are free, and the network is dense while it trains: the mask saves neither memory nor time.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_deepr.conversion.allocation import check_connectivity
+from lightning_deepr.methods.dense_training import DenseTraining
+from lightning_deepr.training import invariants
+from lightning_deepr.training.schedules import LinearDecay
+from lightning_deepr.training.tracked import Reborn, Stepped
+from lightning_deepr.weights.dense_theta import MaskedTheta
+
+THRESHOLDS = ("layer", "network")
+
+
+class _Masking(DenseTraining):
+    """Base of the two: a weight with a mask that only ever loses connections."""
+
+    kind = MaskedTheta
+
+    @override
+    def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Reborn]:
+        self.act(stepped)
+        for item in stepped:
+            slots = item.tensor.slots
+            if slots.fixed:  # neither momentum nor weight decay brings a connection back, or moves what is not there
+                item.theta.masked_fill_(~slots.mask, 0.0)
+            slots.steps = item.tensor.step + 1
+            if slots.averages:
+                slots.align_averages()
+        none = torch.empty(0, dtype=torch.long)
+        return [Reborn(0, 0, none) for _ in stepped]
+
+    @abstractmethod
+    def act(self, stepped: Sequence[Stepped]) -> None:
+        """What the method does after a step."""
+
+    def step_at(self, fraction: float) -> int:
+        """The step, counted from 1, that ends this fraction of the training."""
+        assert self._total_steps is not None
+        return max(1, round(fraction * self._total_steps))
+
+    def needs_length(self) -> str:
+        """What depends on the length of the training, or nothing."""
+        return ""
+
+    @override
+    def _check_schedules(self, what_to_do: str) -> None:
+        super()._check_schedules(what_to_do)
+        needs = self.needs_length()
+        if needs and self._total_steps is None:
+            raise ValueError(
+                f"{needs} a fraction of the training, but its length is not known: expected a number of steps, found none. {what_to_do}"
+            )
+
+    @override
+    def statistics(self) -> dict[str, float]:
+        """Per tensor ``deepr/<tensor>/connectivity``."""
+        for tensor in self._tensors:
+            tensor.turnover.take()
+        return {f"deepr/{t.name}/connectivity": t.slots.count / t.slots.total for t in self._tensors}
+
+    @override
+    def check(self, item: Stepped, born: Reborn, optimizer: Optimizer) -> None:
+        slots, theta = item.tensor.slots, item.theta
+        require = invariants.requirement(item.tensor)
+        require(theta.shape == slots.shape, f"expected theta of shape {tuple(slots.shape)}, found {tuple(theta.shape)}")
+        require(bool(torch.isfinite(theta).all()), "theta is not finite")
+        require(slots.fixed or bool(slots.mask.all()), "connections are masked, but the mask is not fixed")
+        require(not theta[~slots.mask].any(), "a connection outside the mask has a weight")
+
+
+class MagnitudePruning(_Masking):
+    """Pruning with retraining (Han et al. 2015): dense training, then the smallest weights go, and the rest trains on.
+
+    It exists to be compared with. A step before the first pruning is a step of dense training, and the network is dense in
+    memory and time throughout.
+
+    Our own choices: an exact number of connections instead of thresholds of so many standard deviations per layer; several
+    prunings inside one training instead of one training after another, their densities geometric, p^(1/n), p^(2/n), ... p; the
+    optimizer's state and the learning rate go on as they are.
+
+    Args:
+        connectivity: float in (0, 1] | int | dict {pattern: float | int}: what is left in the end; None: everything is
+            converted already.
+        prune_from: fraction of the training that ends with the first pruning.
+        prune_until: ... with the last one, which leaves exactly K connections; the rest of the training is retraining.
+        prunings: how many there are, evenly spaced; 1 where ``prune_from`` equals ``prune_until``.
+        threshold: "layer": K per tensor, by ``distribution`` | "network": one threshold for all tensors, of which each keeps at
+            least its largest weight.
+        target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
+        exclude_modules: the same forms.
+        distribution: "erdos_renyi" | "erk" | "uniform" | "deepr" (0.75, 2.3, 22.8 for three layers) | a function.
+        init: "module" and "largest": the dense weight as its module has it | "deepr": |N(0, 1)| / sqrt(fan-in), random signs.
+        seed: of ``init="deepr"``, and of the signs in :func:`lightning_deepr.save_sparse`.
+        check_invariants: check everything after every step, and name the tensor and the step when something breaks.
+        log_every_n_steps: how often the connectivity is logged.
+
+    Raises:
+        TypeError, ValueError: an argument that makes no sense, or one that does not fit the model; in a plain loop also where
+            ``attach`` is not given ``total_steps``.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_deepr import MagnitudePruning
+        >>> pruning = MagnitudePruning(0.05, prune_from=0.5, prune_until=0.5, prunings=1)
+        >>> trainer = Trainer(callbacks=[pruning], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        connectivity: int | float | dict[str, int | float] | None = None,
+        *,
+        prune_from: float = 0.3,
+        prune_until: float = 0.6,
+        prunings: int = 4,
+        threshold: str = "layer",
+        target_modules: str | list[str] | Callable = "all",
+        exclude_modules: str | Iterable[str] | Callable = (),
+        distribution: str | Callable = "erdos_renyi",
+        init: str = "module",
+        seed: int = 0,
+        check_invariants: bool = False,
+        log_every_n_steps: int = 50,
+    ) -> None:
+        super().__init__(
+            connectivity,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            distribution=distribution,
+            l1=0.0,
+            init=init,
+            seed=seed,
+            compute="dense",
+            check_invariants=check_invariants,
+            log_every_n_steps=log_every_n_steps,
+        )
+        _check_fraction("prune_from", prune_from)
+        _check_fraction("prune_until", prune_until)
+        if prune_from > prune_until:
+            raise ValueError(f"prune_until: expected at least prune_from = {prune_from}, found {prune_until}.")
+        if isinstance(prunings, bool) or not isinstance(prunings, int) or prunings < 1:
+            raise ValueError(f"prunings: expected an int of at least 1, found {prunings!r}.")
+        if prunings == 1 and prune_from != prune_until:
+            raise ValueError(
+                f"prunings: expected at least 2 between prune_from = {prune_from} and prune_until = {prune_until}, found 1. Give equal "
+                "fractions for one pruning."
+            )
+        if threshold not in THRESHOLDS:
+            raise ValueError(f"threshold: expected one of {', '.join(THRESHOLDS)}, found {threshold!r}.")
+        self.prune_from, self.prune_until, self.threshold = prune_from, prune_until, threshold
+        self.prunings = 1 if prune_from == prune_until else prunings
+
+    @override
+    def needs_length(self) -> str:
+        return "prune_from and prune_until are each"
+
+    def schedule(self) -> dict[int, float]:
+        """{step, counted from 1: exponent e}: after that step K^e * N^(1 - e) connections are left."""
+        each = (self.prune_until - self.prune_from) / max(self.prunings - 1, 1)
+        return {self.step_at(self.prune_from + i * each): (i + 1) / self.prunings for i in range(self.prunings)}
+
+    @override
+    def act(self, stepped: Sequence[Stepped]) -> None:
+        schedule = self.schedule()
+        due = [(item, schedule.get(item.tensor.step - item.tensor.start + 1)) for item in stepped]
+        if all(exponent is None for _, exponent in due):
+            return
+        if self.threshold == "layer":
+            for item, exponent in due:
+                if exponent is not None:
+                    _keep_largest([item], _left(item.tensor.slots.wanted, item.tensor.slots.total, exponent))
+            return
+        if len(stepped) != len(self._tensors) or len({exponent for _, exponent in due}) > 1:
+            missing = [t.name for t in self._tensors if all(t is not item.tensor for item in stepped)]
+            raise RuntimeError(
+                'threshold="network" compares all tensors in one step of one optimizer: expected all of them, but '
+                f'{", ".join(missing) or "some"} did not take part in as many steps. Use threshold="layer".'
+            )
+        wanted = sum(item.tensor.slots.wanted for item in stepped)
+        total = sum(item.tensor.slots.total for item in stepped)
+        _keep_largest(stepped, _left(wanted, total, due[0][1] or 1.0))
+
+    @override
+    def check(self, item: Stepped, born: Reborn, optimizer: Optimizer) -> None:
+        super().check(item, born, optimizer)
+        slots, done = item.tensor.slots, item.tensor.step - item.tensor.start + 1
+        if self.threshold == "layer" and done >= max(self.schedule()):
+            allowed = int(slots.mask.sum())
+            if allowed != slots.wanted:
+                raise RuntimeError(
+                    f"check_invariants: `{item.tensor.name}`, step {item.tensor.step}: expected {slots.wanted} connections after the "
+                    f"last pruning, found {allowed}."
+                )
+
+
+class L1Shrinkage(_Masking):
+    """l1-shrinkage (Collins and Kohli 2014): after each step every weight moves towards 0 by eta * alpha, and stops there.
+
+    w <- sign(w) * max(|w| - eta * alpha, 0), with the plain learning rate of the weight's parameter group. A weight at 0 still has a
+    gradient and can come back. It exists to be compared with; the network is dense in memory and time throughout.
+
+    Our own choices: how the wanted number of connections is met. At ``freeze_at`` what exceeds K is cut (the smallest), what is
+    at 0 stays there, and the rest is trained without l1; where fewer than K are left, they stay as they are. With
+    ``connectivity=None`` nothing is cut or frozen: the connectivity is where l1 leads.
+
+    Args:
+        connectivity: float in (0, 1] | int | dict {pattern: float | int}; None: where l1 leads.
+        l1: alpha, to be given; float | dict {pattern: float} | LinearDecay(start, end) | function of the progress.
+        freeze_at: fraction of the training after which the connectivity is fixed, with a connectivity only.
+        target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
+        exclude_modules: the same forms.
+        distribution: "erdos_renyi" | "erk" | "uniform" | "deepr" (0.75, 2.3, 22.8 for three layers) | a function.
+        init: "module" and "largest": the dense weight as its module has it | "deepr": |N(0, 1)| / sqrt(fan-in), random signs.
+        seed: of ``init="deepr"``, and of the signs in :func:`lightning_deepr.save_sparse`.
+        check_invariants: check everything after every step, and name the tensor and the step when something breaks.
+        log_every_n_steps: how often the connectivity is logged.
+
+    Raises:
+        TypeError, ValueError: an argument that makes no sense, or one that does not fit the model; in a plain loop also where
+            ``attach`` is not given ``total_steps``.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_deepr import L1Shrinkage
+        >>> trainer = Trainer(callbacks=[L1Shrinkage(0.05, l1=1e-3)], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        connectivity: int | float | dict[str, int | float] | None = None,
+        *,
+        l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable,
+        freeze_at: float = 0.7,
+        target_modules: str | list[str] | Callable = "all",
+        exclude_modules: str | Iterable[str] | Callable = (),
+        distribution: str | Callable = "erdos_renyi",
+        init: str = "module",
+        seed: int = 0,
+        check_invariants: bool = False,
+        log_every_n_steps: int = 50,
+    ) -> None:
+        if l1 is None:
+            raise TypeError(
+                "l1: expected a float, a dict, LinearDecay or a function of the progress, found None: shrinkage has no default."
+            )
+        if connectivity is not None:
+            check_connectivity(connectivity)
+        super().__init__(
+            1.0 if connectivity is None else connectivity,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            distribution=distribution,
+            l1=l1,
+            init=init,
+            seed=seed,
+            compute="dense",
+            check_invariants=check_invariants,
+            log_every_n_steps=log_every_n_steps,
+        )
+        _check_fraction("freeze_at", freeze_at)
+        self.freezes, self.freeze_at = connectivity is not None, freeze_at
+
+    @override
+    def needs_length(self) -> str:
+        return "freeze_at is" if self.freezes else ""
+
+    @override
+    def act(self, stepped: Sequence[Stepped]) -> None:
+        for item in stepped:
+            slots, theta = item.tensor.slots, item.theta
+            if slots.fixed:
+                continue
+            # w <- sign(w) * max(|w| - eta * alpha, 0)
+            theta.copy_(F.softshrink(theta, float(item.lr * item.alpha)))
+            if self.freezes and item.tensor.step - item.tensor.start + 1 >= self.step_at(self.freeze_at):
+                slots.keep(theta != 0, theta)
+                _keep_largest([item], slots.wanted)
+
+
+def _left(wanted: int, total: int, exponent: float) -> int:
+    """How many connections a pruning leaves."""
+    return wanted if exponent == 1 else round(math.exp((1 - exponent) * math.log(total) + exponent * math.log(wanted)))
+
+
+def _keep_largest(stepped: Sequence[Stepped], count: int) -> None:
+    """Prune to the ``count`` largest weights of all these tensors, each of which keeps at least its largest one; to fewer where
+    there are no more."""
+    masks = [item.tensor.slots.mask for item in stepped]
+    flat = torch.cat([item.theta.abs().masked_fill(~mask, -1.0).view(-1) for item, mask in zip(stepped, masks, strict=True)])
+    first = 0
+    for mask in masks:
+        flat[first + flat[first : first + mask.numel()].argmax()] = math.inf
+        first += mask.numel()
+    kept = torch.zeros_like(flat, dtype=torch.bool)
+    kept[flat.topk(max(count, len(masks)), sorted=False).indices] = True
+    parts: list[Tensor] = list(kept.split([mask.numel() for mask in masks]))
+    for item, part in zip(stepped, parts, strict=True):
+        item.tensor.slots.keep(part.view(item.tensor.slots.shape), item.theta)
+
+
+def _check_fraction(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a fraction of the training (float in [0, 1]), found {value!r}.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a fraction of the training (float in [0, 1]), found {value}.")

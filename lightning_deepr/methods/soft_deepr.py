@@ -1,0 +1,299 @@
+"""soft-DEEP R, the callback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_deepr import kernels
+from lightning_deepr.algorithm import soft_rewiring
+from lightning_deepr.methods.dense_training import DenseTraining, on_host
+from lightning_deepr.training import invariants
+from lightning_deepr.training.schedules import LinearDecay, LrPower
+from lightning_deepr.training.tracked import Reborn, Stepped, TrackedTensor
+from lightning_deepr.weights.dense_theta import SoftTheta
+
+
+class SoftDeepR(DenseTraining):
+    """soft-DEEP R (Algorithm 2 of the paper): a random walk of dormant connections, and no hard bound on how many are active.
+
+    Every potential connection has a theta, so that this method alone of the family is dense: memory and time are those of the
+    dense network, and of two numbers more for each weight (its sign, and theta as it was before the optimizer's step).
+
+    After ``optimizer.step()``, whichever optimizer it is: an active theta loses eta * alpha and takes a step of a random walk,
+    with the plain learning rate eta of its parameter group; a dormant one (theta < 0) is put back to where it was before the
+    optimizer's step, which leaves it without gradient, momentum, weight decay and L1, and takes a step of the same random walk.
+    No theta falls below theta_min. The optimizer's state of what is dormant is the one that it starts with, where the state
+    has an entry per weight; what an optimizer computes from a whole tensor (Adafactor's rows and columns) sees dormant
+    thetas, with gradients of 0.
+
+    It starts at the wanted connectivity (the authors' script starts at half of it by mistake), dormant thetas uniform on
+    [theta_min, 0). From there the connectivity is free: see ``deepr/<tensor>/connectivity`` in :meth:`statistics` and in the
+    Trainer's loggers. theta_min promises it for the stationary state without data, in which active thetas lie within some
+    T / alpha of 0; what the start or the data hold far above that comes on top, so that a larger T, at which fewer connections
+    are born per step, stays nearer to the wanted connectivity.
+
+    Args:
+        connectivity: float in (0, 1] | int | dict {pattern: float | int}; None: everything is converted already.
+        temperature: T, to be given and not 0: dormant connections move by it alone. float | dict {pattern: ...} |
+            LrPower(coefficient, power) | function of the learning rate. A good first choice is about eta * alpha**2.
+        theta_min: below 0; None: -T * (1 - p) / (alpha * p) with each tensor's own p = K / N, its alpha and its T of the step.
+            Where a schedule brings T or alpha to 0 later, it keeps its last value.
+        target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
+        exclude_modules: the same forms.
+        distribution: "erdos_renyi" | "erk" | "uniform" | "deepr" (0.75, 2.3, 22.8 for three layers) | a function.
+        l1: alpha; float | dict {pattern: float} | LinearDecay(start, end) | function of the progress; None: by the optimizer
+            (1e-4 / (1 - momentum) under SGD, .03 under Adam's family and RMSprop).
+        init: the start of the active connections: "module" | "largest" | "deepr".
+        rewire_every_n_steps: in the steps between, active thetas stay at or above 0 and dormant ones stay where they are.
+        rewire_until: a step (int) or a fraction of the training (float), then every step is such a step.
+        seed: of places, signs and noise; ``seed_everything`` does not change it.
+        check_invariants: check everything after every step, and name the tensor and the step when something breaks.
+        log_every_n_steps: how often the connectivity is logged.
+
+    Raises:
+        TypeError, ValueError: an argument that makes no sense, or one that does not fit the model (at ``setup``).
+        RuntimeError: a theta or gradient that is not finite, before the step.
+
+    Warns:
+        once, when a step is too coarse for theta_min to hold the wanted connectivity: eta * alpha**2 / T above 2 (simulated
+        without data at p = 5 %: a ratio of 200 ends at 15 %, one of at most 2 at 4.8 to 5.1 %), or a step of the random walk,
+        sqrt(2 * eta * T), as long as \\|theta_min\\|.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_deepr import SoftDeepR, connectivity_report
+        >>> soft = SoftDeepR(0.05, temperature=1e-6, l1=1e-3)
+        >>> net = soft.prepare(torch.nn.Linear(100, 10))  # under a Trainer: Trainer(callbacks=[soft]) does it
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> rewiring = soft.attach(net, optimizer)
+        >>> connectivity_report(net).active
+        50
+        >>> for _ in range(3):
+        ...     optimizer.zero_grad()
+        ...     net(torch.ones(4, 100)).square().sum().backward()
+        ...     optimizer.step()
+        >>> sorted(soft.statistics())
+        ['deepr/weight/births', 'deepr/weight/connectivity', 'deepr/weight/deaths']
+    """
+
+    kind = SoftTheta
+
+    def __init__(
+        self,
+        connectivity: int | float | dict[str, int | float] | None = None,
+        *,
+        temperature: float | LrPower | dict[str, float | LrPower] | Callable,
+        theta_min: float | None = None,
+        target_modules: str | list[str] | Callable = "all",
+        exclude_modules: str | Iterable[str] | Callable = (),
+        distribution: str | Callable = "erdos_renyi",
+        l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable | None = None,
+        init: str = "module",
+        rewire_every_n_steps: int = 1,
+        rewire_until: int | float | None = None,
+        seed: int = 0,
+        check_invariants: bool = False,
+        log_every_n_steps: int = 50,
+    ) -> None:
+        super().__init__(
+            connectivity,
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+            distribution=distribution,
+            l1=l1,
+            temperature=temperature,
+            init=init,
+            rewire_every_n_steps=rewire_every_n_steps,
+            rewire_until=rewire_until,
+            seed=seed,
+            compute="dense",
+            check_invariants=check_invariants,
+            log_every_n_steps=log_every_n_steps,
+        )
+        if theta_min is not None:
+            if isinstance(theta_min, bool) or not isinstance(theta_min, (int, float)):
+                raise TypeError(f"theta_min: expected a float below 0 or None, found {theta_min!r}.")
+            if not (theta_min < 0 and math.isfinite(theta_min)):
+                raise ValueError(f"theta_min: expected a finite value below 0, found {theta_min}.")
+        self.theta_min = theta_min
+        if _is_zero(temperature):
+            raise ValueError(
+                "temperature: expected T > 0, found 0: dormant connections move by noise alone, and theta_min = -T * (1 - p) / (alpha * p) "
+                "would be 0. Set temperature to about lr * l1**2 or more (DeepR works at T = 0)."
+            )
+        if _is_zero(l1) and theta_min is None:
+            raise ValueError(
+                "l1: expected alpha > 0, found 0: theta_min = -T * (1 - p) / (alpha * p) is undefined. Set l1, or give theta_min."
+            )
+
+    # -- the algorithm ----------------------------------------------------------------------------------------------------
+
+    @override
+    def before_step(self, tensors: Sequence[TrackedTensor], optimizer: Optimizer) -> None:
+        for tensor, group_index in self._match(optimizer):
+            theta, slots = tensor.theta.detach(), tensor.slots
+            if not tensor.theta.requires_grad:
+                continue
+            if _is_nan(slots.theta_min):
+                self._spread(self._stepped(tensor, theta, optimizer, group_index))
+            if slots.before is None or slots.before.shape != theta.shape or slots.before.device != theta.device:
+                slots.before = torch.empty_like(theta)
+            slots.before.copy_(theta)
+
+    def _spread(self, item: Stepped) -> None:
+        """Before the first step: the dormant thetas, uniform on [-1, 0), become uniform on [theta_min, 0)."""
+        slots, bound = item.tensor.slots, self._bound(item)
+        if _is_nan(bound) and on_host(item.lr) == 0:
+            return  # a warm-up that begins at 0, and T with it: nothing moves in this step
+        if _is_nan(bound):
+            raise ValueError(
+                f"`{item.tensor.name}`: theta_min = -T * (1 - p) / (alpha * p) is undefined at the start, with T = "
+                f"{float(item.temperature):g} and alpha = {float(item.alpha):g}. Expected both above 0: set temperature and l1, or "
+                "give theta_min."
+            )
+        slots.theta_min = bound
+        dormant = item.theta < 0
+        smallest = -torch.finfo(item.theta.dtype).tiny  # must not be rounded to 0, which is active
+        item.theta.copy_(torch.where(dormant, (item.theta * -bound).clamp(max=smallest), item.theta))
+
+    @override
+    def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Reborn]:
+        moves = []
+        for item in stepped:
+            slots, before = item.tensor.slots, item.tensor.slots.before
+            if before is None:
+                raise RuntimeError(
+                    f"{type(self).__name__}: a step was reported that it had not been told of before it was taken."
+                )
+            moves.append(self._soft_deep_r(item, before))
+            states = self._starting_state.tensors(optimizer, item.group_index, item.tensor.theta)
+            if states:
+                dormant = (before < 0).logical_or_(item.theta < 0)  # before the step or after it
+                for value, start in states:
+                    value.masked_fill_(dormant, start)
+            slots.steps = item.tensor.step + 1
+            if slots.averages:
+                slots.align_averages()
+        counts = [torch.as_tensor(move, device=stepped[0].theta.device) for move in moves]
+        none = torch.empty(0, dtype=torch.long)
+        return [Reborn(births, deaths, none) for births, deaths in torch.stack(counts).tolist()]  # one look at the device
+
+    def _soft_deep_r(self, item: Stepped, before: Tensor) -> Any:
+        """Algorithm 2 on one tensor. Returns births and deaths."""
+        slots, theta, step, decrement = item.tensor.slots, item.theta, item.tensor.step, item.lr * item.alpha
+        scale = (2 * item.lr * item.temperature) ** 0.5
+        bound = None
+        if item.rewires and not _is_nan(slots.theta_min):
+            slots.theta_min = bound = self._bound(item)
+            self._warn_if_coarse(item, bound, scale)
+        if kernels.suits(theta):
+            from lightning_deepr.kernels.cpu import soft
+
+            numbers = float(decrement), float(scale), None if bound is None else float(bound)
+            return soft.step(theta, before, *numbers, slots.index, self.seed, step)
+        nu = soft_rewiring.deviates(slots.shape, slots.index, self.seed, step, theta.device)
+        if bound is None:
+            soft_rewiring.step_without_rewiring(theta, before, decrement, scale, nu)
+        else:
+            soft_rewiring.step(theta, before, decrement, scale, nu, bound)
+        was, now = before >= 0, theta >= 0
+        return torch.stack([(now & ~was).sum(), (was & ~now).sum()])
+
+    def _bound(self, item: Stepped) -> Any:
+        """theta_min of this step; where T or alpha is 0, the last one (nan: there was none)."""
+        slots = item.tensor.slots
+        if self.theta_min is not None:
+            return self.theta_min
+        if slots.wanted == slots.total:
+            return 0.0
+        alpha, temperature = item.alpha, item.temperature
+        if on_host(alpha) == 0 or on_host(temperature) == 0:
+            return slots.theta_min
+        bound = soft_rewiring.theta_min(temperature, alpha, slots.wanted, slots.total)
+        tiny = torch.finfo(item.theta.dtype).tiny
+        if isinstance(bound, Tensor) and bound.device.type != "cpu":
+            last = slots.theta_min
+            return torch.where(bound <= -tiny, bound, last) if last == last else bound
+        # as good as 0: a dormant theta could not be told from an active one
+        return float(bound) if bound <= -tiny else slots.theta_min
+
+    def _warn_if_coarse(self, item: Stepped, bound: Any, scale: Any) -> None:
+        if "coarse" in self._told or item.tensor.slots.wanted == item.tensor.slots.total:
+            return
+        lr, alpha, temperature = on_host(item.lr), on_host(item.alpha), on_host(item.temperature)
+        bound, scale = on_host(bound), on_host(scale)
+        if lr is None or alpha is None or temperature is None or bound is None or scale is None:
+            return
+        name, cure = f"`{item.tensor.name}`, step {item.tensor.step}", "Raise temperature, or lower l1 or the learning rate."
+        if self.theta_min is None and temperature and soft_rewiring.drift_ratio(lr, alpha, temperature) > soft_rewiring.COARSE:
+            self._told.add("coarse")
+            rank_zero_warn(
+                f"{name}: the step is too coarse for theta_min to hold the wanted connectivity: eta * alpha**2 / T = "
+                f"{soft_rewiring.drift_ratio(lr, alpha, temperature):.3g}, expected at most {soft_rewiring.COARSE:g} (simulated without "
+                f"data at p = 5 %: a ratio of 200 ends at 15 %, one of at most 2 at 4.8 to 5.1 %). {cure}"
+            )
+        elif scale >= -bound:
+            self._told.add("coarse")
+            rank_zero_warn(
+                f"{name}: one step of the random walk, sqrt(2 * eta * T) = {scale:.3g}, is as long as |theta_min| = {-bound:.3g}: "
+                "the wanted connectivity will not be held. Lower the learning rate, "
+                + ("or raise temperature." if self.theta_min is None else "or give a theta_min further from 0.")
+            )
+
+    # -- what it knows and checks -----------------------------------------------------------------------------------------
+
+    @override
+    def statistics(self) -> dict[str, float]:
+        """Per tensor ``deepr/<tensor>/connectivity``, and the means per step since the last call of ``.../births`` (dormant
+        connections that became active) and ``.../deaths``."""
+        found = {}
+        for tensor in self._tensors:
+            turnover, slots = tensor.turnover, tensor.slots
+            steps = max(turnover.steps, 1)
+            found[f"deepr/{tensor.name}/connectivity"] = slots.count / slots.total
+            found[f"deepr/{tensor.name}/births"] = turnover.reborn / steps
+            found[f"deepr/{tensor.name}/deaths"] = turnover.newborn_deaths / steps  # `after_step` reports all deaths there
+            turnover.take()
+        return found
+
+    @override
+    def check(self, item: Stepped, born: Reborn, optimizer: Optimizer) -> None:
+        tensor, slots, theta = item.tensor, item.tensor.slots, item.theta
+        require = invariants.requirement(item.tensor)
+        require(theta.shape == slots.shape, f"expected theta of shape {tuple(slots.shape)}, found {tuple(theta.shape)}")
+        require(bool(torch.isfinite(theta).all()), "theta is not finite")
+        if item.rewires and not _is_nan(slots.theta_min):
+            bound = theta.new_tensor(float(slots.theta_min))
+            require(bool((theta >= bound).all()), f"expected theta >= theta_min = {float(bound)}, found {float(theta.min())}")
+        else:
+            require(torch.equal(theta < 0, slots.before < 0), "the connectivity has changed in a step without rewiring")
+        require(torch.equal(slots.signs, slots.all_signs(slots.signs.dtype)), "a sign is not that of its place")
+        dormant = theta < 0
+        for name, value in optimizer.state.get(tensor.theta, {}).items():
+            if isinstance(value, Tensor) and value.shape == theta.shape:
+                start = self._starting_state.of(optimizer, item.group_index, tensor.theta).get(name, 0.0)
+                require(
+                    bool((value[dormant] == start).all()),
+                    f"the optimizer's {name} of a dormant connection is not at its start, {start}",
+                )
+
+
+def _is_nan(bound: Any) -> bool:
+    """Whether theta_min is not known yet."""
+    return isinstance(bound, float) and math.isnan(bound)
+
+
+def _is_zero(schedule: Any) -> bool:
+    """Whether an argument is 0, or a dict with a 0 in it; what a function leads to is seen when it gets there."""
+    if isinstance(schedule, Mapping):
+        return any(_is_zero(value) for value in schedule.values())
+    return isinstance(schedule, (int, float)) and schedule == 0

@@ -1,0 +1,99 @@
+"""The Triton kernels beside PyTorch on a small made-up network, on the device on which they are about to be used."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_deepr.algorithm import rewiring
+from lightning_deepr.kernels.gpu import gate
+from lightning_deepr.weights.k_slots import KSlots
+
+# potential connections and connections: nearly empty, half full, with a list, one of one, more places than 2**31; the last is large
+# enough for several programs to want one place
+SIZES = [(9_000, 90), (720, 360), (500, 400), (1, 1), (40, 1), (10**12, 300), (8_000, 3_600)]
+SEED, STEPS = 7, 3
+
+
+class Network:
+    """Tensors with all that a step writes; equal ones for equal arguments."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.slots: list[Any] = []
+        self.thetas: list[Tensor] = []
+        self.states: list[list[tuple[Tensor, float]]] = []
+        for i, (total, count) in enumerate(SIZES):
+            places = rewiring.random_places(total, count, i, SEED)
+            exceptions = places[::3].sort().values if i % 2 else None
+            slots = KSlots(torch.Size([1, total]), places, i, SEED + i, exceptions, dtype)
+            self.slots.append(slots.to(device))
+            self.thetas.append(torch.empty(count, dtype=dtype, device=device))
+            self.states.append([(torch.ones(count, dtype=dtype, device=device), float(start)) for start in range(1 + i % 2)])
+
+    def descend(self, step: int) -> None:
+        """What stands for an optimizer's step: some slots are left below zero; all of them in the last step."""
+        generator = torch.Generator().manual_seed(step)
+        for theta, states in zip(self.thetas, self.states, strict=True):
+            value = torch.rand(theta.numel(), generator=generator) + 0.25
+            value[torch.rand(theta.numel(), generator=generator) < (0.3, 0.6, 1.0)[step]] *= -1
+            theta.copy_(value)
+            for state, _ in states:
+                state.fill_(5.0)
+
+
+def rewires(theta: Tensor, slots: Any) -> bool:
+    """Whether the Triton kernels rewire a tensor."""
+    return gate.admits("rewiring", theta, slots, rewiring_differs)
+
+
+def rewiring_differs(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What of three steps differs between Triton and PyTorch; None: nothing but the last bits of the noise."""
+    from lightning_deepr.kernels.gpu import step as triton_step  # Triton need not be there
+
+    fast = Network(device, dtype)
+    plain = deepcopy(fast)
+    table = triton_step.Table(fast.slots, dtype)
+    # a number that every dtype holds exactly: on the CPU PyTorch rounds it to bfloat16 first, on a GPU it does not
+    decrement, eps = 0.0078125, torch.finfo(dtype).eps
+    for step in range(STEPS):
+        scale = 0.01 * (step == 1)
+        rewires = [step != 1 or i != 0 for i in range(len(SIZES))]
+        for network in (fast, plain):
+            network.descend(step)
+        same = [decrement] * len(SIZES), [scale] * len(SIZES)
+        counts, _ = table.step(fast.thetas, *same, rewires, fast.states, step - 1, SEED, step)
+        expected = _in_pytorch(plain, *same, rewires, step)
+        if counts.tolist() != expected:
+            return f"step {step}: expected {expected} births and deaths of newborns, found {counts.tolist()}"
+        for i, (a, b) in enumerate(zip(fast.slots, plain.slots, strict=True)):
+            where = f"step {step}, {SIZES[i][1]} connections in {SIZES[i][0]} places"
+            for name in ("places", "signs", "born"):
+                differing = int((getattr(a, name) != getattr(b, name)).sum())
+                if differing:
+                    return f"{where}: {differing} of the {name} differ from PyTorch's"
+            off = float((fast.thetas[i].double() - plain.thetas[i].double()).abs().max())
+            if not off <= 4 * eps:  # theta is at most 1.3
+                return f"{where}: theta differs from PyTorch's by {off:.3g}"
+            for (value, _), (other, _) in zip(fast.states[i], plain.states[i], strict=True):
+                if not torch.equal(value, other):
+                    return f"{where}: the optimizer's state of the reborn differs from PyTorch's"
+    return None
+
+
+def _in_pytorch(
+    network: Network, decrements: list[float], scales: list[float], rewires: list[bool], step: int
+) -> list[list[int]]:
+    thetas, slots = network.thetas, network.slots
+    rewiring.shrink(thetas, decrements)
+    rewiring.diffuse(thetas, scales, slots, SEED, step)
+    rewiring.keep_active([theta for theta, does in zip(thetas, rewires, strict=True) if not does])
+    dormant = rewiring.dormant_slots(thetas)
+    newborns = [int((tensor.born[d] >= step - 1).sum()) for tensor, d in zip(slots, dormant, strict=True)]
+    rewiring.reactivate(thetas, slots, dormant, SEED, step)
+    for states, d in zip(network.states, dormant, strict=True):
+        for value, start in states:
+            value.index_fill_(0, d, start)
+    return [[d.numel(), n] for d, n in zip(dormant, newborns, strict=True)]

@@ -1,0 +1,64 @@
+"""Averaged copies of a converted module follow its rewiring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_deepr.weights.base import Parametrization
+
+
+def follow(average: nn.Module) -> None:
+    """Let the averaged copy of a converted module follow its rewiring.
+
+    The average of a reborn slot starts anew: when a slot is given another place, its average is set to the newborn's theta,
+    0, and to the new place and sign. ``AveragedModel`` (and with it Lightning's ``WeightAveraging``) is found by itself.
+    """
+    for submodule in average.modules():
+        if isinstance(submodule, parametrize.ParametrizationList) and isinstance(submodule[0], Parametrization):
+            source = submodule[0].copied_from()
+            if source is not None:
+                source.averages.add(submodule)
+
+
+def _follow_averaged_models(parent: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    # AveragedModel takes its deep copy with `self.module = deepcopy(model)`: torch calls this hook just then.
+    if name == "module" and isinstance(parent, AveragedModel) and submodule is not None:
+        follow(submodule)
+
+
+_registered: list[Any] = []
+
+
+def watch_for_averaged_models() -> None:
+    """Have torch tell of every ``AveragedModel`` from now on; called when the first weight is converted."""
+    if not _registered:
+        _registered.append(nn.modules.module.register_module_module_registration_hook(_follow_averaged_models))
+
+
+def restart_averages(slots: Any, reborn: Tensor) -> None:
+    """Start the averages of reborn slots anew (see :func:`follow`)."""
+    for holder in slots.averages:
+        _restart(holder, slots, reborn)
+
+
+def realign_averages(slots: Any) -> None:
+    """After other connections were loaded: an average that has a slot elsewhere starts anew there."""
+    for holder in slots.averages:
+        average: Any = holder[0]
+        average.sign_seed, average.exceptions = slots.sign_seed, slots.exceptions.to(average.places.device)
+        elsewhere = (average.places.to(slots.places.device) != slots.places) | (average.signs.to(slots.signs) != slots.signs)
+        _restart(holder, slots, elsewhere.nonzero().view(-1))
+
+
+def _restart(holder: parametrize.ParametrizationList, slots: Any, reborn: Tensor) -> None:
+    average: Any = holder[0]
+    where = reborn.to(average.places.device)
+    holder.original.detach().index_fill_(0, where, 0.0)
+    for name in ("places", "signs", "born"):
+        source = getattr(slots, name)[reborn].to(where.device, getattr(average, name).dtype)
+        getattr(average, name).index_copy_(0, where, source)
+    average.places_changed()

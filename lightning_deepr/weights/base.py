@@ -1,0 +1,261 @@
+"""What every parametrization of a converted weight has in common.
+
+``torch.nn.utils.parametrize`` keeps the parameter, theta, under ``<module>.parametrizations.<tensor>.original``; the module beside
+it knows what theta means: :class:`lightning_deepr.weights.k_slots.KSlots` (theta of K slots) or one of
+:mod:`lightning_deepr.weights.dense_theta` (a theta for every potential connection).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_deepr.algorithm.randomness import signs_of
+
+FORMAT_VERSION = 1
+# torch lists unexpected keys by name, and that is all a class that builds the dense model can show its user when it is given
+# a sparse checkpoint. So the key that holds the version of the format says what to call.
+FORMAT_KEY = "lightning_deepr.load_state_dict"
+LARGEST_READ = 1 << 30  # bytes; a larger dense weight is not built by reading an attribute
+
+
+class Notice:
+    """One warning for all tensors that were converted together."""
+
+    def __init__(self) -> None:
+        self.given = False
+
+    def untrained(self, name: str) -> None:
+        if not self.given:
+            self.given = True
+            warnings.warn(
+                f"A backward pass reached `{name}`, a converted weight, but no callback rewires it: its connections stay where "
+                "they are, and values may pass through zero and change sign. Use `Trainer(callbacks=[DeepR()])`, or "
+                "`DeepR().attach(net, optimizer)` in a loop of your own.",
+                stacklevel=3,
+            )
+
+
+class Parametrization(nn.Module):
+    """The parametrization of one weight: theta in, the dense-shaped weight out.
+
+    What it keeps about the connections are plain attributes and no buffers: averaging (``AveragedModel(use_buffers=True)``)
+    would turn places into other places, and DDP would broadcast them in each forward. They follow ``.to`` through :meth:`_apply`
+    and are in the module's ``state_dict``.
+
+    Args:
+        shape: the weight's shape, N potential connections.
+        index: the tensor's place in the order of conversion.
+        sign_seed: seed of the hashed signs.
+        exceptions: int64 [E], sorted: places whose sign is the opposite of the hash (of a pretrained network).
+        dtype: of theta.
+        notice: shared by the tensors of one conversion.
+    """
+
+    tensors: tuple[str, ...] = ("exceptions", "signs")  # attributes that follow ``.to``
+    records: tuple[str, ...] = ()  # attributes in the state_dict, beside those of every kind
+    optional: tuple[str, ...] = ()  # names that a state_dict may have, too
+
+    signs: Tensor  # [K] or the weight's shape
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        index: int,
+        sign_seed: int,
+        exceptions: Tensor,
+        notice: Notice | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = torch.Size(shape)
+        self.total = self.shape.numel()
+        self.rows, self.columns = self.shape[0], math.prod(self.shape[1:])  # as a matrix
+        self.index = index
+        self.sign_seed = sign_seed
+        self.exceptions = exceptions
+        self.notice = notice or Notice()
+        self.policy = "dense"  # "auto" | "dense" | "sparse": what was asked for
+        self.compute = "dense"  # what came of it
+        self.l1_taken: float | str | None = None
+        self.owner: Callable[[], Any] = _nobody  # weak reference to the callback at work
+        self.copied_from: Callable[[], Any] = _nobody
+        self.averages: weakref.WeakSet[parametrize.ParametrizationList] = weakref.WeakSet()
+        self.watched: Tensor | None = None
+        self.is_watched = False
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many connections are active (K)."""
+
+    @property
+    def wanted(self) -> int:
+        """The number of connections that was asked for."""
+        return self.count
+
+    @abstractmethod
+    def active(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """The active connections: places (int64, flat indices) and values, copies; never builds a dense tensor of its own."""
+
+    @abstractmethod
+    def dense(self, theta: Tensor) -> Tensor:
+        """The dense-shaped weight, connected to theta's gradient."""
+
+    def whole(self, theta: Tensor) -> Tensor:
+        """The dense-shaped weight, however large."""
+        return self.dense(theta)
+
+    def own(self, theta: Tensor) -> Tensor:
+        """This tensor's part of the parameter: all of it, unless tensors share one."""
+        return theta
+
+    def uses_sparse(self, x: Tensor, prefers: Callable[[Tensor], bool] | None = None) -> bool:
+        """Whether this forward pass shall be sparse."""
+        return False
+
+    def hold(self, holder: parametrize.ParametrizationList) -> None:
+        """What holds theta and this; called once both are in place."""
+
+    def choose_compute(self, policy: str, capable: bool) -> None:
+        """Take the ``compute`` argument; what is not made of K slots is computed densely."""
+
+    def overwritten(self, theta: Tensor) -> bool:
+        """Whether theta holds what no conversion puts there (``reset_parameters`` of an LSTM writes it)."""
+        return bool((self.own(theta) < 0).any())
+
+    def last_birth(self) -> int:
+        """The last step in which a connection was reborn; -1: none was."""
+        return -1
+
+    def signs_at(self, places: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The constant sign of each place: the hash, except at the recorded places of a pretrained network."""
+        signs = signs_of(self.sign_seed, places, dtype or self.signs.dtype)
+        if self.exceptions.numel():
+            found = torch.searchsorted(self.exceptions, places).clamp_(max=self.exceptions.numel() - 1)
+            signs = torch.where(self.exceptions[found] == places, -signs, signs)
+        return signs
+
+    def forward(self, theta: Tensor) -> Tensor:
+        weight = self.dense(theta)
+        if self.is_watched and not torch.compiler.is_dynamo_compiling():
+            self._watch(theta, weight)
+        return weight
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        # ParametrizationList ignores a NotImplementedError while it is constructed, and passes it on at an assignment.
+        raise NotImplementedError(
+            f"A converted weight (shape {tuple(self.shape)}, {self.wanted} connections) can't be assigned: expected a layer that "
+            "keeps its connections, found a dense value. Initialize the layer before it is converted, or call "
+            "`lightning_deepr.densify(module)`, assign, and convert again."
+        )
+
+    # -- re-initialization after conversion -------------------------------------------------------------------------------
+    # `nn.init.xavier_uniform_(layer.weight)` writes into a transient weight and is lost. Between the conversion by a callback
+    # and the start of the fit, where a LightningModule's own `setup` runs, the last weight that was read is kept to see that.
+
+    def watch(self, watching: bool) -> None:
+        self.is_watched, self.watched = watching, None
+
+    def _watch(self, theta: Tensor, weight: Tensor) -> None:
+        if not self.was_written(theta):
+            self.watched = weight
+
+    def was_written(self, theta: Tensor) -> bool:
+        """Whether somebody wrote into the weight that was read last."""
+        if self.watched is None:
+            return False
+        with torch.no_grad():
+            return not torch.equal(self.watched, self.dense(theta))
+
+    # -- moving, copying, saving ------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Parametrization:
+        super()._apply(fn, recurse)
+        for name in self.tensors:
+            setattr(self, name, fn(getattr(self, name)))
+        if self.watched is not None:  # the Trainer moves the module between the conversion and the start of the fit
+            self.watched = fn(self.watched.detach())
+        self.moved()
+        return self
+
+    def moved(self) -> None:
+        """After ``.to``."""
+
+    def take_after(self, source: Parametrization, memo: dict[int, Any]) -> None:
+        """What a deep copy has of its source, whatever its kind."""
+        self.compute, self.l1_taken, self.training = source.compute, source.l1_taken, source.training
+        self.policy = source.policy
+        self.copied_from = weakref.ref(source)
+        memo[id(source)] = self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + FORMAT_KEY] = torch.tensor(FORMAT_VERSION)
+        for name in self.records:
+            value = getattr(self, name)
+            destination[prefix + name] = value if isinstance(value, Tensor) else torch.tensor(value)
+        destination[prefix + "sign_exceptions"] = self.exceptions
+        destination[prefix + "sign_seed"] = torch.tensor(self.sign_seed)
+        destination[prefix + "index"] = torch.tensor(self.index)
+        destination[prefix + "shape"] = torch.tensor(self.shape)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        names = (FORMAT_KEY, *self.records, "sign_exceptions", "sign_seed", "index", "shape")
+        missing = [prefix + name for name in names if prefix + name not in state_dict]
+        found = [name for name in ("places", "wanted") if name not in self.records and prefix + name in state_dict]
+        if missing and found:
+            error_msgs.append(
+                f"`{prefix.removesuffix('.0.').replace('parametrizations.', '')}`: expected what {type(self).__name__} records, found "
+                f"a checkpoint of another kind (with `{found[0]}`). Load it into a dense model with "
+                "`lightning_deepr.load_state_dict(module, checkpoint)`, or give the callback that it was trained with."
+            )
+        if missing:
+            missing_keys.extend(missing)
+            return
+        record = {name: state_dict[prefix + name] for name in names}
+        record.update({name: state_dict[prefix + name] for name in self.optional if prefix + name in state_dict})
+        problem = self._refusal(record)
+        if problem is not None:
+            error_msgs.append(f"`{prefix.removesuffix('.0.').replace('parametrizations.', '')}`: {problem}")
+            return
+        self.sign_seed, self.index = int(record["sign_seed"]), int(record["index"])
+        self.exceptions = record["sign_exceptions"].detach().to(self.exceptions.device).clone()
+        with torch.no_grad():
+            self.take_over(record)
+        self.watch(False)  # what is loaded was trained, perhaps with free signs: theta < 0 is no sign of a re-initialization
+
+    @abstractmethod
+    def take_over(self, record: dict[str, Tensor]) -> None:
+        """Load what :attr:`records` names; sign seed and exceptions are loaded already."""
+
+    def _refusal(self, record: dict[str, Tensor]) -> str | None:
+        """Why a recorded connectivity does not fit this tensor, or None."""
+        version, shape = int(record[FORMAT_KEY]), tuple(record["shape"].tolist())
+        if version > FORMAT_VERSION:
+            return f"expected format {FORMAT_VERSION} or older, found {version}: update lightning-deepr."
+        if shape != tuple(self.shape):
+            return f"expected connections of a weight of shape {tuple(self.shape)}, found {shape}: another model's checkpoint."
+        return None
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.shape)}, K={self.count} of N={self.total} ({self.count / self.total:.3%})"
+
+
+def _nobody() -> None:
+    return None

@@ -1,0 +1,58 @@
+"""Finding the converted tensors of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from lightning_deepr.weights.base import Parametrization
+
+if TYPE_CHECKING:
+    pass
+
+
+class Converted(NamedTuple):
+    """A converted tensor within a module."""
+
+    name: str  # "fc1.weight"
+    module: nn.Module
+    tensor_name: str
+    slots: Any  # KSlots or another Parametrization
+
+    @property
+    def theta(self) -> nn.Parameter:
+        # (looked up directly: it is asked for several times in every step)
+        return self.holder._parameters["original"]  # type: ignore[return-value]
+
+    @property
+    def holder(self) -> parametrize.ParametrizationList:
+        return self.module._modules["parametrizations"]._modules[self.tensor_name]  # type: ignore[union-attr, return-value]
+
+
+def slots_of(module: nn.Module, tensor_name: str) -> Any:
+    """The parametrization of a module's own tensor (KSlots, nearly always), or None where it is not converted."""
+    if not parametrize.is_parametrized(module, tensor_name):
+        return None
+    first = module.parametrizations[tensor_name][0]  # type: ignore[index, union-attr]
+    return first if isinstance(first, Parametrization) else None
+
+
+def converted_tensors(module: nn.Module) -> Iterator[Converted]:
+    """All converted tensors of a module, in the order in which they were converted."""
+    found = []
+    for prefix, submodule in module.named_modules():
+        if parametrize.is_parametrized(submodule):
+            for tensor_name in submodule.parametrizations:  # type: ignore[union-attr]
+                slots = slots_of(submodule, tensor_name)
+                if slots is not None:
+                    found.append(Converted(plain_name(prefix, tensor_name), submodule, tensor_name, slots))
+    return iter(sorted(found, key=lambda converted: converted.slots.index))
+
+
+def plain_name(prefix: str, tensor_name: str) -> str:
+    """A tensor's name without what compilers, Fabric and DDP wrap around a module."""
+    wrappers = {"_orig_mod", "_forward_module", "_original_module", ""}
+    return ".".join([part for part in prefix.split(".") if part not in wrappers] + [tensor_name])

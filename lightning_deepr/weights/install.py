@@ -1,0 +1,79 @@
+"""Putting a parametrization in the place of a weight, and taking it out again."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_deepr.compute import forwards, rnn_module
+from lightning_deepr.weights.averages import watch_for_averaged_models
+from lightning_deepr.weights.base import Parametrization
+from lightning_deepr.weights.find import Converted, slots_of
+
+
+def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametrization, name: str) -> None:
+    """Replace a weight by K slots. theta becomes a *new* parameter: an optimizer that holds the old one is found out."""
+    watch_for_averaged_models()
+    _own_class(module)
+    old = module._parameters[tensor_name]
+    requires_grad = True if old is None else old.requires_grad
+    parameter = nn.Parameter(theta, requires_grad=requires_grad)
+    module._parameters[tensor_name] = parameter
+    # unsafe: torch checks dtype and shape by building the weight, which a layer too large to be dense could not afford
+    parametrize.register_parametrization(module, tensor_name, slots, unsafe=True)
+    if isinstance(module, nn.RNNBase):
+        rnn_module.take_over(module)
+    elif tensor_name == "weight":
+        forwards.take_over(module)
+    type(module).register_parameter = _register_parameter  # type: ignore[method-assign]
+    warn_if_nobody_rewires(parameter, slots, name)
+
+
+def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """``layer.weight = nn.Parameter(...)`` is answered as the assignment of a tensor is, not by torch's KeyError."""
+    slots = slots_of(self, name)
+    if slots is not None and param is not None:
+        slots.right_inverse(param)
+    nn.Module.register_parameter(self, name, param)
+
+
+def remove(converted: Converted) -> None:
+    """Turn a converted weight back into an ordinary dense parameter, with zeros where nothing is connected."""
+    with torch.no_grad():
+        weight = converted.slots.whole(converted.theta.detach())
+    requires_grad = converted.theta.requires_grad
+    _own_class(converted.module)
+    parametrize.remove_parametrizations(converted.module, converted.tensor_name, leave_parametrized=False)
+    converted.module._parameters[converted.tensor_name] = nn.Parameter(weight, requires_grad=requires_grad)
+    forwards.give_back(converted.module)
+    if isinstance(converted.module, nn.RNNBase):
+        rnn_module.give_back(converted.module)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own.
+
+    torch makes a class per parametrized module and puts the converted tensors' properties there, but a deep copy shares it:
+    converting or densifying the copy would change the original as well.
+    """
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        members = {name: value for name, value in shared.__dict__.items() if name not in ("__dict__", "__weakref__")}
+        module.__class__ = type(shared.__name__, shared.__bases__, members)
+
+
+def warn_if_nobody_rewires(theta: nn.Parameter, slots: Parametrization, name: str) -> None:
+    slots_ref, theta_ref = weakref.ref(slots), weakref.ref(theta)
+
+    def after_accumulation(_: Tensor) -> None:
+        slots, theta = slots_ref(), theta_ref()
+        if slots is not None and theta is not None and slots.owner() is None:
+            slots.notice.untrained(name)
+
+    trainable = theta.requires_grad
+    theta.requires_grad_(True)  # torch wants this for a hook; a frozen theta may be unfrozen later
+    theta.register_post_accumulate_grad_hook(after_accumulation)
+    theta.requires_grad_(trainable)

@@ -1,0 +1,267 @@
+"""The K-slot parametrization: what a converted weight consists of.
+
+``torch.nn.utils.parametrize`` keeps the parameter, theta, under ``<module>.parametrizations.<tensor>.original``; here it is a
+vector of K slots, and so are its gradient, its optimizer state and its share of a checkpoint. :class:`KSlots` sits beside
+it and knows where each slot's connection is (``places``) and what sign it has (``signs``).
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_deepr import kernels
+from lightning_deepr.compute import build_weight, choice
+from lightning_deepr.compute.order import Order
+from lightning_deepr.compute.weight import SparseWeight as _SparseWeight
+from lightning_deepr.weights.averages import realign_averages
+from lightning_deepr.weights.base import LARGEST_READ, Notice, Parametrization
+
+_KERNEL_TYPES = (torch.float32, torch.float64)
+_told: set[str] = set()
+
+
+class KSlots(Parametrization):
+    """theta of K slots in, the dense-shaped weight out.
+
+    Args:
+        shape: the weight's shape, N potential connections.
+        places: int64 [K], unique, 0 <= place < N.
+        index: the tensor's place in the order of conversion.
+        sign_seed: seed of the hashed signs.
+        exceptions: int64 [E], sorted: places whose sign is the opposite of the hash (of a pretrained network).
+        dtype: of theta.
+        notice: shared by the tensors of one conversion.
+    """
+
+    tensors = ("places", "born", "signs", "exceptions")
+    records = ("places", "born")
+    optional = ("pool",)  # under scope="global"
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        places: Tensor,
+        index: int,
+        sign_seed: int,
+        exceptions: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        notice: Notice | None = None,
+    ) -> None:
+        super().__init__(shape, index, sign_seed, torch.empty_like(places[:0]) if exceptions is None else exceptions, notice)
+        self.places = places.contiguous()
+        self.born = torch.full_like(self.places, -1)
+        self.signs = self.signs_at(self.places, dtype)
+        self.pool: Any = None  # of the layers with which this one shares a theta (scope="global")
+        self.position = 0  # in it
+        self.order: Order | None = None  # made when sparse compute needs it, and kept up to date
+        # the last question of uses_sparse: nearly always the next one, too
+        self._asked_size, self._asked_device, self._asked = -1, torch.device("cpu"), False
+        # given the dense weight's gradient, where an algorithm wants to see it (RigL, in the steps in which it rewires)
+        self.on_dense_gradient: Callable[[Tensor], None] | None = None
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.places.numel()
+
+    @property
+    def wanted(self) -> int:
+        """The number of connections that stays: K of the tensor, or of all that share a theta."""
+        return self.count if self.pool is None else self.pool.count
+
+    def own(self, theta: Tensor) -> Tensor:
+        return theta if self.pool is None else self.pool.piece(theta, self)
+
+    def last_birth(self) -> int:
+        return int(self.born.max()) if self.count else -1
+
+    def active(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        return self.places.clone(), (self.own(theta.detach()) * self.signs).clone()
+
+    def forward(self, theta: Tensor) -> Tensor:
+        sparse = self.compute == "sparse" and not self.is_watched and self.on_dense_gradient is None
+        if sparse and not torch.compiler.is_dynamo_compiling():
+            return _SparseWeight(self.own(theta), self)
+        return super().forward(theta)
+
+    def dense(self, theta: Tensor) -> Tensor:
+        return self.weight_of(self.own(theta))
+
+    def weight_of(self, part: Tensor) -> Tensor:
+        """The dense-shaped weight from this tensor's own theta [K].
+
+        Raises:
+            RuntimeError: it would take more than 1 GiB.
+        """
+        if not torch.compiler.is_dynamo_compiling() and self.total * part.element_size() > LARGEST_READ:
+            raise RuntimeError(
+                f"Building this weight of shape {tuple(self.shape)} takes {self.total * part.element_size() / 2**30:.1f} GiB "
+                "(more than 1 GiB). `lightning_deepr.connections(module)` gives its places and values instead."
+            )
+        weight = build_weight(part, self.signs, self.places, self.shape)
+        if self.on_dense_gradient is not None and weight.requires_grad and not torch.compiler.is_dynamo_compiling():
+            weight.register_hook(self.on_dense_gradient)
+        return weight
+
+    def whole(self, theta: Tensor) -> Tensor:
+        return build_weight(self.own(theta), self.signs, self.places, self.shape)
+
+    # -- sparse compute ---------------------------------------------------------------------------------------------------
+
+    def choose_compute(self, policy: str, capable: bool) -> None:
+        """Take the ``compute`` argument for this tensor.
+
+        Args:
+            policy: "auto" | "dense" | "sparse".
+            capable: whether the module multiplies with this tensor as a linear layer does.
+        """
+        self.policy = policy if capable else "dense"
+        self._asked_size = -1
+        sparse = self.policy == "sparse" or (self.policy == "auto" and self.prefers_sparse(choice.NOMINAL_BATCH, "cpu"))
+        if self.policy == "auto" and self.total * self.signs.element_size() > LARGEST_READ:
+            sparse = True  # there is no other way
+            self.policy = "sparse"
+        self.compute = "sparse" if sparse else "dense"
+        if sparse and self.places.device.type == "cpu" and self.signs.dtype in _KERNEL_TYPES and kernels.available():
+            self.refresh_order()
+
+    def prefers_sparse(self, batch: int, device: str) -> bool:
+        if not kernels.available():
+            return False
+        if len(self.shape) == 4:  # before it has seen an image
+            return choice.prefers_sparse_conv_at_all(self.count / self.total)
+        return choice.prefers_sparse(self.rows, self.columns, self.count, batch, self.signs.dtype, device)
+
+    def uses_sparse(self, x: Tensor, prefers: Callable[[Tensor], bool] | None = None) -> bool:
+        """Whether this forward pass shall be sparse.
+
+        Args:
+            x: the layer's input; under ``compute="auto"`` its size decides.
+            prefers: the rule of a layer that is none of ``F.linear``'s.
+        """
+        if self.policy != "auto" or torch.compiler.is_dynamo_compiling() or self.on_dense_gradient is not None:
+            return self.compute == "sparse" and self.on_dense_gradient is None
+        size, device = x.numel(), x.device
+        if size == self._asked_size and device == self._asked_device:
+            return self._asked
+        chosen = prefers(x) if prefers else self.prefers_sparse(size // max(self.columns, 1), device.type)
+        self._asked_size, self._asked_device, self._asked = size, device, chosen
+        if torch.is_grad_enabled():
+            self.compute = "sparse" if chosen else "dense"
+        return chosen
+
+    def has_kernel(self, theta: Tensor) -> bool:
+        """Whether a compiled kernel can compute with this theta; says once on which device or dtype it can't."""
+        if torch.compiler.is_dynamo_compiling():
+            return self.order is not None  # made when the tensor was converted, loaded or moved
+        if theta.device.type == "cpu" and theta.dtype in _KERNEL_TYPES and kernels.available():
+            return True
+        kind = f"{theta.device.type}, {theta.dtype}"
+        if kind not in _told:
+            _told.add(kind)
+            warnings.warn(
+                f"Sparse compute has no kernel for {kind}: it runs in plain PyTorch, which is slower. Kernels are there for float32 and "
+                'float64 on the CPU, where numba can be imported, and for CUDA, where Triton can. compute="dense" is the alternative.',
+                stacklevel=4,
+            )
+        return False
+
+    def ordered(self) -> Order:
+        """The connections by row and by column, up to date."""
+        order = self.order
+        if torch.compiler.is_dynamo_compiling():
+            assert order is not None
+            return order
+        if order is None or order.is_stale(self.places):
+            return self.refresh_order()
+        return order
+
+    def ask_again(self) -> None:
+        """Whether to compute from the connections is a new question."""
+        self._asked_size = -1
+
+    def refresh_order(self) -> Order:
+        """Put the connections in order anew; the buffer stays the same while K does, for compiled graphs that hold it."""
+        if self.order is None or self.order.count != self.count:
+            self.order = Order(self.places, self.signs, self.shape)
+        else:
+            self.order.build(self.places, self.signs)
+        return self.order
+
+    def places_changed(self) -> None:
+        """After somebody wrote places: what is kept about them follows (a compiled graph could not look)."""
+        if self.order is not None:
+            self.refresh_order()
+
+    # -- moving, copying, saving ------------------------------------------------------------------------------------------
+
+    def moved(self) -> None:
+        self._asked_size = -1
+        if self.order is not None:
+            self.order = None
+            if self.places.device.type == "cpu":
+                self.refresh_order()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KSlots:
+        replica = KSlots(self.shape, self.places.clone(), self.index, self.sign_seed, self.exceptions.clone(), self.signs.dtype)
+        replica.born = self.born.clone()
+        replica.take_after(self, memo)
+        if self.order is not None:
+            replica.refresh_order()
+        replica.pool, replica.position = copy.deepcopy(self.pool, memo), self.position
+        return replica
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.pool is not None:
+            destination[prefix + "pool"] = self.pool.record(self.position)
+
+    def take_over(self, record: dict[str, Tensor]) -> None:
+        if self.pool is not None:  # K of this tensor may be another now
+            self.places = record["places"].detach().to(self.places.device, copy=True)
+            self.born = record["born"].detach().to(self.born.device, copy=True)
+            self.signs = self.signs_at(self.places)
+            self.places_changed()
+            self.ask_again()
+            self.pool.loaded(self, record["pool"])
+            return
+        self.places.copy_(record["places"])
+        self.born.copy_(record["born"])
+        self.signs.copy_(self.signs_at(self.places))
+        self.places_changed()
+        realign_averages(self)
+
+    def _refusal(self, record: dict[str, Tensor]) -> str | None:
+        places = record["places"]
+        problem = super()._refusal(record)
+        if problem is not None:
+            return problem
+        if ("pool" in record) != (self.pool is not None):
+            here, there = (
+                ("K slots of its own", "one K for all layers")
+                if self.pool is None
+                else ("one K for all layers", "K slots of its own")
+            )
+            return (
+                f"expected {here}, found {there}: give DeepR or sparsify the scope with which the checkpoint was made "
+                '("layer" or "global"), or convert as recorded with `lightning_deepr.load_state_dict(module, checkpoint)`.'
+            )
+        if self.pool is not None:
+            problem = self.pool.refusal(self, record["pool"])
+            if problem is not None:
+                return problem
+        elif places.numel() != self.count:
+            return (
+                f"expected K = {self.count} connections ({self.count / self.total:.3%}), found {places.numel()} "
+                f"({places.numel() / self.total:.3%}): give the connectivity with which the checkpoint was made, or convert as "
+                "recorded with `lightning_deepr.load_state_dict(module, checkpoint)`."
+            )
+        if places.numel() and (places.min() < 0 or places.max() >= self.total or places.unique().numel() != places.numel()):
+            return f"expected {places.numel()} different places in 0 ... {self.total - 1}, found others: the file is damaged."
+        return None

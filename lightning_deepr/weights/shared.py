@@ -1,0 +1,326 @@
+"""One K for a whole network: layers that share one theta, in which connections move from layer to layer.
+
+theta is one parameter of K slots, sorted by layer, and is registered with every layer (``<layer>.parametrizations.<tensor>.original``
+is the same object everywhere): an optimizer has one parameter, whose identity and shape never change. Each layer's
+:class:`~lightning_deepr.weights.k_slots.KSlots` keeps its own places, signs and births, and asks the :class:`Pool` for its piece of theta.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_deepr import kernels
+from lightning_deepr.algorithm import shared_rewiring
+from lightning_deepr.algorithm.shared_rewiring import Geometry
+from lightning_deepr.weights.k_slots import KSlots
+
+if TYPE_CHECKING:
+    pass
+
+State = tuple[Tensor, float]  # a state tensor of theta's shape, and what the optimizer starts it with
+
+
+class Tally(NamedTuple):
+    """What a step did to each layer."""
+
+    births: list[int]
+    deaths: list[int]
+    newborn_deaths: list[int]
+
+
+class Pool:
+    """What the layers of one theta have in common.
+
+    Args:
+        members: the layers, in the order of their pieces.
+        names: of the layers, for messages.
+        budgets: with how many connections each started: N_l * p_l, by which "budget" chooses the layer of a newborn.
+        number: tells the pools of one network apart in a checkpoint.
+    """
+
+    def __init__(self, members: Sequence[KSlots], names: Sequence[str], budgets: Sequence[int], number: int) -> None:
+        self.members, self.names, self.budgets, self.number = list(members), list(names), list(budgets), number
+        self.counts = [member.count for member in self.members]
+        self.count = sum(self.counts)  # K: theta's length, for good
+        for position, member in enumerate(self.members):
+            member.pool, member.position = self, position
+        self._reset()
+
+    def _reset(self) -> None:
+        self._unloaded: set[int] = set()  # layers that a checkpoint, which is being loaded, has yet to say something about
+        self._changes = 0  # of the counts
+        self._pieces: tuple[Any, ...] | None = None
+        self._geometry: tuple[Any, Geometry] | None = None
+
+    # -- pieces of theta --------------------------------------------------------------------------------------------------
+
+    def piece(self, theta: Tensor, member: KSlots) -> Tensor:
+        """A layer's part of theta, a view.
+
+        One ``split`` serves all layers, so that the backward pass puts theta's gradient together once, in O(K). It is made anew
+        after every step and whenever theta is not what it was.
+        """
+        position = member.position
+        if torch.compiler.is_dynamo_compiling():
+            return theta.narrow(0, sum(self.counts[:position]), self.counts[position])
+        if (
+            type(theta) is not nn.Parameter
+            or not theta.requires_grad
+            or not torch.is_grad_enabled()
+            or torch._C._len_torch_dispatch_stack() != 0
+            or torch._C._functorch.peek_interpreter_stack() is not None
+        ):
+            self._check_size(theta)
+            return theta.narrow(0, sum(self.counts[:position]), self.counts[position])
+        now = (theta._version, theta.data_ptr(), self._changes, theta.dtype)
+        kept = self._pieces
+        if kept is None or kept[0] is not theta or kept[1] != now:
+            self._check_size(theta)
+            kept = self._pieces = (theta, now, theta.split(self.counts))
+        part: Tensor = kept[2][position]
+        return part
+
+    def _check_size(self, theta: Tensor) -> None:
+        if theta.numel() != sum(self.counts):
+            missing = ", ".join(f"`{self.names[i]}`" for i in sorted(self._unloaded))
+            raise RuntimeError(
+                f"These layers share one theta: expected {sum(self.counts)} slots for {', '.join(self.names)}, found {theta.numel()}."
+                + (f" A checkpoint was loaded in part: load {missing}, too." if missing else "")
+            )
+
+    # -- what is kept about all slots -------------------------------------------------------------------------------------
+
+    def whole(self, name: str) -> Tensor:
+        """ "places", "signs" or "born" of all layers, end to end."""
+        return torch.cat([getattr(member, name) for member in self.members])
+
+    def geometry(self) -> Geometry:
+        members = self.members
+        now = (members[0].places.device, [(m.index, m.sign_seed) for m in members])
+        if self._geometry is None or self._geometry[0] != now:
+            self._geometry = now, Geometry.of(members, [m.sign_seed for m in members], self.budgets)
+        return self._geometry[1]
+
+    def put(self, places: Tensor, signs: Tensor, born: Tensor, counts: Sequence[int]) -> None:
+        """Give each layer its part of new places, signs and births."""
+        # a backward pass through the connections of before would be wrong, dense or sparse: autograd refuses it
+        old = [member.places for member in self.members]
+        old += [member.order.buffer for member in self.members if member.order is not None]
+        torch.autograd.graph.increment_version([tensor for tensor in old if not tensor.is_inference()])
+        self.counts = list(counts)
+        self._changes += 1
+        parts = places.split(self.counts), signs.split(self.counts), born.split(self.counts)
+        for member, *part in zip(self.members, *parts, strict=True):
+            vars(member).update(zip(("places", "signs", "born"), part, strict=True))  # (a module's setattr is slow)
+            member.places_changed()
+            member.ask_again()  # dense or sparse: it must not depend on what was, lest a resume be inexact
+
+    # -- one step ---------------------------------------------------------------------------------------------------------
+
+    def rewire(
+        self, theta: Tensor, grad: Tensor | None, states: Iterable[State], *, rule: str, least: int, newborn_since: int, seed: int,
+        step: int,
+    ) -> Tally | None:  # fmt: skip
+        """After L1 and noise: what is below 0 goes dormant, as many connections are born, everything else moves up. In place.
+
+        Args:
+            theta: [K], detached.
+            grad: its gradient; a newborn's is 0.
+            states: the optimizer's.
+            rule, least, newborn_since, seed, step: see :func:`lightning_deepr.algorithm.shared_rewiring.plan`.
+
+        Returns:
+            None where nothing has gone dormant.
+        """
+        self.settle()
+        averages = [(pool, value) for pool, value in self._averages() if pool.count == self.count]
+        values = [(theta, 0.0), *states, *((value, 0.0) for _, value in averages)]
+        if grad is not None:
+            values.append((grad, 0.0))
+        if self.count < 1 << 30 and all(value.dtype in kernels.TYPES and kernels.suits(value) for value, _ in values):
+            found = self._rewire_by_kernel(theta, values, rule, least, newborn_since, seed, step)
+        else:
+            found = self._rewire(theta, values, rule, least, newborn_since, seed, step)
+        if found is not None:
+            for average, _ in averages:
+                average._take(self)
+        return found
+
+    def _rewire_by_kernel(
+        self, theta: Tensor, values: Sequence[State], rule: str, least: int, newborn_since: int, seed: int, step: int
+    ) -> Tally | None:
+        from lightning_deepr.kernels.cpu import shared_rewire
+
+        number, options = shared_rewiring.RULES.index(rule), {"least": least, "newborn_since": newborn_since}
+        found = shared_rewire.rewire(self.members, self.budgets, theta, values, rule=number, seed=seed, step=step, **options)
+        if found is None:
+            return None
+        self.put(found.places, found.signs, found.born, found.counts)
+        return Tally(found.births, found.deaths, found.newborn_deaths)
+
+    def _rewire(
+        self, theta: Tensor, values: Sequence[State], rule: str, least: int, newborn_since: int, seed: int, step: int
+    ) -> Tally | None:
+        places, born, geometry = self.whole("places"), self.whole("born"), self.geometry()
+        moves = shared_rewiring.plan(
+            self.members,
+            geometry,
+            theta,
+            places,
+            born,
+            rule=rule,
+            least=least,
+            newborn_since=newborn_since,
+            seed=seed,
+            step=step,
+        )
+        if moves is None:
+            return None
+        source = moves.source
+        for value, start in values:
+            where = value.device
+            value.copy_(value[source.to(where)].index_fill_(0, moves.born.to(where), start))
+        signs = self.whole("signs")[source]
+        exceptions = [member.exceptions for member in self.members]
+        signs[moves.born] = shared_rewiring.signs_at(geometry, moves.owners, moves.places, exceptions, signs.dtype)
+        places = places[source].index_copy_(0, moves.born, moves.places)
+        self.put(places, signs, born[source].index_fill_(0, moves.born, step), moves.counts)
+        return Tally(moves.births, moves.deaths, moves.newborn_deaths)
+
+    def problem(
+        self, member: KSlots, theta: Tensor, born: Tensor, states: Iterable[tuple[str, Tensor, float]], least: int
+    ) -> str | None:
+        """What of a layer is not as it has to be after every step, or None.
+
+        Args:
+            member: the layer.
+            theta: [K], detached.
+            born: int64, the layer's newborn slots.
+            states: name, tensor and starting value of each of the optimizer's.
+            least: how many connections it has to have, if it can.
+        """
+        sizes = [one.places.numel() for one in self.members]
+        if not (theta.numel() == sum(sizes) == self.count and sizes == self.counts):
+            return f"expected {self.count} slots in all, found theta of {theta.numel()} and places of {sizes}"
+        mine, places = self.piece(theta, member), member.places
+        if places.numel() < min(least, member.total):
+            return f"expected at least {min(least, member.total)} connections, found {places.numel()}"
+        if not bool(torch.isfinite(mine).all()):
+            return "theta is not finite"
+        if bool((mine < 0).any()):
+            return f"expected theta >= 0, found {float(mine.min())}"
+        if bool(((places < 0) | (places >= member.total)).any()):
+            return f"a place lies outside 0 ... {member.total - 1}"
+        if places.unique().numel() != places.numel():
+            return "two slots are at one place"
+        if not torch.equal(member.signs, member.signs_at(places)):
+            return "a sign is not that of its place"
+        if bool((mine[born] != 0).any()):
+            return "a reborn slot does not start at theta = 0"
+        for name, value, start in states:
+            if bool((self.piece(value, member)[born] != start).any()):
+                return f"the optimizer's {name} of a reborn slot is not at its start, {start}"
+        return None
+
+    # -- loading ----------------------------------------------------------------------------------------------------------
+
+    def record(self, position: int) -> Tensor:
+        """What a checkpoint says about a layer beside its connections."""
+        return torch.tensor([self.number, position, len(self.members), self.count, self.budgets[position]])
+
+    def refusal(self, member: KSlots, record: Tensor) -> str | None:
+        """Why a layer's recorded place in a pool does not fit, or None."""
+        _, position, layers, count, _ = record.tolist()
+        if count != self.count:
+            return (
+                f"expected K = {self.count} connections in all, found {count}: give the connectivity with which the checkpoint was "
+                "made, or convert as recorded with `lightning_deepr.load_state_dict(module, checkpoint)`."
+            )
+        if (position, layers) != (member.position, len(self.members)):
+            return (
+                f"expected layer {member.position + 1} of {len(self.members)} that share one K ({', '.join(self.names)}), found layer "
+                f"{position + 1} of {layers}: convert the same layers as in the run that wrote the checkpoint."
+            )
+        return None
+
+    def loaded(self, member: KSlots, record: Tensor) -> None:
+        """A layer has been given other connections: its count may be another, too."""
+        if not self._unloaded:
+            self._unloaded = set(range(len(self.members)))
+        self._unloaded.discard(member.position)
+        self.budgets[member.position] = int(record[4])
+        self.counts[member.position] = member.count
+        self._changes += 1
+        self._geometry = None
+        if not self._unloaded:
+            self._realign_averages()
+
+    def settle(self) -> None:
+        """Training goes on: what has not been loaded by now stays as it is."""
+        if self._unloaded:
+            self._unloaded = set()
+            self._realign_averages()
+
+    # -- averages ---------------------------------------------------------------------------------------------------------
+
+    def _averages(self) -> list[tuple[Pool, Tensor]]:
+        """The pools of averaged copies (see :func:`lightning_deepr.weights.averages.follow`), each with its theta."""
+        found: dict[int, tuple[Pool, Tensor]] = {}
+        for member in self.members:
+            for holder in member.averages:
+                pool: Pool | None = holder[0].pool  # type: ignore[assignment, union-attr]
+                if pool is not None and len(pool.members) == len(self.members):
+                    found[id(pool)] = pool, holder.original.detach()
+        return list(found.values())
+
+    def _take(self, other: Pool) -> None:
+        """Have the same connections as another pool."""
+        first = self.members[0]
+        self.put(
+            other.whole("places").to(first.places.device, copy=True),
+            other.whole("signs").to(first.signs, copy=True),
+            other.whole("born").to(first.born.device, copy=True),
+            other.counts,
+        )
+
+    def _realign_averages(self) -> None:
+        """After other connections were loaded: the average of a place that it does not have starts anew."""
+        for average, theta in self._averages():
+            device = theta.device
+            sizes = [member.total for member in self.members]
+            starts = torch.tensor([sum(sizes[:i]) for i in range(len(sizes))], device=device)
+
+            def numbered(pool: Pool, starts: Tensor = starts, device: torch.device = device) -> Tensor:
+                owners = torch.repeat_interleave(torch.tensor(pool.counts, device=device))
+                return pool.whole("places").to(device) + starts[owners]
+
+            mine, theirs = numbered(self), numbered(average)
+            signs, kept = self.whole("signs").to(theta), average.whole("signs").to(theta)
+            ordered, order = theirs.sort()
+            at = torch.searchsorted(ordered, mine).clamp_(max=ordered.numel() - 1)
+            slot = order[at]
+            there = (ordered[at] == mine) & (kept[slot] == signs)
+            theta.copy_(torch.where(there, theta[slot], 0.0))
+            for member, own in zip(average.members, self.members, strict=True):
+                member.sign_seed, member.exceptions = own.sign_seed, own.exceptions.to(member.exceptions.device)
+            average.budgets = list(self.budgets)
+            average._geometry = None
+            average._take(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
+        replica = object.__new__(Pool)
+        memo[id(self)] = replica
+        replica.names, replica.budgets, replica.number = list(self.names), list(self.budgets), self.number
+        replica.counts, replica.count = list(self.counts), self.count
+        replica._reset()
+        replica._unloaded = set(self._unloaded)
+        replica.members = [copy.deepcopy(member, memo) for member in self.members]
+        return replica
+
+
+# -- making and refusing ------------------------------------------------------------------------------------------------------
