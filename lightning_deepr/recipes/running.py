@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
 TRAINING = ("fit", "validate", "test", "predict")
-HARMLESS = (
+_HARMLESS = (
     ".*does not have many workers.*",  # batches in memory need none
     "Total length of `list` across ranks is zero.*",  # a recipe without validation is meant
     ".*treespec, LeafSpec.*",  # Lightning's own affair
@@ -46,7 +46,7 @@ def find_recipe(name: str) -> str:
     raise SystemExit(f"lightning-deepr: no file {name!r}, and no recipe of that name. Recipes: {', '.join(recipes)}.")
 
 
-def with_packaged_recipes(arguments: Sequence[str]) -> list[str]:
+def _with_packaged_recipes(arguments: Sequence[str]) -> list[str]:
     """The arguments with each ``--config NAME`` made a path."""
     result = list(arguments)
     for i, argument in enumerate(result):
@@ -57,7 +57,7 @@ def with_packaged_recipes(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def refuse_unknown_methods(arguments: Sequence[str]) -> None:
+def _refuse_unknown_methods(arguments: Sequence[str]) -> None:
     """A bare name of a method (``--sparsity SET``) has to be one of the family.
 
     Raises:
@@ -97,7 +97,8 @@ def train(arguments: Sequence[str], run: bool = True) -> LightningCLI:
 
     class RecipeCLI(LightningCLI):
         def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-            # LightningCLI's own also warns when the process has arguments, too. Here it is always `args` that count.
+            # LightningCLI's own also warns when the process has arguments, too. Here it is always these that count.
+            assert isinstance(args, list)
             self.config = parser.parse_args(args)
 
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -116,11 +117,11 @@ def train(arguments: Sequence[str], run: bool = True) -> LightningCLI:
         def after_fit(self) -> None:
             self.trainer.test(self.model, datamodule=self.datamodule)
 
-    refuse_unknown_methods(arguments)
-    given = with_packaged_recipes(arguments)
+    _refuse_unknown_methods(arguments)
+    given = _with_packaged_recipes(arguments)
     # Lightning is imported by now: the filters that it installs for the process stay.
     with warnings.catch_warnings():
-        for message in HARMLESS:
+        for message in _HARMLESS:
             warnings.filterwarnings("ignore", message)
         return RecipeCLI(
             LightningModule,
@@ -162,7 +163,7 @@ def data_of_recipe(info: Mapping[str, Any], folder: str = "") -> Iterable[Any]:
     root = [f"--data.root={folder}"] if folder and has_root(name) else []
     unseeded = "--seed_everything=false"  # a test set has no use for a seed, and the caller keeps the own one
     with quiet(), torch.random.fork_rng():  # the recipe's network is made, too, and draws its weights
-        made = train(["--config", name, *settings_of_data(overrides), *root, "--trainer.logger=false", unseeded], run=False)
+        made = train(["--config", name, *_settings_of_data(overrides), *root, "--trainer.logger=false", unseeded], run=False)
     data = made.datamodule
     data.prepare_data()
     data.setup("test")
@@ -192,7 +193,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def settings_of_data(overrides: Any) -> list[str]:
+def _settings_of_data(overrides: Any) -> list[str]:
     """Those overrides that set a number or a word of the recipe's data.
 
     Args:
@@ -200,7 +201,7 @@ def settings_of_data(overrides: Any) -> list[str]:
 
     Example::
 
-        >>> settings_of_data(["--data.classes", "39", "--data.class_path=os.system", "--model.lr", "0.1", "--data.root", "/etc"])
+        >>> _settings_of_data(["--data.classes", "39", "--data.class_path=os.system", "--model.lr", "0.1", "--data.root", "/etc"])
         ['--data.classes=39']
     """
     if isinstance(overrides, Mapping):
