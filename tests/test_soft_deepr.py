@@ -424,7 +424,7 @@ def test_a_second_callback_goes_on_and_repeats_no_draws() -> None:
     train(net, optimizer, batches(5))
     first = kinds(net)["0.weight"].owner()
     assert first is not None
-    first._release()
+    first._stop()
     second = soft(None)
     second.attach(net, optimizer)
     bounds = [slots.theta_min for slots in kinds(net).values()]
@@ -608,9 +608,8 @@ def test_report() -> None:
 def test_check_invariants_sees_what_breaks(damage: Callable[..., Any], message: str) -> None:
     class Damaging(SoftDeepR):
         def after_step(self, stepped: Any, optimizer: Any) -> Any:
-            reborn = super().after_step(stepped, optimizer)
+            super().after_step(stepped, optimizer)
             damage(stepped[0], optimizer.state[stepped[0].tensor.theta])
-            return reborn
 
     callback = Damaging(0.3, temperature=TEMPERATURE, l1=ALPHA, check_invariants=True)
     net, optimizer = network(callback)
@@ -621,9 +620,8 @@ def test_check_invariants_sees_what_breaks(damage: Callable[..., Any], message: 
 def test_a_step_without_rewiring_is_checked_too() -> None:
     class Damaging(SoftDeepR):
         def after_step(self, stepped: Any, optimizer: Any) -> Any:
-            reborn = super().after_step(stepped, optimizer)
+            super().after_step(stepped, optimizer)
             stepped[0].theta.abs_()
-            return reborn
 
     callback = Damaging(0.3, temperature=TEMPERATURE, l1=ALPHA, check_invariants=True, rewire_until=0)
     net, optimizer = network(callback)

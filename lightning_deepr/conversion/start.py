@@ -21,7 +21,15 @@ INITS = ("module", "largest", "deepr")
 
 
 def start(
-    candidate: Candidate, count: int, index: int, *, init: str, seed: int, notice: Notice, device: torch.device
+    candidate: Candidate,
+    count: int,
+    index: int,
+    *,
+    init: str,
+    seed: int,
+    notice: Notice,
+    device: torch.device,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, KSlots]:
     """theta and the K slots with which a tensor begins.
 
@@ -35,6 +43,7 @@ def start(
         seed: of places, signs and values.
         notice: shared by the tensors of one conversion.
         device: where the result lies.
+        places: int64 [K], all different: these instead of random ones, or of the largest.
 
     Returns:
         theta [K] and its :class:`KSlots`.
@@ -53,14 +62,16 @@ def start(
         flat = weight.detach().to(device).reshape(-1)
         if not bool(torch.isfinite(flat).all()):
             raise ValueError(f'`{candidate.name}` holds values that are not finite: init="largest" needs a trained layer.')
-        places = flat.abs().topk(count, sorted=False).indices.sort().values
+        if places is None:
+            places = flat.abs().topk(count, sorted=False).indices.sort().values
         values = flat[places]
         hashed = randomness.signs_of(sign_seed, places, values.dtype)
         # kept for good, so that a connection that comes back has its own sign again
         exceptions = places[(values != 0) & (values.sign() != hashed)].clone()
         theta = values.abs()
     else:
-        places = first_places(candidate.total, count, index, seed, device)
+        if places is None:
+            places = first_places(candidate.total, count, index, seed, device)
         if init == "deepr":
             slots = torch.arange(count, device=device)
             deviate = randomness.normal(randomness.key(seed, randomness.START_THETA), randomness.counters(index, slots))

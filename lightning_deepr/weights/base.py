@@ -85,8 +85,8 @@ class Parametrization(nn.Module):
         self.policy = "dense"  # "auto" | "dense" | "sparse": what was asked for
         self.compute = "dense"  # what came of it
         self.l1_taken: float | str | None = None
-        self.owner: Callable[[], Any] = _nobody  # weak reference to the callback at work
-        self.copied_from: Callable[[], Any] = _nobody
+        self.owner: Callable[[], Any] = nobody  # weak reference to the callback at work
+        self.copied_from: Callable[[], Any] = nobody
         self.averages: weakref.WeakSet[parametrize.ParametrizationList] = weakref.WeakSet()
         self.watched: Tensor | None = None
         self.is_watched = False
@@ -257,5 +257,5 @@ class Parametrization(nn.Module):
         return f"shape={tuple(self.shape)}, K={self.count} of N={self.total} ({self.count / self.total:.3%})"
 
 
-def _nobody() -> None:
-    return None
+def nobody() -> None:
+    """The owner of what no callback is at work on."""
