@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from lightning_deepr import DeepR, LinearDecay, LrPower, connections, densify, load_state_dict, sparsify
 from lightning_deepr.training.guards import refuse_sharding
-
-from .networks import Net, Scaled, assert_connected, batches, fit_plain, slots_by_name, theta_of, trainer
+from tests.helpers.networks import Net, Scaled, assert_connected, batches, fit_plain, slots_by_name, theta_of, trainer
 
 
 @contextmanager

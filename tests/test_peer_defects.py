@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from lightning_deepr import DeepR, connections, load_state_dict, sparsify
 from lightning_deepr.weights.k_slots import KSlots
-
-from .networks import Net, assert_connected, batches, fit_plain, slots_by_name, theta_of, trainer
+from tests.helpers.networks import Net, assert_connected, batches, fit_plain, slots_by_name, theta_of, trainer
 
 
 def network(connectivity: Any = 0.3, **options: Any) -> nn.Sequential:
