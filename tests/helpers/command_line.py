@@ -1,0 +1,21 @@
+"""The command line in a process of its own, as a user runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "lightning_deepr.commands.main", *arguments],
+        cwd=cwd,
+        env={**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
