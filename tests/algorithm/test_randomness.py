@@ -12,16 +12,9 @@ from scipy import stats
 from lightning_deepr import DeepR, sparsify
 from lightning_deepr.algorithm import randomness
 from tests.helpers import oracle
-from tests.helpers.algorithm import (
-    DEVICES,
-    all_slots,
-    batches,
-    chi_square_p,
-    mlp,
-    plain_mlp,
-    state_of,
-    train,
-)
+from tests.helpers.regression import DEVICES, batches, mlp, plain_mlp, train
+from tests.helpers.state import all_slots, state_of
+from tests.helpers.statistics import chi_square_p
 
 SMALLEST_P = 1e-4  # seeds are fixed: a test that passes once passes always
 SEEDS = range(4)

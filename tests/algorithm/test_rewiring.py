@@ -12,18 +12,9 @@ from lightning_deepr import DeepR, sparsify
 from lightning_deepr.algorithm import rewiring
 from lightning_deepr.weights.k_slots import KSlots
 from tests.helpers import oracle
-from tests.helpers.algorithm import (
-    DEVICES,
-    SEED,
-    Branches,
-    all_slots,
-    batches,
-    chi_square_p,
-    loss_of,
-    oracle_of,
-    plain_mlp,
-    thetas,
-)
+from tests.helpers.regression import DEVICES, SEED, Branches, batches, loss_of, plain_mlp
+from tests.helpers.state import all_slots, oracle_of, thetas
+from tests.helpers.statistics import chi_square_p
 
 LR, ALPHA = 0.3, 0.01
 STEPS = 200

@@ -15,18 +15,10 @@ from lightning_deepr import DeepR, connectivity_report, kernels, sparsify
 from lightning_deepr.algorithm.shared_rewiring import draw_layers
 from lightning_deepr.weights.find import converted_tensors
 from tests.helpers import oracle
-from tests.helpers.algorithm import (
-    SEED,
-    all_slots,
-    assert_equal_states,
-    batches,
-    chi_square_p,
-    loss_of,
-    plain_mlp,
-    state_of,
-    train,
-)
 from tests.helpers.global_scope import NETWORKS, OPTIMIZERS, RULES, assert_sound, by_connection, counts, network, shared, small
+from tests.helpers.regression import SEED, batches, loss_of, plain_mlp, train
+from tests.helpers.state import all_slots, assert_equal_states, state_of
+from tests.helpers.statistics import chi_square_p
 
 LAYER = 6  # the stream of draws among layers
 

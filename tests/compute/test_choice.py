@@ -11,9 +11,10 @@ from torch import nn
 from lightning_deepr import DeepR, connectivity_report, load_state_dict, sparsify
 from lightning_deepr import kernels as kernels_module
 from lightning_deepr.weights.k_slots import KSlots
-from tests.helpers.algorithm import SEED, all_slots, thetas
-from tests.helpers.networks import Scaled, slots_by_name
+from tests.helpers.layers import Scaled
+from tests.helpers.regression import SEED
 from tests.helpers.sparse_linear import Recording, dense_twin, needs_kernels, sparse_layer
+from tests.helpers.state import all_slots, slots_by_name, thetas
 
 pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached", "ignore:.*an int and means one single connection")
 

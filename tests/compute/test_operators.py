@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.helpers.algorithm import all_slots
-from tests.helpers.networks import slots_by_name, theta_of
 from tests.helpers.sparse_linear import WIDTHS, Trained, data, needs_kernels, sparse_layer
+from tests.helpers.state import all_slots, slots_by_name, theta_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached", "ignore:.*an int and means one single connection")
 

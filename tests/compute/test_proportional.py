@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_deepr import DeepR, connections, connectivity_report, sparsify
-from tests.helpers.algorithm import SEED, all_slots
-from tests.helpers.networks import assert_connected, theta_of
+from tests.helpers.regression import SEED
 from tests.helpers.sparse_linear import Recording, huge_layer, needs_kernels
+from tests.helpers.state import all_slots, assert_connected, theta_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached", "ignore:.*an int and means one single connection")
 

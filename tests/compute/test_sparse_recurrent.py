@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from lightning_deepr import DeepR, connections, connectivity_report, densify, kernels, sparsify
 from lightning_deepr.compute import recurrent
-from tests.helpers.networks import slots_by_name, tensors_in, theta_of
+from tests.helpers.layers import tensors_in
+from tests.helpers.state import slots_by_name, theta_of
 
 pytestmark = [
     pytest.mark.filterwarnings(

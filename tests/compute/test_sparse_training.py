@@ -17,9 +17,11 @@ from lightning_deepr import DeepR, densify, sparsify
 from lightning_deepr import kernels as kernels_module
 from lightning_deepr.compute.order import Order, addresses
 from lightning_deepr.weights import k_slots
-from tests.helpers.algorithm import SEED, all_slots, assert_equal_states, plain_mlp, state_of
-from tests.helpers.networks import Net, batches, theta_of, trainer
+from tests.helpers.classifier import Net, batches
+from tests.helpers.regression import SEED, plain_mlp
 from tests.helpers.sparse_linear import WIDTHS, Trained, data, needs_kernels
+from tests.helpers.state import all_slots, assert_equal_states, state_of, theta_of
+from tests.helpers.trainer import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached", "ignore:.*an int and means one single connection")
 

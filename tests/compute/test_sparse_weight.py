@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from lightning_deepr import connections, sparsify
 from lightning_deepr.compute.weight import SparseWeight
-from tests.helpers.algorithm import assert_equal_states, state_of
-from tests.helpers.networks import theta_of
 from tests.helpers.sparse_linear import Recording, dense_twin, huge_layer, sparse_layer, theta_gradient
+from tests.helpers.state import assert_equal_states, state_of, theta_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached", "ignore:.*an int and means one single connection")
 

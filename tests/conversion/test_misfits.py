@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from lightning_deepr import DeepR, connections, densify, sparsify
-from tests.helpers.networks import Net, Scaled, batches, trainer
+from tests.helpers.classifier import Net, batches
+from tests.helpers.layers import Scaled
 from tests.helpers.small import network, unchanged
+from tests.helpers.trainer import trainer
 
 UNFIT = [
     ({"connectivity": 257}, r"connectivity = 257 connections, but the 2 chosen tensors have only 256\. Give at most"),

@@ -19,7 +19,7 @@ from lightning_deepr import connections, connectivity_report, sparsify
 from lightning_deepr.conversion.allocation import allocate, check_connectivity, share_out
 from lightning_deepr.conversion.selection import candidates
 from lightning_deepr.models import LeNet300100
-from tests.helpers.networks import Scaled
+from tests.helpers.layers import Scaled
 
 
 def counts(module: nn.Module, connectivity: Any, **options: Any) -> dict[str, int]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lightning_deepr import connections, sparsify
 from lightning_deepr.algorithm.randomness import signs_of
 from lightning_deepr.algorithm.rewiring import random_places, reactivate
-from tests.helpers.networks import LAYERS, Layer, assert_connected, flat, slots_by_name, theta_of
+from tests.helpers.layers import LAYERS, Layer, flat
+from tests.helpers.state import assert_connected, slots_by_name, theta_of
 
 P_VALUE = 1e-3  # seeds are fixed: a test that passes once passes always
 

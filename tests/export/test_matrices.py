@@ -12,7 +12,7 @@ from torch import nn
 from lightning_deepr import connections, densify, sparsify
 from lightning_deepr.export import to_csr, to_dense_state_dict, to_scipy
 from tests.helpers.exported import KINDS, kinds
-from tests.helpers.networks import LAYERS, Layer, flat
+from tests.helpers.layers import LAYERS, Layer, flat
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is an int and means one single connection", "ignore:LSTM with projections")
 table = pytest.mark.parametrize("layer", LAYERS, ids=str)

@@ -17,8 +17,8 @@ from lightning_deepr.models import BLSTMClassifier, LeNet300100
 from lightning_deepr.recipes.sequences import SequenceBatches
 from lightning_deepr.recipes.timit_data import load_timit
 from tests.helpers.exported import KINDS, inputs_of, small_net
+from tests.helpers.layers import flat
 from tests.helpers.made_up_timit import real_sample
-from tests.helpers.networks import flat
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is an int and means one single connection", "ignore:LSTM with projections")
 

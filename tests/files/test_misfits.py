@@ -11,8 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_deepr import DeepR, load_state_dict, sparsify
-from tests.helpers.networks import Net, assert_connected, batches, slots_by_name, trainer
+from tests.helpers.classifier import Net, batches
 from tests.helpers.small import network, unchanged
+from tests.helpers.state import assert_connected, slots_by_name
+from tests.helpers.trainer import trainer
 
 
 @pytest.fixture(scope="module")

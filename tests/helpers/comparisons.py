@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn, optim
 
-from tests.helpers import networks
+from tests.helpers import layers
 
 ALWAYS = {"drop_fraction": 0.4, "rewire_every_n_steps": 1, "rewire_until": None}
 EVERY_OTHER = {**ALWAYS, "rewire_every_n_steps": 2}
@@ -25,4 +25,4 @@ def dense_twin(plain: nn.Module, sparse: nn.Module) -> nn.Module:
     for name, value in sparse.named_parameters():
         if ".original" not in name and not name.startswith("parametrizations"):
             plain.get_parameter(name).data.copy_(value.data)
-    return networks.set_dense(plain, sparse)
+    return layers.set_dense(plain, sparse)

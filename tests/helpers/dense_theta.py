@@ -11,7 +11,8 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn, optim
 
 from lightning_deepr.weights.find import converted_tensors
-from tests.helpers.algorithm import Regression, batches, loss_of, plain_mlp, train, trainer
+from tests.helpers.regression import Regression, batches, loss_of, plain_mlp, train
+from tests.helpers.trainer import trainer
 
 STEPS = 24
 Make = Callable[[Any], optim.Optimizer]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_deepr import sparsify
 from lightning_deepr.weights.find import converted_tensors
-from tests.helpers.algorithm import SEED, all_slots, plain_mlp
+from tests.helpers.regression import SEED, plain_mlp
+from tests.helpers.state import all_slots
 
 RULES = ("budget", "uniform")
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -10,7 +10,9 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn, optim
 
 from lightning_deepr import DeepR
-from tests.helpers.algorithm import SEED, Regression, batches, loss_of, mlp, state_of, trainer
+from tests.helpers.regression import SEED, Regression, batches, loss_of, mlp
+from tests.helpers.state import state_of
+from tests.helpers.trainer import trainer
 
 STEPS = 30
 

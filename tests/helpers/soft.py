@@ -8,8 +8,8 @@ from torch import Tensor, nn, optim
 
 from lightning_deepr import SoftDeepR
 from lightning_deepr.weights.find import converted_tensors
-from tests.helpers.algorithm import plain_mlp
 from tests.helpers.dense_theta import STEPS, Make, sgd
+from tests.helpers.regression import plain_mlp
 
 SEED, ALPHA, TEMPERATURE = 3, 0.2, 0.01
 

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from lightning_deepr import DeepR, connections, sparsify
 from lightning_deepr import kernels as kernels_module
 from lightning_deepr.compute.weight import SparseWeight
-from tests.helpers.algorithm import SEED, plain_mlp
-from tests.helpers.networks import slots_by_name
+from tests.helpers.regression import SEED, plain_mlp
+from tests.helpers.state import slots_by_name
 
 needs_kernels = pytest.mark.skipif(not kernels_module.available(), reason="no kernels here")
 

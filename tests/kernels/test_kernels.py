@@ -16,8 +16,9 @@ from torch import Tensor, nn, optim
 
 from lightning_deepr import DeepR, kernels, sparsify
 from lightning_deepr.kernels import available
-from tests.helpers.algorithm import SEED, all_slots, assert_equal_states, oracle_of, state_of, thetas
 from tests.helpers.paths import ROOT
+from tests.helpers.regression import SEED
+from tests.helpers.state import all_slots, assert_equal_states, oracle_of, state_of, thetas
 
 pytestmark = [
     pytest.mark.skipif(not available(), reason="no kernels here"),

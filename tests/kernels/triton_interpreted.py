@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_deepr import DeepR, kernels, sparsify
 from lightning_deepr.kernels.gpu import gate
-from tests.helpers.algorithm import SEED, all_slots, assert_equal_states, batches, loss_of, mlp, state_of, thetas
+from tests.helpers.regression import SEED, batches, loss_of, mlp
+from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
 from tests.kernels.test_kernels import LR, OPTIMIZERS, SHARES, SIZES, Size, let_die, network, pretrained, signs_by_place
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by tests/kernels/test_triton.py, or with TRITON_INTERPRET=1"

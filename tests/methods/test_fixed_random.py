@@ -11,8 +11,9 @@ from torch import optim
 
 from lightning_deepr import FixedRandom
 from lightning_deepr.weights.find import converted_tensors
-from tests.helpers.algorithm import all_slots, batches, loss_of, mlp, plain_mlp, thetas, train
 from tests.helpers.comparisons import adam, dense_twin, sgd
+from tests.helpers.regression import batches, loss_of, mlp, plain_mlp, train
+from tests.helpers.state import all_slots, thetas
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),

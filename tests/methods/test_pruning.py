@@ -32,7 +32,6 @@ from lightning_deepr.files.checkpoint import report_of_checkpoint
 from lightning_deepr.weights.dense_theta import MaskedTheta
 from lightning_deepr.weights.find import converted_tensors
 from lightning_deepr.weights.k_slots import KSlots
-from tests.helpers.algorithm import Branches, Regression, batches, loss_of, plain_mlp, train, trainer
 from tests.helpers.dense_theta import (
     OPTIMIZERS,
     STEPS,
@@ -48,8 +47,10 @@ from tests.helpers.dense_theta import (
     sgd,
     weights,
 )
-from tests.helpers.networks import LAYERS, Layer, flat
-from tests.helpers.networks import loss_of as layer_loss
+from tests.helpers.layers import LAYERS, Layer, flat
+from tests.helpers.layers import loss_of as layer_loss
+from tests.helpers.regression import Branches, Regression, batches, loss_of, plain_mlp, train
+from tests.helpers.trainer import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 DATA = batches(STEPS)

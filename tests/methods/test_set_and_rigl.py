@@ -17,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from lightning_deepr import SET, RigL, SparseTraining, kernels, sparsify
 from lightning_deepr.training.tracked import Stepped
 from lightning_deepr.weights.find import converted_tensors
-from tests.helpers import networks, oracle
-from tests.helpers.algorithm import SEED, all_slots, batches, chi_square_p, loss_of, mlp, oracle_of, plain_mlp, thetas, train
+from tests.helpers import layers, oracle
 from tests.helpers.comparisons import ALWAYS, EVERY_OTHER, adam, dense_twin, sgd
+from tests.helpers.regression import SEED, batches, loss_of, mlp, plain_mlp, train
+from tests.helpers.state import all_slots, oracle_of, thetas
+from tests.helpers.statistics import chi_square_p
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
@@ -80,12 +82,12 @@ def check_update(slots: Any, theta: Tensor, before: Sequence[Tensor], dropped: i
 # -- one update ---------------------------------------------------------------------------------------------------------------
 
 
-LSTM = networks.Layer("plain_lstm", lambda: nn.LSTM(11, 8), networks.sequences(), networks.recurrent(1, 1))
+LSTM = layers.Layer("plain_lstm", lambda: nn.LSTM(11, 8), layers.sequences(), layers.recurrent(1, 1))
 
 
 @pytest.mark.parametrize(("method", "compute"), [(SET, "auto"), (RigL, "dense"), (RigL, "sparse")])
-@pytest.mark.parametrize("layer", [*networks.LAYERS, LSTM], ids=str)
-def test_one_update_of_every_layer(layer: networks.Layer, method: type[SparseTraining], compute: str) -> None:
+@pytest.mark.parametrize("layer", [*layers.LAYERS, LSTM], ids=str)
+def test_one_update_of_every_layer(layer: layers.Layer, method: type[SparseTraining], compute: str) -> None:
     net = sparsify(layer.build().double(), 0.3, target_modules=layer.target, compute=compute)
     twin = layer.build().double()
     optimizer = adam(net.parameters())
@@ -95,9 +97,9 @@ def test_one_update_of_every_layer(layer: networks.Layer, method: type[SparseTra
     inputs = layer.feed(torch.float64)
     for step in range(4):
         dense_twin(twin, net).zero_grad()
-        networks.loss_of(twin(*inputs)).backward()
+        layers.loss_of(twin(*inputs)).backward()
         optimizer.zero_grad()
-        networks.loss_of(net(*inputs)).backward()
+        layers.loss_of(net(*inputs)).backward()
         optimizer.step()
         if step != 1:
             continue
@@ -275,7 +277,7 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.seen |= {part.numel() for part in networks.tensors_in(result)} & self.sizes
+        self.seen |= {part.numel() for part in layers.tensors_in(result)} & self.sizes
         return result
 
 

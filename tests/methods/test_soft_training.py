@@ -32,7 +32,6 @@ from lightning_deepr.files.checkpoint import report_of_checkpoint
 from lightning_deepr.weights.dense_theta import SoftTheta
 from lightning_deepr.weights.k_slots import KSlots
 from tests.helpers import oracle_soft
-from tests.helpers.algorithm import Regression, batches, loss_of, plain_mlp, train, trainer
 from tests.helpers.dense_theta import (
     STEPS,
     Make,
@@ -47,9 +46,11 @@ from tests.helpers.dense_theta import (
     sgd,
     weights,
 )
-from tests.helpers.networks import LAYERS, Layer, flat
-from tests.helpers.networks import loss_of as layer_loss
+from tests.helpers.layers import LAYERS, Layer, flat
+from tests.helpers.layers import loss_of as layer_loss
+from tests.helpers.regression import Regression, batches, loss_of, plain_mlp, train
 from tests.helpers.soft import ALPHA, SEED, TEMPERATURE, network, soft, thetas
+from tests.helpers.trainer import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 

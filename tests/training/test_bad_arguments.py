@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_deepr import DeepR, LinearDecay, LrPower, sparsify
-from tests.helpers.networks import Net, batches, fit_plain, theta_of, trainer
+from tests.helpers.classifier import Net, batches, fit_plain
 from tests.helpers.small import network, unchanged
+from tests.helpers.state import theta_of
+from tests.helpers.trainer import trainer
 
 # -- arguments ----------------------------------------------------------------------------------------------------------------
 

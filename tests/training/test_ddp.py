@@ -18,8 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_deepr import DeepR, sparsify
 from lightning_deepr.training.guards import refuse_spawn, refuse_unequal_ranks
 from lightning_deepr.weights.find import converted_tensors
-from tests.helpers.networks import Net, assert_connected, batches, slots_by_name, theta_of, trainer
+from tests.helpers.classifier import Net, batches
 from tests.helpers.paths import ROOT
+from tests.helpers.state import assert_connected, slots_by_name, theta_of
+from tests.helpers.trainer import trainer
 
 STEPS = 20
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
@@ -102,7 +104,9 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from lightning_deepr import DeepR
-from tests.helpers.networks import Net, assert_connected, batches, trainer
+from tests.helpers.classifier import Net, batches
+from tests.helpers.state import assert_connected
+from tests.helpers.trainer import trainer
 
 torch.set_num_threads(1)
 net = Net(norm=True)

@@ -13,19 +13,10 @@ from torch import Tensor, nn, optim
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_deepr import DeepR
-from tests.helpers.algorithm import (
-    Regression,
-    all_slots,
-    assert_equal_states,
-    batches,
-    loss_of,
-    mlp,
-    state_of,
-    thetas,
-    train,
-    trainer,
-)
 from tests.helpers.loops import STEPS, Run, Setting, by_fabric, by_plain_loop, by_trainer, sgd
+from tests.helpers.regression import Regression, batches, loss_of, mlp, train
+from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
+from tests.helpers.trainer import trainer
 
 
 def assert_not_at_work(net: nn.Module, optimizer: optim.Optimizer, callback: DeepR) -> None:

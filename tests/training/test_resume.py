@@ -17,20 +17,9 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
 from lightning_deepr import DeepR, LinearDecay, sparsify
-from tests.helpers.algorithm import (
-    SEED,
-    Regression,
-    all_slots,
-    assert_equal_states,
-    batches,
-    loss_of,
-    mlp,
-    plain_mlp,
-    state_of,
-    thetas,
-    train,
-    trainer,
-)
+from tests.helpers.regression import SEED, Regression, batches, loss_of, mlp, plain_mlp, train
+from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
+from tests.helpers.trainer import trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),

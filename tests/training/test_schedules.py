@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn, optim
 
 from lightning_deepr import DeepR, LinearDecay, LrPower, sparsify
-from tests.helpers.algorithm import SEED, mlp, thetas
+from tests.helpers.regression import SEED, mlp
+from tests.helpers.state import thetas
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),

@@ -16,20 +16,10 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
 from lightning_deepr import DeepR, sparsify
-from tests.helpers.algorithm import (
-    SEED,
-    Regression,
-    all_slots,
-    assert_equal_states,
-    batches,
-    loss_of,
-    mlp,
-    state_of,
-    thetas,
-    train,
-    trainer,
-)
 from tests.helpers.loops import STEPS, Run, Setting, adam, adam_fused, sgd
+from tests.helpers.regression import SEED, Regression, batches, loss_of, mlp, train
+from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
+from tests.helpers.trainer import trainer
 
 # -- what is a step -----------------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,10 @@ from torch import nn
 
 from lightning_deepr import DeepR, sparsify
 from lightning_deepr.training.guards import refuse_sharding
-from tests.helpers.networks import Net, assert_connected, batches, fit_plain, slots_by_name, trainer
+from tests.helpers.classifier import Net, batches, fit_plain
 from tests.helpers.small import network, unchanged
+from tests.helpers.state import assert_connected, slots_by_name
+from tests.helpers.trainer import trainer
 
 
 @pytest.mark.parametrize("averaging", [WeightAveraging, EMAWeightAveraging, lambda: StochasticWeightAveraging(swa_lrs=0.1)])

@@ -18,7 +18,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from lightning_deepr import DeepR, load_state_dict, sparsify
-from tests.helpers.networks import Net, assert_connected, batches, fit_plain, slots_by_name, theta_of, trainer
+from tests.helpers.classifier import Net, batches, fit_plain
+from tests.helpers.state import assert_connected, slots_by_name, theta_of
+from tests.helpers.trainer import trainer
 
 TENSORS = ("fc1.weight", "fc2.weight")
 DECAY = 0.9

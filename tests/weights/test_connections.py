@@ -17,19 +17,10 @@ import lightning_deepr.weights.k_slots  # noqa: F401 (a submodule must not hide 
 from lightning_deepr import DeepR, connections, connectivity_report, densify, load_state_dict, sparsify
 from lightning_deepr.weights.find import converted_tensors
 from lightning_deepr.weights.k_slots import KSlots
-from tests.helpers.networks import (
-    LAYERS,
-    Layer,
-    Net,
-    assert_connected,
-    batches,
-    flat,
-    loss_of,
-    set_dense,
-    slots_by_name,
-    theta_of,
-    trainer,
-)
+from tests.helpers.classifier import Net, batches
+from tests.helpers.layers import LAYERS, Layer, flat, loss_of, set_dense
+from tests.helpers.state import assert_connected, slots_by_name, theta_of
+from tests.helpers.trainer import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached")  # most tests here look at a layer without a callback
 CONNECTIVITY = 0.3

@@ -21,19 +21,10 @@ from lightning_deepr.conversion.sharing import join
 from lightning_deepr.files.checkpoint import report_of_checkpoint, save_sparse
 from lightning_deepr.weights.find import converted_tensors
 from lightning_deepr.weights.k_slots import KSlots
-from tests.helpers.algorithm import (
-    SEED,
-    Regression,
-    all_slots,
-    assert_equal_states,
-    batches,
-    loss_of,
-    plain_mlp,
-    state_of,
-    train,
-    trainer,
-)
 from tests.helpers.global_scope import NETWORKS, OPTIMIZERS, RULES, assert_sound, by_connection, counts, network, shared, small
+from tests.helpers.regression import SEED, Regression, batches, loss_of, plain_mlp, train
+from tests.helpers.state import all_slots, assert_equal_states, state_of
+from tests.helpers.trainer import trainer
 
 # -- gradients ----------------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Layers and networks that several tests convert: a table of one entry per kind of layer, and a small LightningModule."""
+"""A table of one entry per kind of layer, and what a layer's output is worth."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_deepr import connections
-from lightning_deepr.weights.find import converted_tensors
-from lightning_deepr.weights.k_slots import KSlots
 
 
 class Scaled(nn.Module):
@@ -152,92 +148,3 @@ def set_dense(plain: nn.Module, sparse: nn.Module) -> nn.Module:
         with torch.no_grad():
             getattr(plain.get_submodule(owner), tensor).copy_(weight.view(shape))
     return plain
-
-
-def theta_of(module: nn.Module, name: str) -> nn.Parameter:
-    """theta of a tensor, found by the name that the public contract gives it."""
-    owner, _, tensor = name.rpartition(".")
-    prefix = f"{owner}." if owner else ""
-    return module.get_parameter(f"{prefix}parametrizations.{tensor}.original")
-
-
-def slots_by_name(module: nn.Module) -> dict[str, KSlots]:
-    return {converted.name: converted.slots for converted in converted_tensors(module)}
-
-
-def assert_connected(module: nn.Module, counts: dict[str, int] | None = None) -> None:
-    """What must hold of every converted tensor at every moment between two steps."""
-    found = slots_by_name(module)
-    assert found, "nothing is converted"
-    for name, slots in found.items():
-        theta = theta_of(module, name).detach()
-        places = slots.places
-        assert places.dtype == torch.int64 and places.shape == theta.shape, name
-        assert places.unique().numel() == places.numel(), f"{name}: two slots are at one place"
-        assert int(places.min()) >= 0 and int(places.max()) < slots.shape.numel(), f"{name}: a place lies outside"
-        assert bool((theta >= 0).all()), f"{name}: theta < 0"
-        assert torch.equal(slots.signs, slots.signs_at(places)), f"{name}: a sign is not its place's"
-        if counts is not None:
-            assert places.numel() == counts[name], f"{name}: K was not held"
-
-
-class Net(LightningModule):
-    """A two-layer classifier that keeps what it has seen: enough for any test of a fit."""
-
-    def __init__(self, lr: float = 0.3, hidden: int = 16, norm: bool = False) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        torch.manual_seed(0)
-        self.fc1 = nn.Linear(12, hidden)
-        self.norm: nn.Module = nn.BatchNorm1d(hidden) if norm else nn.Identity()
-        self.fc2 = nn.Linear(hidden, 4)
-        self.lr = lr
-        self.losses: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.norm(self.fc1(x)).relu())
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        loss = F.cross_entropy(self(batch[0]), batch[1])
-        self.losses.append(loss.item())
-        return loss
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self(batch[0])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
-
-
-def batches(count: int = 12, size: int = 8) -> DataLoader:
-    """The same few batches in the same order for every run."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(count * size, 12, generator=generator)
-    return DataLoader(TensorDataset(x, (x[:, :4] + x[:, 4:8]).argmax(1)), batch_size=size)
-
-
-def trainer(*callbacks: Any, **options: Any) -> Trainer:
-    """A Trainer that writes nothing and says nothing."""
-    quiet = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 1,
-    }
-    return Trainer(callbacks=list(callbacks), **{**quiet, **options})
-
-
-def fit_plain(
-    net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, each_step: Callable[[], None] | None = None
-) -> None:
-    """A plain PyTorch loop over the same batches."""
-    data = list(batches())
-    for step in range(steps):
-        x, y = data[step % len(data)]
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), y).backward()
-        optimizer.step()
-        if each_step is not None:
-            each_step()

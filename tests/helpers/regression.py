@@ -1,23 +1,18 @@
-"""What the tests of the algorithm share: small networks, their state, and p-values."""
+"""A regression on a linear teacher: data, networks and loss, as a plain loop and as a LightningModule."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
 from lightning_deepr import sparsify
-from lightning_deepr.weights.find import converted_tensors
-from lightning_deepr.weights.k_slots import KSlots
-from tests.helpers import oracle
 
 SEED = 3
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -103,52 +98,3 @@ class Regression(pl.LightningModule):
 
     def train_dataloader(self) -> Any:
         return DataLoader(batches(self.steps), batch_size=None)  # type: ignore[arg-type]
-
-
-def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    """A quiet one on the CPU."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return pl.Trainer(**{"accelerator": "cpu", "devices": 1, "max_epochs": 1, "callbacks": [*callbacks], **quiet, **options})
-
-
-def thetas(net: nn.Module) -> list[nn.Parameter]:
-    return [converted.theta for converted in converted_tensors(net)]
-
-
-def all_slots(net: nn.Module) -> list[KSlots]:
-    return [converted.slots for converted in converted_tensors(net)]
-
-
-def state_of(net: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Tensor]:
-    """Everything that a training determines, without names (they differ between the Trainer and a plain loop)."""
-    values = [p.detach().clone() for p in net.parameters()]
-    for slots in all_slots(net):
-        values += [slots.places.clone(), slots.signs.clone(), slots.born.clone()]
-    if optimizer is not None:
-        for parameter in net.parameters():
-            state: Mapping[str, Any] = optimizer.state.get(parameter, {})
-            values += [value.clone() for _, value in sorted(state.items()) if isinstance(value, Tensor)]
-    return values
-
-
-def assert_equal_states(first: list[Tensor], second: list[Tensor]) -> None:
-    """Bit for bit."""
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-
-
-def oracle_of(net: nn.Module, seed: int = SEED) -> oracle.Network:
-    """The slow network that starts where a converted one does: it draws its own places."""
-    found = list(converted_tensors(net))
-    tensors = [oracle.Tensor(c.slots.total, i, seed, c.theta.detach().clone().numpy()) for i, c in enumerate(found)]
-    return oracle.Network(tensors, seed)
-
-
-def chi_square_p(observed: Any, expected: Any = None) -> float:
-    """p-value of counts; equal expectations unless given."""
-    observed = np.asarray(observed, dtype=np.float64).ravel()
-    expected = np.full_like(observed, observed.mean()) if expected is None else np.asarray(expected, dtype=np.float64)
-    assert expected.min() >= 5, "too few expected for the chi-square distribution"
-    # (scipy's chisquare also asks for sums equal to 1e-8)
-    return float(stats.chi2.sf(((observed - expected) ** 2 / expected).sum(), observed.size - 1))
