@@ -13,8 +13,9 @@ from lightning_deepr import kernels as kernels_module
 from lightning_deepr.weights.k_slots import KSlots
 from tests.helpers.layers import Scaled
 from tests.helpers.regression import SEED
-from tests.helpers.sparse_linear import Recording, dense_twin, needs_kernels, sparse_layer
+from tests.helpers.sparse_linear import dense_twin, needs_kernels, sparse_layer
 from tests.helpers.state import all_slots, slots_by_name, thetas
+from tests.helpers.tensors_made import Recording
 
 pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached", "ignore:.*an int and means one single connection")
 

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_deepr import DeepR, connections, connectivity_report, sparsify
 from tests.helpers.regression import SEED
-from tests.helpers.sparse_linear import Recording, huge_layer, needs_kernels
+from tests.helpers.sparse_linear import huge_layer, needs_kernels
 from tests.helpers.state import all_slots, assert_connected, theta_of
+from tests.helpers.tensors_made import Recording
 
 pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached", "ignore:.*an int and means one single connection")
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from lightning_deepr import DeepR, connections, sparsify
 from lightning_deepr.weights import k_slots
 from tests.helpers.paths import ROOT
-from tests.helpers.sparse_linear import Recording, dense_twin, needs_kernels, sparse_layer, theta_gradient
+from tests.helpers.sparse_linear import dense_twin, needs_kernels, sparse_layer, theta_gradient
 from tests.helpers.state import all_slots, assert_equal_states, slots_by_name, state_of, theta_of
+from tests.helpers.tensors_made import Recording
 
 pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached", "ignore:.*an int and means one single connection")
 

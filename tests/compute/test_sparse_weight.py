@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from lightning_deepr import connections, sparsify
 from lightning_deepr.compute.weight import SparseWeight
-from tests.helpers.sparse_linear import Recording, dense_twin, huge_layer, sparse_layer, theta_gradient
+from tests.helpers.sparse_linear import dense_twin, huge_layer, sparse_layer, theta_gradient
 from tests.helpers.state import assert_equal_states, state_of, theta_of
+from tests.helpers.tensors_made import Recording
 
 pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached", "ignore:.*an int and means one single connection")
 

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_deepr
 from lightning_deepr import DeepR, SoftDeepR, connections, densify, load_state_dict, save_sparse, sparsify, zoo
@@ -29,6 +28,7 @@ from lightning_deepr.weights.find import converted_tensors
 from tests.helpers.fuzz_format import Parts
 from tests.helpers.fuzz_format import signed as with_digest
 from tests.helpers.paths import ROOT
+from tests.helpers.tensors_made import Recording
 
 
 def mlp() -> nn.Module:
@@ -279,33 +279,18 @@ def test_bytes_per_connection(tmp_path: Path) -> None:
         assert len(file) - header <= 5.8 * count, "values, places and the dense biases"
 
 
-class Largest(TorchDispatchMode):
-    """The largest tensor that is made on a real device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for made in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(made, Tensor) and made.device.type != "meta":
-                self.elements = max(self.elements, made.numel())
-        return result
-
-
 @pytest.mark.parametrize("make", [LeNet300100, CIFAR10CNN, BLSTMClassifier])
 def test_no_dense_tensor_is_built_in_sparse_loading(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
     path = zoo.save(sparsify(make(), 0.05), tmp_path / "net.safetensors")
     rows = zoo.info(path)["connectivity"]["rows"]
-    with Largest() as largest:
+    with Recording() as seen:
         zoo.load(path)
     # the widest thing is a piece of the file itself, in bytes: values are checked and read from it
     most = path.stat().st_size
-    assert 0 < largest.elements <= most < max(row["total"] for row in rows)
-    with Largest() as largest:
+    assert 0 < seen.largest <= most < max(row["total"] for row in rows)
+    with Recording() as seen:
         zoo.load(path, dense=True)
-    assert largest.elements >= max(row["total"] for row in rows), "the measure does not see a dense tensor"
+    assert seen.largest >= max(row["total"] for row in rows), "the measure does not see a dense tensor"
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------------

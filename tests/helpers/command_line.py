@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
-    import os
-
+    """What it says and how it ends."""
     return subprocess.run(
         [sys.executable, "-m", "lightning_deepr.commands.main", *arguments],
         cwd=cwd,

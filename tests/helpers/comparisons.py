@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn, optim
+from torch import nn
 
 from tests.helpers import layers
 
 ALWAYS = {"drop_fraction": 0.4, "rewire_every_n_steps": 1, "rewire_until": None}
 EVERY_OTHER = {**ALWAYS, "rewire_every_n_steps": 2}
-
-
-def sgd(params: Any) -> optim.Optimizer:
-    return optim.SGD(params, lr=0.1, momentum=0.5)
-
-
-def adam(params: Any) -> optim.Optimizer:
-    return optim.Adam(params, lr=0.02)
 
 
 def dense_twin(plain: nn.Module, sparse: nn.Module) -> nn.Module:

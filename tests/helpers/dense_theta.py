@@ -11,6 +11,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn, optim
 
 from lightning_deepr.weights.find import converted_tensors
+from tests.helpers.optimizers import adam
 from tests.helpers.regression import Regression, batches, loss_of, plain_mlp, train
 from tests.helpers.trainer import trainer
 
@@ -20,10 +21,6 @@ Make = Callable[[Any], optim.Optimizer]
 
 def sgd(params: Any) -> optim.Optimizer:
     return optim.SGD(params, lr=0.1, momentum=0.5, weight_decay=0.05)
-
-
-def adam(params: Any) -> optim.Optimizer:
-    return optim.Adam(params, lr=0.02)
 
 
 def adamw(params: Any) -> optim.Optimizer:
@@ -39,6 +36,14 @@ def rprop(params: Any) -> optim.Optimizer:
 
 
 OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "adagrad": adagrad, "rprop": rprop}
+
+
+def network(callback: Any, make: Make = sgd, total_steps: int | None = STEPS) -> tuple[nn.Module, optim.Optimizer]:
+    """A network that the callback has converted and rewires."""
+    net = callback.prepare(plain_mlp())
+    optimizer = make(net.parameters())
+    callback.attach(net, optimizer, total_steps=total_steps)
+    return net, optimizer
 
 
 def full_state(net: nn.Module, optimizer: optim.Optimizer | None = None) -> list[Tensor]:

@@ -10,23 +10,12 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn, optim
 
 from lightning_deepr import DeepR
+from tests.helpers.optimizers import sgd
 from tests.helpers.regression import SEED, Regression, batches, loss_of, mlp
 from tests.helpers.state import state_of
 from tests.helpers.trainer import trainer
 
 STEPS = 30
-
-
-def sgd(params: Any) -> optim.Optimizer:
-    return optim.SGD(params, lr=0.1, momentum=0.5)
-
-
-def adam(params: Any) -> optim.Optimizer:
-    return optim.Adam(params, lr=0.02)
-
-
-def adam_fused(params: Any) -> optim.Optimizer:
-    return optim.Adam(params, lr=0.02, fused=True)
 
 
 @dataclass

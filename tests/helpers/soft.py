@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 
 from lightning_deepr import SoftDeepR
 from lightning_deepr.weights.find import converted_tensors
-from tests.helpers.dense_theta import STEPS, Make, sgd
-from tests.helpers.regression import plain_mlp
 
 SEED, ALPHA, TEMPERATURE = 3, 0.2, 0.01
 
@@ -17,13 +15,6 @@ SEED, ALPHA, TEMPERATURE = 3, 0.2, 0.01
 def soft(connectivity: Any = 0.3, **options: Any) -> SoftDeepR:
     default = {"temperature": TEMPERATURE, "l1": ALPHA, "distribution": "uniform", "seed": SEED, "check_invariants": True}
     return SoftDeepR(connectivity, **{**default, **options})
-
-
-def network(callback: SoftDeepR, make: Make = sgd, total_steps: int | None = STEPS) -> tuple[nn.Module, optim.Optimizer]:
-    net = callback.prepare(plain_mlp())
-    optimizer = make(net.parameters())
-    callback.attach(net, optimizer, total_steps=total_steps)
-    return net, optimizer
 
 
 def thetas(net: nn.Module) -> list[Tensor]:

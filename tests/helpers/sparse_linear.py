@@ -8,12 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_deepr import DeepR, connections, sparsify
 from lightning_deepr import kernels as kernels_module
-from lightning_deepr.compute.weight import SparseWeight
 from tests.helpers.regression import SEED, plain_mlp
 from tests.helpers.state import slots_by_name
 
@@ -79,23 +76,6 @@ def data(steps: int, first: int = 0) -> Iterator[Batch]:
     for _ in range(steps):
         inputs = [torch.randn(9, WIDTHS[0], generator=generator).double() for _ in range(MICRO)]
         yield [(x, x @ teacher + torch.randn(9, WIDTHS[-1], generator=generator)) for x in inputs]
-
-
-class Recording(TorchDispatchMode):
-    """Which operators run, and the largest output of any (views of nothing larger included)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.names.append(str(func))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor) and type(value) is not SparseWeight and value.device.type != "meta":
-                self.largest = max(self.largest, value.numel())
-        return result
 
 
 def huge_layer(width: int = 1_000_000, count: int = 1000, **options: Any) -> nn.Linear:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,3 +41,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 def file(tmp_path: Path) -> Path:
     """A model's file with what a trained one records."""
     return saved(lenet(), tmp_path / "lenet300_100.test.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long the client would have waited before it tried again."""
+    slept: list[float] = []
+    clock = types.SimpleNamespace(**{name: getattr(time, name) for name in dir(time) if not name.startswith("__")})
+    clock.sleep = slept.append
+    for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
+        monkeypatch.setattr(module, "time", clock)
+    return slept

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
-import types
 from pathlib import Path
 
 import huggingface_hub
@@ -24,17 +22,6 @@ tries_again = pytest.mark.skipif(
     int(huggingface_hub.__version__.split(".")[0]) < 2,
     reason="huggingface_hub 1 gives up sooner, and does not resume what was cut",
 )
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long the client would have waited before it tried again."""
-    slept: list[float] = []
-    clock = types.SimpleNamespace(**{name: getattr(time, name) for name in dir(time) if not name.startswith("__")})
-    clock.sleep = slept.append
-    for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
-        monkeypatch.setattr(module, "time", clock)
-    return slept
 
 
 @pytest.fixture

@@ -6,16 +6,30 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, optim
 
-from lightning_deepr import DeepR, kernels, sparsify
+from lightning_deepr import DeepR, kernels
 from lightning_deepr.kernels import available
+from tests.helpers.kernel_steps import (
+    ALPHA,
+    LR,
+    OPTIMIZERS,
+    SHARES,
+    SIZES,
+    Run,
+    Size,
+    let_die,
+    network,
+    pretrained,
+    signs_by_place,
+    step_separately,
+)
 from tests.helpers.paths import ROOT
 from tests.helpers.regression import SEED
 from tests.helpers.state import all_slots, assert_equal_states, oracle_of, state_of, thetas
@@ -24,12 +38,10 @@ pytestmark = [
     pytest.mark.skipif(not available(), reason="no kernels here"),
     pytest.mark.filterwarnings("ignore:.*an int and means one single connection"),
 ]
-LR, ALPHA = 0.5, 0.01
-Size = tuple[int, int, int]  # rows, columns, K
 
 
 @pytest.fixture
-def pytorch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], Any]:
+def pytorch(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs a function without the kernels."""
 
     def run(function: Callable[[], Any]) -> Any:
@@ -40,49 +52,11 @@ def pytorch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], An
     return run
 
 
-def network(sizes: Sequence[Size], dtype: torch.dtype = torch.float32, compute: str = "dense") -> nn.Module:
-    with torch.device("meta"):
-        net = nn.ModuleList([nn.Linear(columns, rows, bias=False, dtype=dtype) for rows, columns, _ in sizes])
-    return sparsify(net, {str(i): count for i, (_, _, count) in enumerate(sizes)}, init="deepr", seed=SEED, compute=compute)
-
-
-def let_die(net: nn.Module, share: float, step: int) -> None:
-    """Gradients that move a share of the slots (at least one, unless 0) just below zero, and leave the others where they are."""
-    for i, theta in enumerate(thetas(net)):
-        count = theta.numel()
-        number = min(count, max(1, round(share * count))) if share else 0
-        dying = torch.randperm(count, generator=torch.Generator().manual_seed(100 * step + i))[:number]
-        theta.grad = torch.zeros_like(theta)
-        theta.grad[dying] = (theta.detach()[dying] + 0.25) / LR
-
-
-SHARES = (0.3, 0.0, 1.0, 1e-9, 0.7, 0.05)
-SIZES: dict[str, list[Size]] = {
-    "0.1 %": [(200, 100, 20)],
-    "1 %": [(100, 90, 90)],
-    "10 %": [(50, 61, 305)],
-    "40 %": [(30, 25, 300)],
-    "just under 50 %": [(30, 25, 374)],
-    "50 %": [(30, 24, 360)],
-    "just over 50 %": [(30, 25, 376)],
-    "80 %": [(20, 25, 400)],
-    "99 %": [(30, 30, 891)],
-    "100 %": [(17, 13, 221)],
-    "K = 1": [(30, 40, 1)],
-    "N = 1": [(1, 1, 1)],
-    "K = 1 of 1e12": [(10**6, 10**6, 1)],
-    "1e12": [(10**6, 10**6, 400)],
-    "2 ** 40, a power of two": [(2**20, 2**20, 200)],
-    "many small": [(3, 4, 5)] * 20,
-}
-SIZES["together"] = [size for name, sizes in SIZES.items() for size in sizes if name != "many small"]
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1e-3], ids=["no noise", "noise"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
 def test_a_step_equals_pytorchs_and_the_oracles(
-    sizes: list[Size], dtype: torch.dtype, temperature: float, pytorch: Callable[[Callable[[], Any]], Any]
+    sizes: list[Size], dtype: torch.dtype, temperature: float, pytorch: Run
 ) -> None:
     fast, plain = network(sizes, dtype), network(sizes, dtype)
     slow = oracle_of(fast)
@@ -116,7 +90,7 @@ def test_a_step_equals_pytorchs_and_the_oracles(
 
 
 @pytest.mark.parametrize("sizes", [[(100, 100, 4500)], [(400, 500, 100_000)], [(300, 300, 40_000), (100, 100, 4999)]], ids=str)
-def test_very_many_reborn_at_a_high_density(sizes: list[Size], pytorch: Callable[[Callable[[], Any]], Any]) -> None:
+def test_very_many_reborn_at_a_high_density(sizes: list[Size], pytorch: Run) -> None:
     """At 40 to 50 % most draws are taken: slots draw again and again, and draw in the same order."""
     fast, plain = network(sizes), network(sizes)
     steps = []
@@ -134,7 +108,7 @@ def test_very_many_reborn_at_a_high_density(sizes: list[Size], pytorch: Callable
             assert slots.places.unique().numel() == slots.count
 
 
-def test_the_orders_of_sparse_compute_follow_either_way(pytorch: Callable[[Callable[[], Any]], Any]) -> None:
+def test_the_orders_of_sparse_compute_follow_either_way(pytorch: Run) -> None:
     sizes = [(60, 50, 900), (40, 30, 1000), (10, 7, 70)]
     fast, plain = network(sizes, compute="sparse"), network(sizes, compute="sparse")
     steps = []
@@ -214,18 +188,8 @@ def test_the_orders_of_places_that_are_unevenly_spread(name: str) -> None:
 # -- the signs of a pretrained network ----------------------------------------------------------------------------------------
 
 
-def pretrained(seed: int, share: float = 0.45) -> nn.Module:
-    torch.manual_seed(seed)
-    net = nn.Sequential(nn.Linear(30, 20, bias=False), nn.Linear(20, 25, bias=False))
-    return sparsify(net, share, init="largest", seed=SEED, distribution="uniform", compute="sparse")
-
-
-def signs_by_place(net: nn.Module) -> list[dict[int, float]]:
-    return [dict(zip(slots.places.tolist(), slots.signs.tolist(), strict=True)) for slots in all_slots(net)]
-
-
 def test_a_connection_of_a_pretrained_network_comes_back_with_its_own_sign(
-    pytorch: Callable[[Callable[[], Any]], Any],
+    pytorch: Run,
 ) -> None:
     fast, plain = pretrained(1), pretrained(1)
     own = signs_by_place(fast)
@@ -273,48 +237,12 @@ def test_other_exceptions_are_followed_after_a_load() -> None:
 # -- the optimizer's state ----------------------------------------------------------------------------------------------------
 
 
-class ManyStates(optim.Optimizer):
-    """More state tensors than the kernel takes, or such as it can't write: of another dtype, or with strides."""
-
-    def __init__(self, params: Any, lr: float, kinds: str) -> None:
-        super().__init__(params, {"lr": lr, "kinds": kinds})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    if group["kinds"] == "six":
-                        state.update({f"level{i}": torch.full_like(p, i) for i in range(6)})
-                    elif group["kinds"] == "double":
-                        state["level"] = torch.full_like(p, 0.5, dtype=torch.float64)
-                    elif group["kinds"] == "half":
-                        state["level"] = torch.full_like(p, 0.5, dtype=torch.bfloat16)
-                    else:
-                        state["level"] = torch.full((2 * p.numel(),), 0.5)[::2]
-                for value in state.values():
-                    value.mul_(0.5).add_(p.grad.abs())
-                p.sub_(p.grad, alpha=group["lr"])
-
-
-OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
-    "momentum": lambda p: optim.SGD(p, lr=0.05, momentum=0.9),
-    "Adam": lambda p: optim.Adam(p, lr=0.02, amsgrad=True),
-    "Adam fused": lambda p: optim.Adam(p, lr=0.02, fused=True),
-    "Adagrad": lambda p: optim.Adagrad(p, lr=0.05, initial_accumulator_value=0.1),
-    "RMSprop": lambda p: optim.RMSprop(p, lr=0.02, centered=True, momentum=0.5),
-    "Rprop": lambda p: optim.Rprop(p, lr=0.02),
-    **{f"{k} state": lambda p, k=k: ManyStates(p, 0.05, k) for k in ("six", "double", "half", "strided")},  # type: ignore[misc]
-}
 START = {"momentum": 0.0, "Adam": 0.0, "Adam fused": 0.0, "Adagrad": 0.1, "RMSprop": 0.0, "Rprop": None}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_state_of_the_reborn_starts_anew(
-    name: str, dtype: torch.dtype, pytorch: Callable[[Callable[[], Any]], Any]
-) -> None:
+def test_the_state_of_the_reborn_starts_anew(name: str, dtype: torch.dtype, pytorch: Run) -> None:
     sizes = [(30, 20, 100), (20, 10, 90), (7, 5, 30)]
     fast, plain = network(sizes, dtype), network(sizes, dtype)
     made = []
@@ -346,7 +274,7 @@ def test_the_state_of_the_reborn_starts_anew(
 
 
 @pytest.mark.parametrize("options", [{"rewire_every_n_steps": 3}, {"rewire_until": 4}], ids=str)
-def test_steps_that_do_not_rewire(options: dict[str, int], pytorch: Callable[[Callable[[], Any]], Any]) -> None:
+def test_steps_that_do_not_rewire(options: dict[str, int], pytorch: Run) -> None:
     sizes = [(30, 20, 100), (20, 10, 190)]
     fast, plain = network(sizes), network(sizes)
     steps = []
@@ -368,27 +296,9 @@ def test_steps_that_do_not_rewire(options: dict[str, int], pytorch: Callable[[Ca
             torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
 
 
-def test_tensors_that_do_not_always_step_together(pytorch: Callable[[Callable[[], Any]], Any]) -> None:
+def test_tensors_that_do_not_always_step_together(pytorch: Run) -> None:
     """Two optimizers, a tensor without a gradient, two dtypes: each tensor has its own count of steps."""
-    sizes = [(30, 20, 100), (20, 10, 90), (7, 5, 30), (6, 50, 120)]
-    nets = [network(sizes), network(sizes)]
-    made = []
-    for net in nets:
-        net[3].double()
-        a, b, c, d = thetas(net)
-        made.append((optim.SGD([a, b, d], lr=LR), optim.SGD([c], lr=LR)))
-        rewiring = DeepR(l1=ALPHA, seed=SEED)
-        for optimizer in made[-1]:
-            rewiring.attach(net, optimizer)
-    for step in range(8):
-        for net in nets:
-            let_die(net, 0.4, step)
-            if step % 3 == 1:
-                thetas(net)[0].grad = None
-        for i in (0, 1) if step % 2 else (0,):
-            made[0][i].step()
-            pytorch(made[1][i].step)
-        assert_equal_states(state_of(nets[0]), state_of(nets[1]))
+    nets = step_separately(pytorch, ALPHA, 8)
     assert all(int((slots.born >= 0).sum()) > slots.count // 2 for slots in all_slots(nets[0]))
 
 

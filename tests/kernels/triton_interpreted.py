@@ -22,9 +22,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_deepr import DeepR, kernels, sparsify
 from lightning_deepr.kernels.gpu import gate
+from tests.helpers.kernel_steps import (
+    LR,
+    OPTIMIZERS,
+    SHARES,
+    SIZES,
+    Run,
+    Size,
+    let_die,
+    network,
+    pretrained,
+    signs_by_place,
+    step_separately,
+)
 from tests.helpers.regression import SEED, batches, loss_of, mlp
 from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
-from tests.kernels.test_kernels import LR, OPTIMIZERS, SHARES, SIZES, Size, let_die, network, pretrained, signs_by_place
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run by tests/kernels/test_triton.py, or with TRITON_INTERPRET=1"
 pytest.importorskip("triton")
@@ -42,7 +54,6 @@ pytestmark = [
 ALPHA = 1 / 64  # times LR it is exact in every dtype
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
-Run = Callable[[Callable[[], Any]], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -230,25 +241,7 @@ def test_steps_that_do_not_rewire(options: dict[str, int], pytorch: Run, launche
 
 def test_tensors_that_do_not_always_step_together(pytorch: Run, launches: list[int]) -> None:
     """Two optimizers, a tensor without a gradient, two dtypes."""
-    sizes = [(30, 20, 100), (20, 10, 90), (7, 5, 30), (6, 50, 120)]
-    nets = [network(sizes), network(sizes)]
-    made = []
-    for net in nets:
-        net[3].double()
-        a, b, c, d = thetas(net)
-        made.append((optim.SGD([a, b, d], lr=LR), optim.SGD([c], lr=LR)))
-        rewiring = DeepR(l1=ALPHA, seed=SEED)
-        for optimizer in made[-1]:
-            rewiring.attach(net, optimizer)
-    for step in range(4):
-        for net in nets:
-            let_die(net, 0.4, step)
-            if step % 3 == 1:
-                thetas(net)[0].grad = None
-        for i in (0, 1) if step % 2 else (0,):
-            made[0][i].step()
-            pytorch(made[1][i].step)
-        assert_equal_states(state_of(nets[0]), state_of(nets[1]))
+    step_separately(pytorch, ALPHA, 4)
     assert set(launches) == {1, 2}
 
 

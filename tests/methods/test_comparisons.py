@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 import lightning_deepr
 from lightning_deepr import SET, DeepR, FixedRandom, RigL, SparseTraining, densify, sparsify
 from lightning_deepr.training.tracked import Stepped
-from tests.helpers.comparisons import ALWAYS, EVERY_OTHER, adam, sgd
+from tests.helpers.comparisons import ALWAYS, EVERY_OTHER
+from tests.helpers.optimizers import adam, sgd
 from tests.helpers.regression import SEED, Regression, batches, loss_of, mlp, plain_mlp, train
 from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
 from tests.helpers.trainer import trainer

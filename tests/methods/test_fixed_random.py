@@ -11,7 +11,8 @@ from torch import optim
 
 from lightning_deepr import FixedRandom
 from lightning_deepr.weights.find import converted_tensors
-from tests.helpers.comparisons import adam, dense_twin, sgd
+from tests.helpers.comparisons import dense_twin
+from tests.helpers.optimizers import adam, sgd
 from tests.helpers.regression import batches, loss_of, mlp, plain_mlp, train
 from tests.helpers.state import all_slots, thetas
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric import Fabric
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel
 
@@ -32,6 +32,7 @@ from lightning_deepr.files.checkpoint import report_of_checkpoint
 from lightning_deepr.weights.dense_theta import MaskedTheta
 from lightning_deepr.weights.find import converted_tensors
 from lightning_deepr.weights.k_slots import KSlots
+from tests.helpers.crashes import whole_and_resumed
 from tests.helpers.dense_theta import (
     OPTIMIZERS,
     STEPS,
@@ -43,6 +44,7 @@ from tests.helpers.dense_theta import (
     by_trainer,
     full_state,
     kinds,
+    network,
     resumed,
     sgd,
     weights,
@@ -66,13 +68,6 @@ def pruning(connectivity: Any = 0.2, **options: Any) -> MagnitudePruning:
 def shrinkage(connectivity: Any = 0.2, **options: Any) -> L1Shrinkage:
     default = {"l1": 0.1, "freeze_at": 0.5, "distribution": "uniform", "check_invariants": True}
     return L1Shrinkage(connectivity, **{**default, **options})
-
-
-def network(callback: Any, make: Make = sgd, total_steps: int = STEPS) -> tuple[nn.Module, optim.Optimizer]:
-    net = callback.prepare(plain_mlp())
-    optimizer = make(net.parameters())
-    callback.attach(net, optimizer, total_steps=total_steps)
-    return net, optimizer
 
 
 def reference(
@@ -271,39 +266,11 @@ def test_a_plain_loop_resumes_exactly(make_callback: Callable[[], Any], at: int)
     assert_same(whole, again)
 
 
-class Crash(Exception):
-    pass
-
-
-class Crashing(Regression):
-    crash_at: int | None = None
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if self.trainer.global_step == self.crash_at:
-            raise Crash
-        return loss_of(self.net, DATA[self.trainer.global_step])
-
-
 @EVERY_CALLBACK
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_a_crashed_fit_resumes_exactly(make_callback: Callable[[], Any], tmp_path: Path) -> None:
-    def fit(folder: Path, crash_at: int | None, path: Any = None) -> list[Tensor]:
-        saver = ModelCheckpoint(folder, every_n_train_steps=5, save_top_k=-1)
-        module = Crashing(adam, STEPS)
-        module.crash_at = crash_at
-        runner = trainer(make_callback(), EMAWeightAveraging(decay=0.8), saver, enable_checkpointing=True)
-        if crash_at is not None:
-            with pytest.raises(Crash):
-                runner.fit(module)
-        else:
-            runner.fit(module, ckpt_path=path)
-        return full_state(module, runner.optimizers[0])
-
-    whole = fit(tmp_path / "whole", None)
-    fit(tmp_path / "crashed", 16)
-    path = max((tmp_path / "crashed").glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
-    assert "step=15" in path.name
-    assert_same(fit(tmp_path / "crashed", None, path), whole)
+    whole, again = whole_and_resumed(tmp_path, lambda: [make_callback(), EMAWeightAveraging(decay=0.8)], every=5, crash_at=16)
+    assert_same(again, whole)
 
 
 @EVERY_CALLBACK

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn, optim
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_deepr import SET, RigL, SparseTraining, kernels, sparsify
 from lightning_deepr.training.tracked import Stepped
 from lightning_deepr.weights.find import converted_tensors
 from tests.helpers import layers, oracle
-from tests.helpers.comparisons import ALWAYS, EVERY_OTHER, adam, dense_twin, sgd
+from tests.helpers.comparisons import ALWAYS, EVERY_OTHER, dense_twin
+from tests.helpers.optimizers import adam, sgd
 from tests.helpers.regression import SEED, batches, loss_of, mlp, plain_mlp, train
 from tests.helpers.state import all_slots, oracle_of, thetas
 from tests.helpers.statistics import chi_square_p
+from tests.helpers.tensors_made import Recording
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
@@ -268,19 +269,6 @@ def test_sparse_and_dense_compute_rewire_alike(method: type[SparseTraining]) -> 
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-class Largest(TorchDispatchMode):
-    """Notes which of these sizes an operator's result has."""
-
-    def __init__(self, sizes: set[int]) -> None:
-        super().__init__()
-        self.sizes, self.seen = sizes, set[int]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.seen |= {part.numel() for part in layers.tensors_in(result)} & self.sizes
-        return result
-
-
 @pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here")
 def test_nothing_dense_between_updates_and_nothing_dense_stays() -> None:
     torch.manual_seed(0)
@@ -291,11 +279,11 @@ def test_nothing_dense_between_updates_and_nothing_dense_stays() -> None:
     callback.attach(net, optimizer, total_steps=100)
     for step in range(9):
         x = torch.randn(5, 37)
-        with Largest(sizes) as mode:
+        with Recording() as seen:
             optimizer.zero_grad()
             net(x).square().sum().backward()
             optimizer.step()
-        assert mode.seen == (sizes if step % 3 == 2 else set()), step
+        assert seen.sizes & sizes == (sizes if step % 3 == 2 else set()), step
         if step not in (2, 3, 8):
             continue
         held = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.numel() in sizes and t.device.type == "cpu"]

@@ -17,9 +17,9 @@ from lightning_deepr.algorithm import soft_rewiring
 from lightning_deepr.weights.dense_theta import SoftTheta
 from lightning_deepr.weights.find import converted_tensors
 from tests.helpers import oracle, oracle_soft
-from tests.helpers.dense_theta import OPTIMIZERS, Make, kinds, sgd
+from tests.helpers.dense_theta import OPTIMIZERS, Make, kinds, network, sgd
 from tests.helpers.regression import Branches, Twin, batches, loss_of, plain_mlp, train
-from tests.helpers.soft import ALPHA, SEED, TEMPERATURE, network, soft, thetas
+from tests.helpers.soft import ALPHA, SEED, TEMPERATURE, soft, thetas
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 

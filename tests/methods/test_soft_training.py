@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_deepr import (
@@ -32,6 +32,7 @@ from lightning_deepr.files.checkpoint import report_of_checkpoint
 from lightning_deepr.weights.dense_theta import SoftTheta
 from lightning_deepr.weights.k_slots import KSlots
 from tests.helpers import oracle_soft
+from tests.helpers.crashes import whole_and_resumed
 from tests.helpers.dense_theta import (
     STEPS,
     Make,
@@ -42,14 +43,15 @@ from tests.helpers.dense_theta import (
     by_trainer,
     full_state,
     kinds,
+    network,
     resumed,
     sgd,
     weights,
 )
 from tests.helpers.layers import LAYERS, Layer, flat
 from tests.helpers.layers import loss_of as layer_loss
-from tests.helpers.regression import Regression, batches, loss_of, plain_mlp, train
-from tests.helpers.soft import ALPHA, SEED, TEMPERATURE, network, soft, thetas
+from tests.helpers.regression import Regression, batches, plain_mlp, train
+from tests.helpers.soft import ALPHA, SEED, TEMPERATURE, soft, thetas
 from tests.helpers.trainer import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -85,43 +87,14 @@ def test_a_plain_loop_resumes_exactly(make: Make, at: int) -> None:
     assert_same(whole, again)
 
 
-class Crash(Exception):
-    pass
-
-
-class Crashing(Regression):
-    crash_at: int | None = None
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if self.trainer.global_step == self.crash_at:
-            raise Crash
-        return loss_of(self.net, DATA[self.trainer.global_step])
-
-
-DATA = batches(STEPS)
-
-
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_crashed_fit_resumes_exactly(averaged: bool, tmp_path: Path) -> None:
-    def fit(folder: Path, crash_at: int | None, path: Any = None) -> list[Tensor]:
-        saver = ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1)
-        extra = [EMAWeightAveraging(decay=0.8)] if averaged else []
-        module = Crashing(adam, STEPS)
-        module.crash_at = crash_at
-        runner = trainer(soft(l1=LinearDecay(0.2, 0.05)), *extra, saver, enable_checkpointing=True)
-        if crash_at is not None:
-            with pytest.raises(Crash):
-                runner.fit(module)
-        else:
-            runner.fit(module, ckpt_path=path)
-        return full_state(module, runner.optimizers[0])
+    def callbacks() -> list[Any]:
+        return [soft(l1=LinearDecay(0.2, 0.05)), *([EMAWeightAveraging(decay=0.8)] if averaged else [])]
 
-    whole = fit(tmp_path / "whole", None)
-    fit(tmp_path / "crashed", 10)
-    path = max((tmp_path / "crashed").glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
-    assert "step=9" in path.name
-    assert_same(fit(tmp_path / "crashed", None, path), whole)
+    whole, again = whole_and_resumed(tmp_path, callbacks, every=3, crash_at=10)
+    assert_same(again, whole)
 
 
 def test_a_second_callback_goes_on_and_repeats_no_draws() -> None:

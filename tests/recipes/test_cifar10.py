@@ -19,6 +19,7 @@ from lightning_deepr.recipes.callbacks import RampedEMA
 from lightning_deepr.recipes.cifar10 import CIFAR10DataModule, wrong_files
 from lightning_deepr.recipes.classifier import CIFAR10Classifier, is_decayed
 from lightning_deepr.recipes.crops import Crops
+from tests.helpers.crashes import Crash, CrashAt
 
 # -- the network ------------------------------------------------------------------------------------------------------------
 
@@ -261,15 +262,6 @@ class MadeUp(CIFAR10DataModule):
         return images, numbers % 10, images[:6], numbers[:6] % 10
 
 
-class Crash(Callback):
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.at:
-            raise RuntimeError("crash")
-
-
 def train(folder: Path, crash_at: int | None = None, resume: Path | None = None) -> CIFAR10Classifier:
     seed_everything(3, verbose=False)
     module = CIFAR10Classifier(lr=0.01, momentum=0.9, schedule="cosine", warmup_epochs=0.5)
@@ -280,7 +272,7 @@ def train(folder: Path, crash_at: int | None = None, resume: Path | None = None)
         checkpoints,
     ]
     trainer = Trainer(
-        callbacks=callbacks + ([Crash(crash_at)] if crash_at else []),
+        callbacks=callbacks + ([CrashAt(crash_at)] if crash_at else []),
         max_epochs=2,
         accelerator="cpu",
         logger=False,
@@ -289,7 +281,7 @@ def train(folder: Path, crash_at: int | None = None, resume: Path | None = None)
     )
     data = MadeUp(batch_size=6, seed=3)
     if crash_at:
-        with pytest.raises(RuntimeError, match="crash"):
+        with pytest.raises(Crash):
             trainer.fit(module, data)
     else:
         trainer.fit(module, data, ckpt_path=resume)

@@ -21,6 +21,7 @@ from lightning_deepr.recipes.sequences import SequenceBatches
 from lightning_deepr.recipes.speech import FrameClassifier, disturbed, frame_errors, frame_loss
 from lightning_deepr.recipes.timit_cache import Frames
 from lightning_deepr.recipes.timit_phones import FOLD, IGNORED, PHONES39, PHONES60, folding
+from tests.helpers.crashes import Crash, CrashAt
 from tests.helpers.made_up_timit import make_full, make_sample
 
 
@@ -205,15 +206,6 @@ def test_frame_errors_are_those_of_the_folded_classes(classes: int) -> None:
 # -- training -------------------------------------------------------------------------------------------------------------------
 
 
-class Crash(Callback):
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.at:
-            raise RuntimeError("crash")
-
-
 class Losses(Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -265,8 +257,8 @@ def test_interrupted_training_goes_on_to_equal_weights(saved: int, crash: int, t
     straight, first, rest = Losses(), Losses(), Losses()
     expected = fit(tmp_path / "a", straight, average(), steps=13)
     checkpoints = ModelCheckpoint(dirpath=tmp_path / "b", every_n_train_steps=saved, save_top_k=1, filename="at")
-    with pytest.raises(RuntimeError, match="crash"):
-        fit(tmp_path / "b", Crash(crash), first, average(), checkpoints, steps=13)
+    with pytest.raises(Crash):
+        fit(tmp_path / "b", CrashAt(crash), first, average(), checkpoints, steps=13)
     found = fit(tmp_path / "b", rest, average(), steps=13, ckpt_path=str(tmp_path / "b" / "at.ckpt"))
     done = crash // saved * saved
     assert len(straight.losses) == 13

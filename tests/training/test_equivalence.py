@@ -10,7 +10,8 @@ from lightning.fabric import Fabric
 
 from lightning_deepr import DeepR, LinearDecay, LrPower
 from lightning_deepr.weights.find import converted_tensors
-from tests.helpers.loops import STEPS, Setting, adam, adam_fused, by_fabric, by_plain_loop, by_trainer, sgd
+from tests.helpers.loops import STEPS, Setting, by_fabric, by_plain_loop, by_trainer
+from tests.helpers.optimizers import adam, adam_fused, sgd
 from tests.helpers.regression import SEED, Twin, batches, loss_of, mlp, plain_mlp, train
 from tests.helpers.state import all_slots, assert_equal_states, oracle_of, state_of, thetas
 

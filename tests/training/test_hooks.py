@@ -13,7 +13,8 @@ from torch import Tensor, nn, optim
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lightning_deepr import DeepR
-from tests.helpers.loops import STEPS, Run, Setting, by_fabric, by_plain_loop, by_trainer, sgd
+from tests.helpers.loops import STEPS, Run, Setting, by_fabric, by_plain_loop, by_trainer
+from tests.helpers.optimizers import sgd
 from tests.helpers.regression import Regression, batches, loss_of, mlp, train
 from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
 from tests.helpers.trainer import trainer

@@ -17,6 +17,8 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
 from lightning_deepr import DeepR, LinearDecay, sparsify
+from tests.helpers.crashes import Crash, Crashing
+from tests.helpers.optimizers import adam, sgd
 from tests.helpers.regression import SEED, Regression, batches, loss_of, mlp, plain_mlp, train
 from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
 from tests.helpers.trainer import trainer
@@ -30,29 +32,23 @@ EPOCH, EPOCHS = 10, 3
 DATA = batches(EPOCH * EPOCHS)
 
 
-class Crash(Exception):
-    pass
-
-
-class Crashing(Regression):
+class Noting(Crashing):
     """Notes its state before every step, and crashes before a given one."""
 
     def __init__(self, make: Callable[[Any], optim.Optimizer], crash_at: int | None = None) -> None:
-        super().__init__(make, EPOCH)
-        self.crash_at = crash_at
+        super().__init__(make, EPOCH, crash_at, DATA)
         self.seen: dict[int, list[Tensor]] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Crashing:
-        replica = Crashing(self.make)  # an average needs no notes
+    def __deepcopy__(self, memo: dict[int, Any]) -> Noting:
+        replica = Noting(self.make)  # an average needs no notes
         replica.net = copy.deepcopy(self.net, memo)
         return replica
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         step = self.trainer.global_step
-        if step == self.crash_at:
-            raise Crash
-        self.seen[step] = state_of(self, self.trainer.optimizers[0])
-        return loss_of(self.net, DATA[step])  # by step: a plain data loader does not remember where it was
+        if step != self.crash_at:
+            self.seen[step] = state_of(self, self.trainer.optimizers[0])
+        return super().training_step(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
@@ -64,14 +60,6 @@ class Crashing(Regression):
 
     def test_dataloader(self) -> Any:
         return DataLoader(DATA[:5], batch_size=None)  # type: ignore[arg-type]
-
-
-def sgd(params: Any) -> optim.Optimizer:
-    return optim.SGD(params, lr=0.1, momentum=0.5)
-
-
-def adam(params: Any) -> optim.Optimizer:
-    return optim.Adam(params, lr=0.02)
 
 
 def rprop(params: Any) -> optim.Optimizer:
@@ -96,8 +84,8 @@ class Setting:
 
     def fit(
         self, folder: Path, crash_at: int | None = None, ckpt_path: Any = None, **options: Any
-    ) -> tuple[Crashing, pl.Trainer]:
-        module = Crashing(self.make, crash_at)
+    ) -> tuple[Noting, pl.Trainer]:
+        module = Noting(self.make, crash_at)
         runner = trainer(*self.callbacks(folder, **options), max_epochs=EPOCHS, enable_checkpointing=True)
         if crash_at is None:
             runner.fit(module, ckpt_path=ckpt_path)

@@ -16,7 +16,8 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
 from lightning_deepr import DeepR, sparsify
-from tests.helpers.loops import STEPS, Run, Setting, adam, adam_fused, sgd
+from tests.helpers.loops import STEPS, Run, Setting
+from tests.helpers.optimizers import adam, adam_fused, sgd
 from tests.helpers.regression import SEED, Regression, batches, loss_of, mlp, train
 from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
 from tests.helpers.trainer import trainer
