@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_deepr.conversion.kinds import kind_of
 from lightning_deepr.conversion.selection import Candidate
 
 
@@ -48,16 +47,11 @@ def materialize(root: nn.Module, seed: int, device: torch.device | str | None) -
         if not converted:
             module.reset_parameters()  # type: ignore[operator]
             continue
+        shape = tuple(next(iter(module.parametrizations.values()))[0].shape)  # type: ignore[union-attr, operator]
+        bound = kind_of(type(module)).bias_bound(module, shape)
         with torch.no_grad():
             for parameter in module._parameters.values():
                 if parameter is None:
                     continue
-                if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-                    bound = 1 / math.sqrt(module.hidden_size)
-                elif isinstance(module, nn.MultiheadAttention):
-                    bound = 0.0
-                else:
-                    shape = next(iter(module.parametrizations.values()))[0].shape  # type: ignore[union-attr, operator]
-                    bound = 1 / math.sqrt(max(math.prod(shape[1:]), 1))
                 generator = torch.Generator(parameter.device).manual_seed(seed)
                 parameter.copy_(torch.rand(parameter.shape, generator=generator, device=parameter.device) * (2 * bound) - bound)
