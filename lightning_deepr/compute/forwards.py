@@ -33,10 +33,10 @@ LINEAR = with_forward(nn.Linear, linear_forward, capable=matrix)
 def conv2d_forward(self: Any, input: Tensor) -> Tensor:
     """``nn.Conv2d.forward`` of a converted layer: sparse, or with the transient weight."""
     found = slots_and_theta(self)
-    # (a compiled graph takes the order that was made with the kernels, if there are any)
-    if found is not None and (not torch.compiler.is_dynamo_compiling() or found[0].order is not None):
+    if found is not None and conv.suits(self, input) and found[0].uses_sparse(input, self):
         slots, theta = found
-        if conv.suits(self, input) and slots.uses_sparse(input, self):
+        # (a compiled graph takes the order that was made with the kernels, if there are any)
+        if not torch.compiler.is_dynamo_compiling() or slots.order is not None:
             return conv.conv2d(input, slots.own(theta), _bias_of(self), slots, self.stride, self.padding, self.dilation)
     result: Tensor = self._conv_forward(input, _built(self.weight), self.bias)
     return result
