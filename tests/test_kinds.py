@@ -2,12 +2,79 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import math
+from collections.abc import Iterator
 
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_deepr import sparsify
 from lightning_deepr.conversion.convert import convert
+from lightning_deepr.conversion.kinds import KINDS, OTHER, Kind, kind_of
 from lightning_deepr.conversion.selection import candidates
 from lightning_deepr.conversion.start import soft_start
+
+from .networks import LAYERS, Layer
+
+# -- torch's layers -----------------------------------------------------------------------------------------------------------
+
+
+def tensors_of(net: nn.Module) -> Iterator[tuple[Kind, nn.Module, str, Tensor]]:
+    """What a network holds in layers of a known kind: (kind, module, the tensor's name, its values)."""
+    for module in net.modules():
+        kind = kind_of(type(module))
+        for name, parameter in module.named_parameters(recurse=False):
+            if kind is not OTHER:
+                yield kind, module, name, parameter.detach()
+
+
+def test_the_table_of_layers_has_every_kind_and_every_tensor_of_it() -> None:
+    found = [(kind, name) for layer in LAYERS for kind, _, name, _ in tensors_of(layer.build())]
+    assert {id(kind) for kind, _ in found} == {id(kind) for kind in KINDS}
+    for kind in KINDS:
+        assert any(one is kind and kind.takes(name) for one, name in found), f"no layer has a weight of {kind.classes}"
+    classes = {one for kind in KINDS for one in kind.classes}
+    covered = {one for layer in LAYERS for module in layer.build().modules() for one in type(module).__mro__}
+    assert classes <= covered
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_all_takes_of_a_kind_what_the_record_says(layer: Layer) -> None:
+    taken = {c.name for c in candidates(layer.build()) if not c.left_out}
+    assert taken == (set() if layer.named else set(layer.tensors))
+    assert set(layer.tensors) == {c.name for c in candidates(layer.build())}, "what only a name takes is found, too"
+
+
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.name != "own_layer"], ids=str)
+def test_bounds_are_those_of_torchs_own_reset(layer: Layer) -> None:
+    draws = 200
+    found: dict[int, list[Tensor]] = {}
+    for seed in range(draws):
+        for number, (_, _, _, values) in enumerate(tensors_of(layer.build(seed))):
+            found.setdefault(number, []).append(values)
+    for number, (kind, module, name, values) in enumerate(tensors_of(layer.build())):
+        drawn = torch.stack(found[number])
+        if kind.takes(name):
+            assert kind.weight_bound is not None
+            bound = kind.weight_bound(module, tuple(values.shape))
+        else:
+            assert "bias" in name
+            weight = next(values for own, values in module.named_parameters(recurse=False) if kind.takes(own))
+            bound = kind.bias_bound(module, tuple(weight.shape))
+        spread = bound if kind.normal else bound / math.sqrt(3)
+        assert float(drawn.square().mean().sqrt()) == pytest.approx(spread, rel=0.05), name
+        if not kind.normal:
+            assert 0.98 * bound <= float(drawn.abs().max()) <= bound * (1 + 1e-6), name
+
+
+def test_biases_of_a_layer_on_meta_start_as_torchs_do() -> None:
+    with torch.device("meta"):
+        bilinear, attention = nn.Bilinear(50, 40, 2000), nn.MultiheadAttention(40, 4)
+    sparsify(bilinear, 500)
+    assert 0.98 / 50**0.5 <= float(bilinear.bias.detach().abs().max()) <= 1 / 50**0.5
+    sparsify(attention, 500)
+    assert not attention.in_proj_bias.any() and not attention.out_proj.bias.any()
 
 
 def test_a_convolution_of_soft_deepr_is_compiled_in_one_graph() -> None:

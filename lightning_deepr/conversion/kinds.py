@@ -105,7 +105,15 @@ def _sparse_gradients(module: Any) -> str:
 
 KINDS = (
     Kind((nn.Linear,), linear=True, weight_bound=fan_in_bound, compute=forwards.LINEAR),
-    Kind((nn.Bilinear,), weight_bound=_bilinear_bound, compute=DENSE),
+    # (attention sets its output's bias to 0)
+    Kind(
+        (nn.modules.linear.NonDynamicallyQuantizableLinear,),
+        linear=True,
+        weight_bound=fan_in_bound,
+        bias_bound=_zero,
+        compute=forwards.LINEAR,
+    ),
+    Kind((nn.Bilinear,), weight_bound=_bilinear_bound, bias_bound=_bilinear_bound, compute=DENSE),
     Kind((nn.modules.conv._ConvNd,), weight_bound=fan_in_bound, compute=DENSE),
     Kind((nn.Conv2d,), weight_bound=fan_in_bound, compute=forwards.CONV2D),
     Kind((nn.modules.conv._ConvTransposeNd,), fan_in=_transposed_fan_in, weight_bound=fan_in_bound, compute=DENSE),
