@@ -77,6 +77,15 @@ def test_biases_of_a_layer_on_meta_start_as_torchs_do() -> None:
     assert not attention.in_proj_bias.any() and not attention.out_proj.bias.any()
 
 
+def test_a_weight_that_stays_dense_in_a_converted_layer_on_meta_has_its_own_start() -> None:
+    with torch.device("meta"):
+        attention = nn.MultiheadAttention(40, 4, kdim=30, vdim=20)
+    sparsify(attention, {"q_proj_weight": 0.3})
+    for weight in (attention.k_proj_weight, attention.v_proj_weight):
+        bound = math.sqrt(6 / sum(weight.shape))
+        assert 0.98 * bound <= float(weight.detach().abs().max()) <= bound
+
+
 def test_a_convolution_of_soft_deepr_is_compiled_in_one_graph() -> None:
     net = nn.Conv2d(3, 4, 3)
     convert(net, candidates(net), {"weight": 20}, init="module", seed=0, compute="dense", begin=soft_start)
