@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lightning_deepr import sparsify
+from lightning_deepr import connectivity_report, densify, sparsify
 from lightning_deepr.conversion.convert import convert
 from lightning_deepr.conversion.kinds import KINDS, OTHER, Kind, kind_of
 from lightning_deepr.conversion.selection import candidates
@@ -84,6 +86,24 @@ def test_a_weight_that_stays_dense_in_a_converted_layer_on_meta_has_its_own_star
     for weight in (attention.k_proj_weight, attention.v_proj_weight):
         bound = math.sqrt(6 / sum(weight.shape))
         assert 0.98 * bound <= float(weight.detach().abs().max()) <= bound
+
+
+class TwoMatrices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(9, 14))
+        self.second = nn.Parameter(torch.randn(5, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.first), self.second)
+
+
+def test_every_matrix_of_an_own_layer_may_be_computed_sparsely() -> None:
+    """The second one is converted when the layer's class is one of torch's making already."""
+    net = sparsify(TwoMatrices(), 0.3, target_modules=["first", "second"], compute="sparse")
+    assert [row["compute"] for row in connectivity_report(net)] == ["sparse", "sparse"]
+    twin, x = densify(copy.deepcopy(net)), torch.randn(6, 14)
+    torch.testing.assert_close(net(x), twin(x))
 
 
 def test_a_convolution_of_soft_deepr_is_compiled_in_one_graph() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_deepr.compute import choice
 
@@ -42,7 +43,8 @@ def matrix(module: nn.Module, tensor_name: str, shape: Shape) -> bool:
 
 def own_matrix(module: nn.Module, tensor_name: str, shape: Shape) -> bool:
     """A matrix of a layer that is none of torch's: it is taken to give the matrix to ``F.linear``."""
-    return len(shape) == 2 and not type(module).__module__.startswith("torch.nn")
+    # (the class that torch makes for a parametrized module says that it is torch's)
+    return len(shape) == 2 and not type_before_parametrizations(module).__module__.startswith("torch.nn")
 
 
 def matrix_guess(slots: Slots) -> bool:
