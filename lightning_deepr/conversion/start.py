@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_deepr import kernels
 from lightning_deepr.algorithm import randomness
 from lightning_deepr.algorithm.rewiring import random_places
-from lightning_deepr.conversion.kinds import fan_in, own_magnitudes
 from lightning_deepr.conversion.selection import Candidate
 from lightning_deepr.weights.base import Notice, Parametrization
 from lightning_deepr.weights.dense_theta import MaskedTheta, SoftTheta
@@ -75,16 +74,33 @@ def start(
         if init == "deepr":
             slots = torch.arange(count, device=device)
             deviate = randomness.normal(randomness.key(seed, randomness.START_THETA), randomness.counters(index, slots))
-            theta = deviate.abs() / math.sqrt(fan_in(candidate.module, candidate.shape))
+            theta = deviate.abs() / math.sqrt(candidate.kind.fan_in(candidate.module, candidate.shape))
         else:
             own = (
-                own_magnitudes(candidate.module, candidate.shape, candidate.name, places, index, seed)
+                own_magnitudes(candidate, places, index, seed)
                 if on_meta
                 else weight.detach().reshape(-1)[places.to(weight.device)]
             )
             theta = own.abs().to(device) * math.sqrt(candidate.total / count)
         theta = theta.to(weight.dtype)
     return theta, KSlots(shape, places, index, sign_seed, exceptions, weight.dtype, notice)
+
+
+def own_magnitudes(candidate: Candidate, places: Tensor, index: int, seed: int) -> Tensor:
+    """What torch's own ``reset_parameters`` would put at these places, for a layer that has no values yet."""
+    kind, module = candidate.kind, candidate.module
+    if kind.weight_bound is None:
+        raise ValueError(
+            f"`{candidate.name}` is on the meta device and {type(module).__name__} is no kind whose start is known: "
+            'expected init="deepr", found "module".'
+        )
+    bound = kind.weight_bound(module, candidate.shape)
+    slots = torch.arange(places.numel(), device=places.device)
+    stream, counters = randomness.key(seed, randomness.START_THETA), randomness.counters(index, slots)
+    if kind.normal:
+        return randomness.normal(stream, counters) * bound
+    uniform = (randomness.bits(stream, counters) >> 11).bitwise_and_((1 << 53) - 1).double() * 2.0**-53
+    return uniform * bound
 
 
 def soft_start(
