@@ -17,7 +17,7 @@ from lightning_deepr.recipes.running import data_of_recipe
 from lightning_deepr.zoo.loading import folder as folder_of_models
 from lightning_deepr.zoo.verification import counting, evaluate
 
-COLUMNS = (
+_COLUMNS = (
     "name", "connections", "potential", "connectivity", "bytes", "bytes_per_connection", "metric",
     "correct", "recorded", "examples", "value", "mean", "std", "seeds",
 )  # fmt: skip
@@ -64,7 +64,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def put_into(page: Path, text: str) -> None:
+def _put_into(page: Path, text: str) -> None:
     """The table, between its two comments, where the page has them."""
     if not page.is_file():
         return
@@ -91,10 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{number}/{len(names)} {found['name']}: {found['correct']:,} of {found['examples']:,}, recorded {found['recorded']:,}"
         )
     with given.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    put_into(given.out.with_name("README.md"), table(rows))
+    _put_into(given.out.with_name("README.md"), table(rows))
     off = [found["name"] for found in rows if abs(found["correct"] - found["recorded"]) > 1]
     if off:
         sys.exit(f"not as recorded: {', '.join(off)}")
