@@ -16,7 +16,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_deepr import DeepR, connections, connectivity_report, densify, sparsify
+from lightning_deepr import DeepR, connections, connectivity_report, densify, kernels, sparsify
 from lightning_deepr.conversion import kinds
 from lightning_deepr.conversion.convert import convert
 from lightning_deepr.conversion.kinds import KINDS, OTHER, Kind, kind_of, register_kind
@@ -211,8 +211,16 @@ def test_the_documents_sparse_forward_is_used_and_given_back(documented: dict[st
     assert not reads, "the weight was not read"
     densify(twin)
     assert type(twin).forward is grouped.forward and type(layer).forward is sparse_forward
-    assert [row["compute"] for row in connectivity_report(sparsify(grouped(40, 20, groups=4), 0.3))] == ["dense"]
-    assert [row["compute"] for row in connectivity_report(sparsify(grouped(400, 200, groups=4), 0.001))] == ["sparse"]
+
+
+@pytest.mark.skipif(not kernels.available(), reason="the rules are asked only where there are kernels")
+def test_the_documents_rules_choose_under_auto(documented: dict[str, Any]) -> None:
+    grouped = documented["GroupedLinear"]
+    for connectivity, compute in ((0.3, "dense"), (0.001, "sparse")):
+        layer = sparsify(grouped(400, 200, groups=4), connectivity)
+        assert [row["compute"] for row in connectivity_report(layer)] == [compute], "before the first input"
+        layer(torch.randn(3, 400))
+        assert [row["compute"] for row in connectivity_report(layer)] == [compute]
 
 
 class Kernel(nn.Linear):
