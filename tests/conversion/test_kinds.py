@@ -7,7 +7,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +21,11 @@ from lightning_deepr.conversion.convert import convert
 from lightning_deepr.conversion.kinds import KINDS, OTHER, Kind, kind_of, register_kind
 from lightning_deepr.conversion.selection import candidates
 from lightning_deepr.conversion.start import soft_start
+from tests.helpers.layers import LAYERS, Layer, flat
+from tests.helpers.paths import ROOT
+from tests.helpers.state import assert_connected, theta_of
 
-from .networks import LAYERS, Layer, assert_connected, flat, theta_of
-
-DOCUMENT = Path(__file__).parents[1] / "docs" / "extending_kind.md"
+DOCUMENT = ROOT / "docs" / "extending_kind.md"
 
 
 @pytest.fixture(autouse=True)
