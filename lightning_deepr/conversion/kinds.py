@@ -1,6 +1,6 @@
 """The kinds of layers that can be converted: one record per kind.
 
-A new kind is one :class:`Kind`, given to :func:`register_kind`. ``docs/extending_kind.md`` shows a complete one.
+A new kind is one :class:`Kind`, given to :func:`register_kind`. ``docs/extending.md`` shows a complete one.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from tests.helpers.layers import LAYERS, Layer, flat
 from tests.helpers.paths import ROOT
 from tests.helpers.state import assert_connected, theta_of
 
-DOCUMENT = ROOT / "docs" / "extending_kind.md"
+DOCUMENT = ROOT / "docs" / "extending.md"
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,8 @@ def test_a_convolution_of_soft_deepr_is_compiled_in_one_graph() -> None:
 def _documented() -> dict[str, Any]:
     """What the document's code makes: it is run as it stands."""
     names: dict[str, Any] = {}
-    for number, block in enumerate(re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)):
+    text = DOCUMENT.read_text(encoding="utf-8").partition("\n# A new kind of layer\n")[2]
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
         exec(compile(block, f"{DOCUMENT.name}, block {number}", "exec"), names)
     return names
 
