@@ -11,4 +11,6 @@ import torch
 torch.set_num_threads(1)
 
 # programs that the tests run: Triton has to be told of its interpreter before it is imported, and is not everywhere
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["triton_interpreted.py", "triton_compiled.py"]
+collect_ignore = (
+    [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/triton_interpreted.py", "kernels/triton_compiled.py"]
+)

@@ -20,10 +20,11 @@ from lightning_deepr.recipes.running import find_recipe
 from lightning_deepr.recipes.timit_cache import Frames
 from lightning_deepr.recipes.timit_data import TIMIT
 from lightning_deepr.zoo import make
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow  # a process each, that imports all and compiles at the least settings
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
+SCRIPTS = ROOT / "benchmarks"
 
 
 def run(script: str, out: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:

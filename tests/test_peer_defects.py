@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from lightning_deepr import DeepR, connections, load_state_dict, sparsify
 from lightning_deepr.weights.k_slots import KSlots
-
-from .networks import Net, assert_connected, batches, fit_plain, slots_by_name, theta_of, trainer
+from tests.helpers.classifier import Net, batches, fit_plain
+from tests.helpers.state import assert_connected, slots_by_name, theta_of
+from tests.helpers.trainer import trainer
 
 
 def network(connectivity: Any = 0.3, **options: Any) -> nn.Sequential:

@@ -63,9 +63,8 @@ def _refuse_unknown_methods(arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: it is not; lists the family.
     """
-    from lightning_deepr import methods as family
+    from lightning_deepr.methods import METHODS as methods
 
-    methods = sorted(family.__all__)
     given = [(*argument.split("=", 1), *after)[:2] for argument, *after in zip(arguments, [*arguments[1:], ""], strict=True)]
     for option, value in given:
         if option in ("--sparsity", "--sparsity.class_path") and value.isidentifier() and value not in (*methods, "null"):

@@ -1,0 +1,74 @@
+"""``lightning-deepr export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_deepr import load_state_dict, save_sparse
+from lightning_deepr.commands.main import main
+from lightning_deepr.export import to_csr, to_dense_state_dict
+from lightning_deepr.models import LeNet300100
+from tests.helpers.exported import lenet
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* is an int and means one single connection", "ignore:LSTM with projections")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return save_sparse(lenet(), tmp_path / "net.safetensors")
+
+
+def test_command_line_writes_dense_csr_and_c(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = ["--module", "lightning_deepr.models.LeNet300100"]
+    net = load_state_dict(LeNet300100(), checkpoint)
+    main(["export", str(checkpoint), "--to", "dense", "--out", str(tmp_path / "dense.pt"), *network])
+    state = torch.load(tmp_path / "dense.pt", weights_only=True)
+    assert all(torch.equal(state[name], tensor) for name, tensor in to_dense_state_dict(net).items())
+    main(["export", str(checkpoint), "--to", "csr", "--out", str(tmp_path / "net.npz"), *network])
+    arrays = np.load(tmp_path / "net.npz")
+    assert torch.equal(torch.from_numpy(arrays["fc1.weight.data"]), to_csr(net)["fc1.weight"].values())
+    assert np.array_equal(arrays["fc1.bias"], net.fc1.bias.detach().numpy())
+    main(["export", str(checkpoint), "--to", "c", "--out", str(tmp_path / "net.h"), "--weights", "int8", *network])
+    assert "static inline void predict" in (tmp_path / "net.h").read_text()
+    assert "2,682 of 266,200 connections as int8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "onnx", "--out", "net.onnx"], "--input-shape"),
+        (["--to", "csr", "--out", "net.txt"], r"expected \.npz"),
+        (["--to", "dense", "--out", "net.txt"], r"expected \.safetensors"),
+        (["--to", "c", "--out", "net.h", "--submodule", "head"], "head"),
+    ],
+)
+def test_command_line_says_what_is_wrong(checkpoint: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["export", str(checkpoint), *arguments, "--module", "lightning_deepr.models.LeNet300100"])
+
+
+def test_command_line_finds_the_network_or_asks_for_it(checkpoint: Path, tmp_path: Path) -> None:
+    for module in (["--module", "torch.nn.functional.relu"], ["--module", "LeNet300100"]):
+        with pytest.raises(SystemExit, match=r"expected the full name of an nn\.Module"):
+            main(["export", str(checkpoint), "--to", "c", "--out", str(tmp_path / "net.h"), *module])
+    torch.save({"state_dict": lenet().state_dict()}, tmp_path / "last.ckpt")
+    with pytest.raises(SystemExit, match=r"last\.ckpt does not say which network it is of: give --module"):
+        main(["export", str(tmp_path / "last.ckpt"), "--to", "c", "--out", str(tmp_path / "net.h")])
+    main(["export", str(checkpoint), "--to", "c", "--out", str(tmp_path / "one.h")])  # a sparse file names its own
+    main(
+        [
+            "export",
+            str(tmp_path / "last.ckpt"),
+            "--to",
+            "c",
+            "--out",
+            str(tmp_path / "other.h"),
+            "--module",
+            "lightning_deepr.models.LeNet300100",
+        ]
+    )
+    assert (tmp_path / "one.h").read_text() == (tmp_path / "other.h").read_text()

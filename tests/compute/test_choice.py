@@ -1,0 +1,101 @@
+"""Which kind of compute is picked for a tensor, and that what is asked for is done."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_deepr import DeepR, connectivity_report, load_state_dict, sparsify
+from lightning_deepr import kernels as kernels_module
+from lightning_deepr.weights.k_slots import KSlots
+from tests.helpers.layers import Scaled
+from tests.helpers.regression import SEED
+from tests.helpers.sparse_linear import dense_twin, needs_kernels, sparse_layer
+from tests.helpers.state import all_slots, slots_by_name, thetas
+from tests.helpers.tensors_made import Recording
+
+pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached", "ignore:.*an int and means one single connection")
+
+
+@needs_kernels
+def test_auto_picks_per_tensor_and_the_report_says_what() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10), nn.Unflatten(1, (1, 10)), nn.Conv1d(1, 4, 3))
+    sparsify(net, {"0": 0.01, "2": 0.9, "4": 0.5}, compute="auto")
+    assert {row["name"]: row["compute"] for row in connectivity_report(net)} == {
+        "0.weight": "sparse",
+        "2.weight": "dense",
+        "4.weight": "dense",
+    }
+    assert "sparse" in str(connectivity_report(net)).splitlines()[2]
+    both = {kind: copy.deepcopy(net) for kind in ("sparse", "dense")}
+    for kind, twin in both.items():
+        for slots in all_slots(twin)[:2]:
+            slots.choose_compute(kind, True)
+    for batch in (1, 30, 200, 1):  # each batch size has a choice of its own; the numbers are the same
+        x = torch.randn(batch, 1000)
+        for twin in both.values():
+            torch.testing.assert_close(net(x), twin(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compute", ["sparse", "dense"])
+def test_what_is_asked_for_is_what_is_done(compute: str) -> None:
+    net = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 10), nn.Unflatten(1, (1, 10)), nn.Conv1d(1, 4, 3))
+    sparsify(net, {"0": 0.01, "1": 0.9, "3": 0.5}, compute=compute)
+    with Recording() as seen:
+        net(torch.randn(2, 1000))
+    assert seen.names.count("lightning_deepr.linear.default") == (
+        2 if compute == "sparse" and kernels_module.available() else 0
+    )
+    # a convolution has no sparse kernel that wins: it stays dense and says so
+    assert [row["compute"] for row in connectivity_report(net)] == [compute, compute, "dense"]
+
+
+def test_a_layer_too_large_to_be_dense_is_sparse_whatever_is_picked() -> None:
+    with torch.device("meta"):
+        layer = nn.Linear(40_000, 20_000)
+    sparsify(layer, 50, compute="auto")
+    assert connectivity_report(layer)[0]["compute"] == "sparse"
+    for batch in (1, 2):
+        layer(torch.randn(batch, 40_000)).sum().backward()
+
+
+def test_first_used_in_inference_mode_then_trained() -> None:
+    """A sanity check runs in inference mode, and may be the first that needs the order of the connections."""
+    layer = sparse_layer(500, 400, 0.02, compute="auto")
+    slots = slots_by_name(layer)["weight"]
+    slots.order, slots.policy = None, "sparse"
+    with torch.inference_mode():
+        layer(torch.randn(5, 500))
+        copy.deepcopy(layer)(torch.randn(5, 500))
+    x = torch.randn(5, 500)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    DeepR(l1=1.0, check_invariants=True).attach(layer, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(layer(x), dense_twin(layer)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_own_layer_of_the_table_trains_sparse() -> None:
+    net = sparsify(Scaled(), 0.4, target_modules=["weight"], compute="sparse", seed=SEED)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    DeepR(l1=0.5, seed=SEED, check_invariants=True).attach(net, optimizer)
+    assert isinstance(slots_by_name(net)["weight"], KSlots)
+    for _ in range(10):
+        x = torch.randn(8, 14)
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+    twin = Scaled()
+    with torch.no_grad():
+        twin.weight.copy_(net.weight)
+        twin.bias.copy_(net.bias)
+    torch.testing.assert_close(net(x), twin(x))
+    loaded = load_state_dict(Scaled(), net.state_dict())
+    torch.testing.assert_close(loaded(x), net(x))
+    assert thetas(loaded)[0].shape == thetas(net)[0].shape

@@ -1,0 +1,156 @@
+"""Model cards and pictures, from metadata alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_deepr import connections, sparsify, zoo
+from lightning_deepr.conversion.report import connectivity_report
+from lightning_deepr.hub.cards import card, metrics_table, table
+from lightning_deepr.hub.pictures import counts, draw, per_input
+from lightning_deepr.models import LeNet300100
+from lightning_deepr.zoo import write_cards
+from lightning_deepr.zoo.describing import describe
+from tests.helpers.paths import ROOT
+
+
+@pytest.fixture
+def info() -> dict[str, Any]:
+    return {
+        "name": "lenet300_100.deepr_1pct_mnist",
+        "architecture": "lenet300_100",
+        "arguments": {"bias": True},
+        "connectivity": connectivity_report(sparsify(LeNet300100(), 2662, distribution="deepr")).to_dict(),
+        "algorithm": {"name": "DeepR", "temperature": 0.0, "l1": "LinearDecay(start=0.0002, end=0.0)"},
+        "seeds": [0, 1, 2],
+        "metrics": {
+            "test_accuracy": {
+                "value": 0.9741,
+                "mean": 0.9738,
+                "std": 0.0004,
+                "seeds": [0, 1, 2],
+                "correct": 9741,
+                "examples": 10000,
+                "selection": "none",
+            }
+        },
+        "data": {"name": "MNIST", "split": "test", "sha256": "ab" * 32},
+        "recipe": {"name": "mnist_best", "overrides": ["--trainer.max_epochs 100"]},
+        "package_version": "0.1.0",
+        "license": "Apache-2.0",
+        "sha256": "cd" * 32,
+        "bytes": 17_000,
+    }
+
+
+def test_what_a_card_says(info: dict[str, Any]) -> None:
+    text = card(info, repo_id="me/lenet", recipe="mnist_best.yaml")
+    for said in (
+        "# lenet300_100.deepr_1pct_mnist",
+        "2,662 of 266,200 connections (1.00%). It was sparse from the first step",
+        "Measure it again: `lightning-deepr zoo verify --data FILE`.",
+        'net = zoo.load("me/lenet", source="hub")',
+        "| `fc1.weight` | 300 x 784 | 235,200 |",
+        "| **all** | | 266,200 | 2,662 | 1.000% |",
+        "Dense: `fc1.bias`, " if "fc1.bias" in info["connectivity"]["left_out"] else "| tensor |",
+        "![connectivity](connectivity.png)",
+        "| test accuracy | 0.9741 (9,741 of 10,000) | 0.9738 ± 0.0004 | 0, 1, 2 |",
+        "test accuracy: selection none.",
+        "- algorithm: DeepR (temperature = 0.0, l1 = LinearDecay(start=0.0002, end=0.0))",
+        f"sha256 `{'ab' * 32}`",
+        "[`mnist_best.yaml`](mnist_best.yaml)",
+        "lightning-deepr fit --config mnist_best --trainer.max_epochs 100",
+        f"- sha256: `{'cd' * 32}`",
+        "Apache-2.0",
+        "@inproceedings{bellec2018deep",
+    ):
+        assert said in text
+    assert 'zoo.load("lenet300_100.deepr_1pct_mnist")' in card(info)
+
+
+def test_the_metadata_for_the_hub(info: dict[str, Any]) -> None:
+    data = huggingface_hub.ModelCard(card(info)).data
+    assert (data.license, data.pipeline_tag, data.library_name) == ("apache-2.0", "image-classification", "lightning-deepr")
+    assert data.datasets == ["ylecun/mnist"] and "deep-r" in data.tags
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name, result.dataset_split) == (
+        "accuracy",
+        0.9741,
+        "MNIST",
+        "test",
+    )
+    assert data.model_name == info["name"]
+
+
+def test_what_is_not_recorded_is_left_out(info: dict[str, Any]) -> None:
+    text = card({"connectivity": info["connectivity"]}, picture=None)
+    assert "## Metrics" not in text and "## Training" not in text and "## Licence" not in text and "![" not in text
+    data = huggingface_hub.ModelCard(text).data
+    assert data.eval_results is None and data.license is None
+    assert "sparse from the first step" not in text and "found by RigL" in card({**info, "algorithm": "RigL"})
+    assert "module=Net()" in text  # no registry can build it
+    assert metrics_table({"metrics": {"accuracy": 0.5, "note": "text", "flag": True}}).count("\n") == 2
+    assert card({**info, "data": "MNIST", "recipe": "mnist_best", "algorithm": "DeepR", "license": "EUPL-9"}).startswith(
+        "---\n"
+    )
+    assert table({}).count("|") == 12
+
+
+def test_text_of_a_file_stays_text(info: dict[str, Any]) -> None:
+    info["license"] = "mit\ntags: [evil]"
+    info["name"] = "a: b\n---\n# c"
+    data = huggingface_hub.ModelCard(card(info)).data
+    assert data.license == "other" and "evil" not in data.tags
+
+
+def test_counts() -> None:
+    net = sparsify(nn.Linear(1000, 300), 0.1)
+    shape, places, _ = connections(net)["weight"]
+    dense = (net.weight != 0).int().numpy()
+    cells, (tall, wide) = counts(tuple(shape), places, cells=64)
+    assert max(cells.shape) <= 64 and cells.sum() == 30_000
+    padded = np.zeros((cells.shape[0] * tall, cells.shape[1] * wide), int)
+    padded[:300, :1000] = dense
+    assert np.array_equal(cells, padded.reshape(cells.shape[0], tall, cells.shape[1], wide).sum((1, 3)))
+    assert per_input(tuple(shape), places) is None
+    image = per_input((300, 784), torch.tensor([0, 784, 784 + 29]))
+    assert image is not None and (image[0, 0], image[1, 1], image.sum()) == (2, 1, 3)
+
+
+def test_picture(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 5), nn.Conv1d(4, 4, 3), nn.Linear(20, 4))
+    path = draw(connections(sparsify(net, 0.2)), tmp_path / "net.png", title="a title")
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size < 200_000
+    lenet = connections(sparsify(LeNet300100(), 0.01))
+    first, second = draw(lenet, tmp_path / "a.png").read_bytes(), draw(lenet, tmp_path / "b.png").read_bytes()
+    assert first == second
+    with pytest.raises(ValueError, match="expected at least one sparse tensor"):
+        draw({}, tmp_path / "none.png")
+
+
+def test_cards_are_written_by_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = zoo.save(sparsify(LeNet300100(), 0.01), tmp_path / "lenet300_100.mine.safetensors", metrics={"test_accuracy": 0.5})
+    write_cards.main([str(tmp_path / "cards"), str(path)])
+    text = (tmp_path / "cards/lenet300_100.mine.md").read_text()
+    assert "![connectivity](lenet300_100.mine.png)" in text and "| test accuracy | 0.5 |" in text
+    assert "lenet300_100.mine.md" in capsys.readouterr().out
+    assert (tmp_path / "cards/lenet300_100.mine.png").read_bytes()[:4] == b"\x89PNG"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match="damaged"):
+        write_cards.main([str(tmp_path / "cards"), str(path)])
+
+
+CARDS = ROOT / "zoo" / "cards"
+
+
+@pytest.mark.parametrize("name", zoo.list_models())
+def test_the_cards_of_the_zoo_are_those_that_the_script_writes(name: str) -> None:
+    assert (CARDS / f"{name}.png").is_file()
+    assert (CARDS / f"{name}.md").read_text(encoding="utf-8") == card(describe(name), picture=f"{name}.png")

@@ -1,0 +1,147 @@
+"""What is sampled is what theory says, at small scale (at full scale: benchmarks/theory). Seeds fix every draw.
+
+A step of finite length leaves a bias. Where a test can see it (soft-DEEP R) two learning rates are extrapolated to 0; where it can't at
+a small one (DEEP R), that one is taken. A test fails where a sampler without bias would be as far off once in a thousand times.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.paths import ROOT
+
+FOLDER = ROOT / "benchmarks" / "theory"
+LEAST_P = 1e-3
+
+
+def load(name: str) -> Any:
+    """A module of benchmarks/theory, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # they import each other by these names
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def theory() -> Any:
+    """The modules, by name; what they put into sys is taken back."""
+    before_path, before_modules = list(sys.path), set(sys.modules)
+    found = {name: load(name) for name in ("densities", "divergence", "chains", "hard", "soft")}
+    yield type("Theory", (), found)
+    sys.path[:] = before_path
+    for name in set(sys.modules) - before_modules:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER.parent)):
+            del sys.modules[name]
+
+
+# -- what is compared with, and how ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["flat", "quadratic", "double_well"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_closed_form_is_the_integral(theory: Any, name: str, k: int) -> None:
+    target = theory.densities.Target(theory.densities.ENERGIES[name], 0.7, 0.4)
+    closed, integral = theory.densities.closed_form(target, 4, k), theory.densities.connectivities(target, 4, k)
+    torch.testing.assert_close(closed, integral, rtol=1e-5, atol=1e-9)
+
+
+def test_groups_that_share_connections(theory: Any) -> None:
+    """Two groups of 2 weights that share 2 connections are 4 weights with K = 2 and the sum of both energies."""
+    target = theory.densities.Target(theory.densities.two_paths, 0.7, 0.4)
+    whole = theory.densities.Target(lambda u: target.energy(u[..., :2]) + target.energy(u[..., 2:]), 0.7, 0.4)
+    found = torch.zeros(4, dtype=torch.float64)
+    for c, p in zip(theory.densities.subsets(4, 2), theory.densities.connectivities(whole, 4, 2), strict=True):
+        found[sum(1 << i for i in c if i < 2)] += p
+    torch.testing.assert_close(theory.densities.group_connectivities(target, 2, 2, 2), found, rtol=1e-5, atol=1e-9)
+
+
+def test_density_of_a_flat_energy(theory: Any) -> None:
+    """theta_min holds the wanted share: mass |theta_min| below 0, T / alpha above."""
+    bins = theory.soft.bins_of(theory.densities.Target(theory.densities.flat, theory.soft.ALPHA, theory.soft.TEMPERATURE), 1)
+    assert theory.soft.true_share(bins, 8) == pytest.approx(theory.soft.WANTED, rel=1e-4)
+
+
+@pytest.mark.parametrize("away", [0.0, 0.03])
+def test_divergence_tells_bias_from_sampling_error(theory: Any, away: float) -> None:
+    """Chains that stay where they are half of the time; ``away`` of the first cell's mass is moved to the second."""
+    generator = torch.Generator().manual_seed(0)
+    true = torch.tensor([0.3, 0.1, 0.2, 0.15, 0.25], dtype=torch.float64)
+    sampled = true + away * torch.tensor([-1.0, 1, 0, 0, 0], dtype=torch.float64)
+    chains, steps, runs = 60, 100, 60
+    state = torch.multinomial(sampled, chains * steps * runs, True, generator=generator).view(steps, runs, chains)
+    stays = torch.rand(steps, runs, chains, generator=generator) < 0.5
+    for t in range(1, steps):
+        state[t] = torch.where(stays[t], state[t - 1], state[t])
+    found = []
+    for run in range(runs):
+        histograms = theory.divergence.Histograms(chains, 5)
+        histograms.add(torch.arange(chains).repeat(steps), state[:, run].flatten())
+        found.append(theory.divergence.divergence(histograms.frequencies(), true))
+    # staying half of the time makes a sample worth a third
+    assert sum(d.effective for d in found) / runs == pytest.approx(chains * steps / 3, rel=0.1)
+    rejected = sum(not d.within for d in found) / runs
+    assert rejected < 0.15 if away == 0 else rejected > 0.9
+
+
+# -- soft-DEEP R -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["flat", "correlated"])
+def test_soft_deep_r_samples_the_density(theory: Any, name: str) -> None:
+    soft, dimensions = theory.soft, theory.soft.DIMENSIONS[name]
+    target = theory.densities.Target(theory.densities.ENERGIES[name], soft.ALPHA, soft.TEMPERATURE)
+    runs = {lr: soft.run(target, dimensions, lr, 10.0, seed, chains=800) for seed, lr in enumerate((0.02, 0.005))}
+    true = runs[0.02]["bins"].probabilities
+    limit = theory.divergence.extrapolated(*[(lr, run["frequencies"]) for lr, run in runs.items()])
+    coarse, fine = (run["divergence"] for run in runs.values())
+    assert coarse.bias > 2 * fine.bias, "the bias should be about proportional to the learning rate"
+    assert theory.divergence.divergence(limit, true).p > LEAST_P
+
+
+# -- DEEP R ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "name", "k", "lr"),
+    [((64, 1), "correlated", 2, 0.005), ((64, 1), "quadratic", 3, 0.01), ((24, 60), "correlated", 2, 0.01)],
+    ids=["2 of 4", "3 of 4", "rows of a layer"],
+)
+def test_deep_r_samples_connectivities_and_weights(theory: Any, shape: tuple[int, int], name: str, k: int, lr: float) -> None:
+    target = theory.densities.Target(theory.densities.ENERGIES[name], theory.hard.ALPHA, theory.hard.TEMPERATURE)
+    fine = theory.hard.run(shape, target, k, lr, 12.0, 0, beginning=8.0)
+    for what in fine["truth"]:
+        assert fine[what].p > LEAST_P, what
+    if shape[1] > 1:  # precise enough to see the bias of a coarse step
+        coarse = theory.hard.run(shape, target, k, 0.2, 12.0, 0, beginning=8.0)
+        assert coarse["c"].p < 1e-4 < fine["c"].p
+
+
+def test_weights_of_deep_r_are_exponential_without_data(theory: Any) -> None:
+    """With a flat energy every connectivity is as likely, and each active theta has the prior's density, alpha / T * exp(-alpha * theta / T)."""
+    target, tensors, cells = theory.densities.Target(theory.densities.flat, theory.hard.ALPHA, theory.hard.TEMPERATURE), 24, 6
+    scale = target.temperature / target.alpha
+    edges = -scale * torch.log1p(-torch.arange(1, cells) / cells)
+    true, found = torch.full((cells,), 1 / cells, dtype=torch.float64), []
+    for seed, lr in enumerate((0.04, 0.01)):
+        numbers = {"alpha": target.alpha, "temperature": target.temperature, "seed": seed}
+        chains = theory.chains.Chains(tensors, 60, 4, 2, target.energy, lambda p, lr=lr: torch.optim.SGD(p, lr=lr), **numbers)
+        histograms = theory.divergence.Histograms(tensors, cells)
+        for step in range(round(20 / lr)):
+            chains.step()
+            if step * lr >= 8 and step % round(0.4 / lr) == 0:
+                active, u = chains.state()
+                row = active.nonzero()[:, 0]
+                histograms.add(chains.tensor_of_row[row], torch.bucketize(u[active], edges, right=True))
+        chains.close()
+        found.append((lr, histograms.frequencies()))
+    coarse = theory.divergence.divergence(found[0][1], true)
+    limit = theory.divergence.divergence(theory.divergence.extrapolated(*found), true)
+    assert coarse.p < 1e-4, "at this learning rate the bias should be seen"
+    assert limit.p > LEAST_P
