@@ -55,7 +55,9 @@ assert connections is convert.connections and DeepR is lightning_deepr.methods.D
 """
 
 
-@pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled"])
+@pytest.mark.parametrize(
+    "order", ["shuffled", *(pytest.param(one, marks=pytest.mark.slow) for one in ("forwards", "backwards"))]
+)
 def test_the_public_names_whatever_was_imported_before(order: str) -> None:
     done = subprocess.run([sys.executable, "-c", EVERYTHING, repr(PUBLIC), order], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
