@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_deepr._version import __version__ as __version__
 from lightning_deepr.checkpoint import load_state_dict, save_sparse
 from lightning_deepr.conversion import connections, densify, sparsify
 from lightning_deepr.layers import SparseLinear
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from lightning_deepr.rigl import RigL
     from lightning_deepr.soft_deepr import SoftDeepR
 
-__version__ = "0.1.0"
 __all__ = [
     "SET",
     "DeepR",
