@@ -789,7 +789,7 @@ def test_an_unknown_class_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-deepr"])
-    Path("nope.yaml").write_text("sparsity:\n  class_path: lightning_deepr.Nope\n")
+    Path("nope.yaml").write_text("sparsity:\n  class_path: lightning_deepr.Nope\n", encoding="utf-8")
     with pytest.raises(SystemExit):
         cli.train(["--config", "mnist_quickstart", "--config", "nope.yaml"], run=False)
     assert "no attribute 'Nope'; its callbacks are DeepR, FixedRandom" in capsys.readouterr().err

@@ -296,7 +296,7 @@ def run_in_c(folder: Path, inputs: Tensor, outputs: int, name: str = "predict") 
         f'#include "model.h"\nvoid run(const float *in, float *out);\nvoid run(const float *in, float *out) {{ {name}(in, out); }}\n'
     )
     flags = ["-O2", "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    done = subprocess.run([CC, *flags, "-o", str(library), str(source)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([CC, *flags, "-o", str(library), str(source)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     function = ctypes.CDLL(str(library)).run
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -441,8 +441,8 @@ def lenet(seed: int = 0) -> nn.Module:
 def compile_example(folder: Path) -> subprocess.CompletedProcess[str]:
     assert CC is not None
     flags = ["-O2", "-std=c99", "-Wall", "-Werror"]
-    subprocess.run([CC, *flags, "-o", str(folder / "digits"), str(folder / "main.c")], check=True, timeout=120)
-    return subprocess.run([str(folder / "digits")], capture_output=True, text=True, timeout=60, check=False)
+    subprocess.run([CC, *flags, "-o", str(folder / "digits"), str(folder / "main.c")], check=True, timeout=600)
+    return subprocess.run([str(folder / "digits")], capture_output=True, text=True, timeout=600, check=False)
 
 
 @needs_cc
@@ -477,7 +477,7 @@ def test_command_line_writes_dense_csr_and_c(checkpoint: Path, tmp_path: Path, c
     assert torch.equal(torch.from_numpy(arrays["fc1.weight.data"]), to_csr(net)["fc1.weight"].values())
     assert np.array_equal(arrays["fc1.bias"], net.fc1.bias.detach().numpy())
     main(["export", str(checkpoint), "--to", "c", "--out", str(tmp_path / "net.h"), "--weights", "int8", *network])
-    assert "static inline void predict" in (tmp_path / "net.h").read_text()
+    assert "static inline void predict" in (tmp_path / "net.h").read_text(encoding="utf-8")
     assert "2,682 of 266,200 connections as int8" in capsys.readouterr().out
 
 
@@ -515,4 +515,4 @@ def test_command_line_finds_the_network_or_asks_for_it(checkpoint: Path, tmp_pat
             "lightning_deepr.models.LeNet300100",
         ]
     )
-    assert (tmp_path / "one.h").read_text() == (tmp_path / "other.h").read_text()
+    assert (tmp_path / "one.h").read_text(encoding="utf-8") == (tmp_path / "other.h").read_text(encoding="utf-8")

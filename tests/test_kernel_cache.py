@@ -248,7 +248,7 @@ def test_folders_that_nobody_uses_are_removed(folder: Path, monkeypatch: pytest.
     now = time.time()
     for name, age in (("0.0.1-0123456789abcdef", 40), ("0.0.2-0123456789abcdef", 20), ("somebody else's", 400)):
         (root / name).mkdir()
-        (root / name / "file").write_text("")
+        (root / name / "file").write_text("", encoding="utf-8")
         os.utime(root / name, (now - age * 86400, now - age * 86400))
     os.utime(own.parent, (now - 29 * 86400, now - 29 * 86400))
     assert hits(storing(61)) == 1  # marks the folder as used
@@ -267,7 +267,7 @@ def test_sources_that_changed_since_they_were_imported_are_not_kept(folder: Path
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, folder: Path, lines: Callable[[], list[str]]) -> None:
-    folder.write_text("a file where the folder should be")
+    folder.write_text("a file where the folder should be", encoding="utf-8")
     for value in (81, 82):
         kernel = storing(value)
         assert (hits(kernel), stored_by(kernel)) == (0, value)
@@ -302,7 +302,7 @@ def started(
 
 def ended(process: subprocess.Popen[str]) -> list[str]:
     """The lines of a program that has to succeed, on stderr."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert set(out.split()) == {"ok"}
     return [line for line in err.splitlines() if "kernel" in line and "compiles its CPU kernels" not in line]
@@ -420,7 +420,7 @@ def test_a_change_in_a_file_that_a_kernel_calls(tmp_path: Path) -> None:
             assert len(changed) == len(text) + len("builder.fneg()")
             native.write_text(changed, encoding="utf-8")
             os.utime(native, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        out, err = started(tmp_path / "kept", program).communicate(timeout=300)
+        out, err = started(tmp_path / "kept", program).communicate(timeout=600)
         assert out == "ok\n", err
         said.append([line for line in err.splitlines() if line in ("positive", "negative")])
     assert said == [["positive"] * 3, ["negative"] * 3]
