@@ -318,10 +318,10 @@ def test_a_class_of_the_user_goes_to_a_folder_and_back(tmp_path: Path) -> None:
     net = sparsify(Net(width=40, depth=2), 0.05, seed=3)
     net.save_pretrained(tmp_path / "net")
     assert sorted(file.name for file in (tmp_path / "net").iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    assert json.loads((tmp_path / "net/config.json").read_text()) == {"width": 40, "depth": 2}
+    assert json.loads((tmp_path / "net/config.json").read_text(encoding="utf-8")) == {"width": 40, "depth": 2}
     again = Net.from_pretrained(tmp_path / "net")
     assert same(net, again) and not again.training
-    readme = (tmp_path / "net/README.md").read_text()
+    readme = (tmp_path / "net/README.md").read_text(encoding="utf-8")
     assert "library_name: lightning-deepr" in readme and "| `body.1.weight` | 40 x 40 | 1,600 | 80 | 5.000% |" in readme
     assert huggingface_hub.ModelCard(readme).data.library_name == "lightning-deepr"
     (tmp_path / "net/model.safetensors").unlink()
@@ -355,7 +355,7 @@ class OwnLayer(nn.Linear, SparseHubMixin):
 def test_a_class_that_is_a_layer(tmp_path: Path) -> None:
     net = sparsify(OwnLayer(40), 0.1)  # torch makes a class of its own for such a module
     net.save_pretrained(tmp_path)
-    assert "# OwnLayer\n" in (tmp_path / "README.md").read_text()
+    assert "# OwnLayer\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
     assert same(net, OwnLayer.from_pretrained(tmp_path))
 
 
@@ -457,7 +457,7 @@ def test_a_branch_a_pull_request_and_a_card_of_ones_own(
     writer: HubServer, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repository_card = tmp_path / "card.md"
-    repository_card.write_text("---\nlicense: mit\n---\n# mine\n")
+    repository_card.write_text("---\nlicense: mit\n---\n# mine\n", encoding="utf-8")
     publish(file, MODEL, card=repository_card, picture=False)
     repository = writer.repositories[MODEL]
     other = saved(lenet(seed=1), tmp_path / "other.safetensors")
@@ -577,9 +577,10 @@ def run(hub: HubServer, tmp_path: Path, *arguments: str, **environment: str) -> 
         **environment,
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    return subprocess.run([sys.executable, *arguments], env={**kept, **own}, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], env={**kept, **own}, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow  # a process of its own
 def test_the_endpoint_of_the_environment(hub: HubServer, file: Path, tmp_path: Path) -> None:
     command = ("-m", "lightning_deepr.cli", "zoo")
     done = run(hub, tmp_path, *command, "publish", str(file), MODEL, "--private", HF_TOKEN="hf_writer")
@@ -611,6 +612,7 @@ def test_the_command_line(
     assert not (tmp_path / "not").exists()
 
 
+@pytest.mark.slow  # a process of its own
 def test_offline_by_the_environment(writer: HubServer, file: Path, tmp_path: Path) -> None:
     publish(file, MODEL, picture=False)
     zoo.load(MODEL, source="hub")
@@ -631,5 +633,5 @@ except OSError as error:
 
 def test_the_hub_is_imported_when_it_is_asked() -> None:
     code = "import sys, lightning_deepr; from lightning_deepr import zoo; zoo.list_models(); print('huggingface_hub' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.stdout.strip() == "False", done.stderr

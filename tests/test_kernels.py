@@ -471,6 +471,7 @@ def test_a_gradient_with_strides(make: Callable[[int], Tensor]) -> None:
 # -- without kernels ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_oracle_is_met_without_kernels_too() -> None:
     """The essential test of Algorithm 1 again, in a process in which the environment turns the kernels off."""
     root = Path(__file__).parents[1]

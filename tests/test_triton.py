@@ -38,11 +38,12 @@ def test_in_the_interpreter(marked: str) -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("targets", "dtypes"),
     [
         ("cuda:90", "fp32"),
-        pytest.param("cuda:80 cuda:90 cuda:100", "fp32 fp64 bf16 fp16", marks=pytest.mark.slow),
+        ("cuda:80 cuda:90 cuda:100", "fp32 fp64 bf16 fp16"),
     ],
 )
 def test_the_kernels_compile_for_gpus_that_are_not_here(targets: str, dtypes: str, tmp_path: Path) -> None:
