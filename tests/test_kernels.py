@@ -482,6 +482,7 @@ def test_the_oracle_is_met_without_kernels_too() -> None:
             "-m",
             "pytest",
             "-q",
+            "-n0",
             "-p",
             "no:cacheprovider",
             "tests/test_rewiring.py",

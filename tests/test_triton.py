@@ -32,7 +32,8 @@ def run(*arguments: str, **environment: str) -> str:
 @pytest.mark.parametrize("marked", ["not slow", "slow"])
 def test_in_the_interpreter(marked: str) -> None:
     said = run(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, "tests/triton_interpreted.py"), TRITON_INTERPRET="1"
+        *("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", marked, "tests/triton_interpreted.py"),
+        TRITON_INTERPRET="1",
     )
     assert " passed" in said and "failed" not in said and "skipped" not in said
 
