@@ -29,7 +29,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 def run(script: str, out: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:
     """The rows that a script leaves and what it prints."""
     command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--rounds", "1", "--threads", "1", "--out", str(out), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (out / f"{script}.png").is_file()
     with (out / f"{script}.csv").open(encoding="utf-8") as file:
@@ -94,7 +94,7 @@ def test_break_even(tmp_path: Path) -> None:
 
 def test_the_table_of_the_mnist_results_is_printed_from_the_recorded_runs() -> None:
     command = [sys.executable, str(SCRIPTS / "reproduction" / "mnist.py"), "--table"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     with (SCRIPTS / "reproduction" / "results.csv").open(encoding="utf-8") as file:
         arms = {row["arm"] for row in csv.DictReader(file)}
@@ -389,7 +389,7 @@ def test_a_study_does_again_what_had_other_settings(tmp_path: Path) -> None:
 
 def test_data_loading(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPTS / "data_loading.py"), "--steps", "1", "--threads", "1", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     with (tmp_path / "data_loading.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -121,7 +121,7 @@ def test_the_trainer_on_two_ranks(tmp_path: Path) -> None:
     script.write_text(SCRIPT, encoding="utf-8")
     environment = {**os.environ, **LOOPBACK, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, str(script), str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stderr
     start = sparsify(Net(norm=True), 0.3)

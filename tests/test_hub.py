@@ -577,7 +577,7 @@ def run(hub: HubServer, tmp_path: Path, *arguments: str, **environment: str) -> 
         **environment,
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    return subprocess.run([sys.executable, *arguments], env={**kept, **own}, capture_output=True, text=True, timeout=600)
+    return subprocess.run([sys.executable, *arguments], env={**kept, **own}, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.mark.slow  # a process of its own
@@ -633,5 +633,5 @@ except OSError as error:
 
 def test_the_hub_is_imported_when_it_is_asked() -> None:
     code = "import sys, lightning_deepr; from lightning_deepr import zoo; zoo.list_models(); print('huggingface_hub' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
     assert done.stdout.strip() == "False", done.stderr

@@ -30,7 +30,7 @@ def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedP
         env={**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": "", **environment},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
 
 
@@ -246,7 +246,7 @@ def test_import_is_light() -> None:
         "import sys, torch, lightning_deepr as d; n = d.sparsify(torch.nn.Linear(50, 9), .1); d.densify(n); "
         f"print([m for m in {heavy} if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -258,7 +258,7 @@ def test_the_wheel_carries_recipes_and_digits(tmp_path: Path) -> None:
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(REPOSITORY)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())

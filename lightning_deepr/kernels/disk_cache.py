@@ -38,6 +38,8 @@ log = logging.getLogger("lightning_deepr")
 MAGIC = b"lightning_deepr kernel, format 1\n"
 KEPT_FOR = 30 * 24 * 3600
 """Seconds after which a folder that nobody has used is removed: those of other versions, Pythons and CPUs."""
+AT_MOST = 20
+"""Folders that are kept; every change of the sources makes one."""
 
 _FOLDER = re.compile(r"[\w.+]+-[0-9a-f]{16}")
 _OPTIONS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "ENABLE_AVX", "ENABLE_PROFILING")
@@ -240,12 +242,12 @@ def _mark_as_used(folder: Path) -> None:
 
 
 def _remove_unused(own: Path) -> None:
-    """Remove the folders of other versions, Pythons and CPUs that nobody has used for KEPT_FOR."""
+    """Remove the folders of other versions, Pythons and CPUs that nobody has used for KEPT_FOR, and the oldest beyond AT_MOST."""
     with contextlib.suppress(OSError):
-        for folder in own.parent.iterdir():
-            if folder == own or not _FOLDER.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
-                continue
-            if time.time() - folder.stat().st_mtime > KEPT_FOR:
+        folders = [one for one in own.parent.iterdir() if _FOLDER.fullmatch(one.name) and one.is_dir() and not one.is_symlink()]
+        dates = {folder: folder.stat().st_mtime for folder in folders if folder != own}
+        for count, folder in enumerate(sorted(dates, key=dates.__getitem__, reverse=True), start=2):
+            if count > AT_MOST or time.time() - dates[folder] > KEPT_FOR:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
