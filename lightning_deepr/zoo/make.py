@@ -1,7 +1,7 @@
 """Trains the zoo's models with the packaged recipes, and writes their files.
 
     python -m lightning_deepr.zoo.make train --data.mnist data --workers 2       # whatever is not trained yet, seed by seed
-    python -m lightning_deepr.zoo.make collect --data.mnist data                 # files in zoo/, and the registry's entries
+    python -m lightning_deepr.zoo.make collect --data.mnist data                 # files in zoo/ of the checkout, and the registry's entries
 
 A training runs in a folder of its own, ``runs/zoo/NAME/seed_S``; an interrupted one goes on from its last checkpoint. The file that is
 published is seed 0's, whatever the others reach: a seed is never picked by its test result.
@@ -28,7 +28,7 @@ from torch import Tensor
 from lightning_deepr import methods, zoo
 from lightning_deepr.recipes.running import has_root, quiet
 from lightning_deepr.recipes.running import train as run_recipe
-from lightning_deepr.zoo.loading import folder as folder_of_models
+from lightning_deepr.zoo.loading import folder_of_checkout
 from lightning_deepr.zoo.verification import counting, evaluate
 
 _RUNS = Path("runs/zoo")
@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=["train", "collect"])
     parser.add_argument("names", nargs="*", help="models; none: all")
     parser.add_argument("--runs", type=Path, default=_RUNS, help="folder of the trainings")
-    parser.add_argument("--folder", type=Path, default=folder_of_models(), help="where the files go")
+    parser.add_argument("--folder", type=Path, help="where the files go (default: zoo/ of the checkout)")
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time, one thread each")
     parser.add_argument("--seeds", type=int, help="train so many at most")
     for data in DATA_SETS:
@@ -297,8 +297,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = given.names or list(PLANS)
     roots = {name: str(Path(getattr(given, PLANS[name].data)).resolve()) for name in names}
     if given.what == "collect":
+        try:
+            folder = given.folder or folder_of_checkout("--folder")
+        except ValueError as error:
+            parser.error(str(error))
         for name in names:
-            file = collect(name, roots[name], given.runs, given.folder)
+            file = collect(name, roots[name], given.runs, folder)
             print(f'    Entry("{name}", "{hashlib.sha256(file.read_bytes()).hexdigest()}"),')
         return
     jobs = [(name, seed) for seed in range(10) for name in names if seed < min(PLANS[name].seeds, given.seeds or 10)]

@@ -54,7 +54,7 @@ def publish(
     token: str | bool | None = None,
     **metadata: Any,
 ) -> Published:
-    """Publish a sparse model: create the repository or update it, in one commit.
+    """Publish a sparse model: create the repository or update it, in one commit. ``hub.publish`` is an alias of this function.
 
     Written are ``model.safetensors``, ``config.json``, ``README.md`` (the model card, with evaluation metadata), ``connectivity.png`` and, when
     known, the recipe's YAML. Other files of the repository stay. A file that is the same already is not sent again.
