@@ -14,7 +14,7 @@ No module and no Lightning here; every function takes the tensors of a whole net
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -110,6 +110,18 @@ def keep_active(thetas: Sequence[Tensor]) -> None:
         theta.clamp_(min=0)
 
 
+def start_anew(values: Iterable[tuple[Tensor, float]], slots: Tensor) -> None:
+    """A newborn starts at 0 with the starting state: each value becomes its start at the slots that were reborn.
+
+    Args:
+        values: vectors with an entry per slot, written in place, each with what it starts at: theta with 0, a tensor of the
+            optimizer's state with what the optimizer starts it with.
+        slots: int64, the slots that were reborn.
+    """
+    for value, start in values:
+        value.index_fill_(0, slots.to(value.device), start)
+
+
 def reactivate(
     thetas: Sequence[Tensor], tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], seed: int, step: int
 ) -> list[Tensor]:
@@ -140,7 +152,7 @@ def reactivate(
         reborn[i] = draw_from_list(tensors[i], dormant[i], seed, step)
     for theta, tensor, slots, places in zip(thetas, tensors, dormant, reborn, strict=True):
         if slots.numel():
-            theta.index_fill_(0, slots, 0.0)
+            start_anew([(theta, 0.0)], slots)
             tensor.places.index_copy_(0, slots, places)
             tensor.signs.index_copy_(0, slots, tensor.signs_at(places))
             tensor.born.index_fill_(0, slots, step)

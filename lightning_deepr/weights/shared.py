@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_deepr import kernels
-from lightning_deepr.algorithm import shared_rewiring
+from lightning_deepr.algorithm import rewiring, shared_rewiring
 from lightning_deepr.algorithm.shared_rewiring import Geometry
 from lightning_deepr.weights.k_slots import KSlots
 
@@ -182,9 +182,9 @@ class Pool:
         if moves is None:
             return None
         source = moves.source
-        for value, start in values:
-            where = value.device
-            value.copy_(value[source.to(where)].index_fill_(0, moves.born.to(where), start))
+        for value, _ in values:
+            value.copy_(value[source.to(value.device)])
+        rewiring.start_anew(values, moves.born)
         signs = self.whole("signs")[source]
         exceptions = [member.exceptions for member in self.members]
         signs[moves.born] = shared_rewiring.signs_at(geometry, moves.owners, moves.places, exceptions, signs.dtype)
