@@ -278,8 +278,8 @@ class DeepR(SparseTraining):
 
     @override
     def check(self, item: Stepped, born: Reborn, optimizer: Optimizer) -> None:
-        pool = item.tensor.slots.pool
-        if pool is None:
+        slots = item.tensor.slots
+        if not slots.shares:
             super().check(item, born, optimizer)
             return
         theta = item.tensor.theta
@@ -289,7 +289,7 @@ class DeepR(SparseTraining):
             for name, value in optimizer.state.get(theta, {}).items()
             if isinstance(value, Tensor) and value.shape == theta.shape
         ]
-        problem = pool.problem(item.tensor.slots, theta.detach(), born.slots, states, self.least_per_layer)
+        problem = slots.problem(theta.detach(), born.slots, states, least=self.least_per_layer)
         if problem is not None:
             raise RuntimeError(f"check_invariants: `{item.tensor.name}`, step {item.tensor.step}: {problem}.")
 
