@@ -14,7 +14,7 @@ No module and no Lightning here; every function takes the tensors of a whole net
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,11 +113,7 @@ def keep_active(thetas: Sequence[Tensor]) -> None:
 def reactivate(
     thetas: Sequence[Tensor], tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], seed: int, step: int
 ) -> list[Tensor]:
-    """Give every dormant slot a new place, uniform over *all* dormant places of its tensor and without replacement.
-
-    The connections that have just gone dormant are candidates like any other. A place is drawn and rejected while it is
-    taken, which costs O(R) draws because at most half of the places can be; a denser tensor (2 K > N) lists its dormant
-    places, which are fewer than its slots. Both are exact, and both end at any density.
+    """Activate as many dormant places as connections have gone dormant, uniformly at random, at theta 0.
 
     Args:
         thetas: K-vectors, written in place: 0 at the reborn slots.
@@ -129,6 +125,48 @@ def reactivate(
     Returns:
         the new places, int64 [R_i] for each tensor, in the order of ``dormant``.
     """
+    reborn = new_places(tensors, dormant, seed, step)
+    for theta, tensor, slots, places in zip(thetas, tensors, dormant, reborn, strict=True):
+        if slots.numel():
+            start_anew([(theta, 0.0)], slots)
+            move(tensor, slots, places, step)
+    return reborn
+
+
+def start_anew(values: Iterable[tuple[Tensor, float]], slots: Tensor) -> None:
+    """A newborn starts at theta 0, with the state that the optimizer starts with.
+
+    Args:
+        values: theta with 0, and each state tensor of its shape with its starting value; written in place.
+        slots: int64 [R], the reborn ones.
+    """
+    for value, start in values:
+        value.index_fill_(0, slots if slots.device == value.device else slots.to(value.device), start)
+
+
+def move(tensor: SlotTensor, slots: Tensor, places: Tensor, step: int) -> None:
+    """Slots stand for other places from now on; the sign is that of the place."""
+    tensor.places.index_copy_(0, slots, places)
+    tensor.signs.index_copy_(0, slots, tensor.signs_at(places))
+    tensor.born.index_fill_(0, slots, step)
+
+
+def new_places(tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], seed: int, step: int) -> list[Tensor]:
+    """A place for every dormant slot, uniform over *all* dormant places of its tensor and without replacement.
+
+    The connections that have just gone dormant are candidates like any other. A place is drawn and rejected while it is
+    taken, which costs O(R) draws because at most half of the places can be; a denser tensor (2 K > N) lists its dormant
+    places, which are fewer than its slots. Both are exact, and both end at any density.
+
+    Args:
+        tensors: with the places that are taken.
+        dormant: from :func:`dormant_slots`.
+        seed: the seed of all draws.
+        step: the number of this step.
+
+    Returns:
+        int64 [R_i] for each tensor, in the order of ``dormant``.
+    """
     reborn: list[Tensor] = list(dormant)
     rejecting = [i for i, slots in enumerate(dormant) if slots.numel() and 2 * tensors[i].places.numel() <= tensors[i].total]
     listing = [i for i, slots in enumerate(dormant) if slots.numel() and 2 * tensors[i].places.numel() > tensors[i].total]
@@ -138,12 +176,6 @@ def reactivate(
             reborn[i] = places
     for i in listing:
         reborn[i] = draw_from_list(tensors[i], dormant[i], seed, step)
-    for theta, tensor, slots, places in zip(thetas, tensors, dormant, reborn, strict=True):
-        if slots.numel():
-            theta.index_fill_(0, slots, 0.0)
-            tensor.places.index_copy_(0, slots, places)
-            tensor.signs.index_copy_(0, slots, tensor.signs_at(places))
-            tensor.born.index_fill_(0, slots, step)
     return reborn
 
 

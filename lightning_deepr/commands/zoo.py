@@ -12,7 +12,7 @@ from lightning_deepr import zoo
 from lightning_deepr.conversion.report import ConnectivityReport
 from lightning_deepr.recipes.running import data_of_recipe
 
-COLUMNS = ("name", "connections", "connectivity", "metric", "bytes")
+_COLUMNS = ("name", "connections", "connectivity", "metric", "bytes")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -49,12 +49,12 @@ def run(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     try:
         if given.command == "list":
-            print(listing(zoo.list_models(given.pattern)))
+            print(_listing(zoo.list_models(given.pattern)))
         elif given.command == "info":
             found = zoo.info(given.model)
-            print(json.dumps(found, indent=2) if given.json else describe(found))
+            print(json.dumps(found, indent=2) if given.json else _describe(found))
         else:
-            verify(*_models_and_folder(given.models, given.data))
+            _verify(*_models_and_folder(given.models, given.data))
     except (OSError, ValueError, RuntimeError) as error:
         raise SystemExit(f"lightning-deepr zoo {given.command}: {error}") from error
 
@@ -66,7 +66,7 @@ def _models_and_folder(models: list[str], data: str | None) -> tuple[list[str], 
     return models or zoo.list_models(), data
 
 
-def verify(models: Sequence[str], folder: str | None) -> None:
+def _verify(models: Sequence[str], folder: str | None) -> None:
     """Verify each, with data where a folder is given ("": the recipe's); a failure does not keep the others from being looked at."""
     failures = []
     for model in models:
@@ -79,7 +79,7 @@ def verify(models: Sequence[str], folder: str | None) -> None:
     print(f"{len(models)} models are as recorded." if models else "There are no models in the zoo.")
 
 
-def listing(names: Sequence[str]) -> str:
+def _listing(names: Sequence[str]) -> str:
     """A table of models."""
     rows = []
     for name in names:
@@ -94,10 +94,10 @@ def listing(names: Sequence[str]) -> str:
             if zoo.list_models()
             else "There are no models in the zoo."
         )
-    widths = [max(len(row[i]) for row in [COLUMNS, *rows]) for i in range(len(COLUMNS))]
+    widths = [max(len(row[i]) for row in [_COLUMNS, *rows]) for i in range(len(_COLUMNS))]
     lines = [
         "  ".join(cell.ljust(w) if i in (0, 3) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in [COLUMNS, *rows]
+        for row in [_COLUMNS, *rows]
     ]
     return "\n".join([lines[0].rstrip(), "-" * (sum(widths) + 2 * (len(widths) - 1)), *(line.rstrip() for line in lines[1:])])
 
@@ -108,7 +108,7 @@ def _metric(item: tuple[str, Any]) -> str:
     return f"{name} {value:.4g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
 
 
-def describe(info: Mapping[str, Any]) -> str:
+def _describe(info: Mapping[str, Any]) -> str:
     """What is known of a model, as text."""
     rows = [{**row, "l1": None, "compute": "-"} for row in info["connectivity"]["rows"]]
     lines = [f"{info['name']}", "", str(ConnectivityReport(rows, info["connectivity"]["left_out"])), ""]

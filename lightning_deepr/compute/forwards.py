@@ -8,33 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_deepr import kernels
 from lightning_deepr.compute import choice, conv
+from lightning_deepr.compute.layer import Shape, Slots, matrix, slots_and_theta, with_forward
 from lightning_deepr.compute.sparse import linear, quick_linear
 from lightning_deepr.compute.weight import SparseWeight
 
 
-def take_over(module: nn.Module) -> None:
-    """Give a layer whose weight has just been parametrized, and whose class is its own, the forward pass that fits it."""
-    own: Any = type(module)
-    for plain, forward in _FORWARDS.items():
-        if own.forward is plain.forward:
-            own.forward = forward
-
-
-def give_back(module: nn.Module) -> None:
-    """After a conversion was undone: a class that stays, since the bias is parametrized too, runs as its author wrote it."""
-    own: Any = type(module)
-    if own.__dict__.get("forward") in _FORWARDS.values():
-        del own.forward
-
-
 def linear_forward(self: Any, input: Tensor) -> Tensor:
     """``nn.Linear.forward`` of a converted layer: sparse, or with the transient weight."""
-    holder = self._modules["parametrizations"]._modules["weight"]
-    slots, theta = holder._modules["0"], holder._parameters.get("original")
-    if len(holder._modules) == 1 and theta is not None and slots.uses_sparse(input):
-        theta, bias = slots.own(theta), _bias_of(self)
+    found = slots_and_theta(self)
+    if found is not None and found[0].uses_sparse(input, self):
+        slots, theta, bias = found[0], found[0].own(found[1]), _bias_of(self)
         if not torch.compiler.is_dynamo_compiling():
             y = quick_linear(input, theta, bias, slots)
             if y is not None:
@@ -43,23 +27,37 @@ def linear_forward(self: Any, input: Tensor) -> Tensor:
     return F.linear(input, _built(self.weight), self.bias)
 
 
+LINEAR = with_forward(nn.Linear, linear_forward, capable=matrix)
+
+
 def conv2d_forward(self: Any, input: Tensor) -> Tensor:
     """``nn.Conv2d.forward`` of a converted layer: sparse, or with the transient weight."""
-    holder = self._modules["parametrizations"]._modules["weight"]
-    slots, theta = holder._modules["0"], holder._parameters.get("original")
-    ready = not torch.compiler.is_dynamo_compiling() or slots.order is not None  # made with the kernels, if there are any
-    if ready and len(holder._modules) == 1 and theta is not None and conv.suits(self, input):
-
-        def prefers(x: Tensor) -> bool:
-            around = conv.padding_of(self)
-            pixels = conv.output_size(x.shape[2:], self.kernel_size, self.stride, around, self.dilation)
-            size_in, size_out = x.shape[2] * x.shape[3], pixels[0] * pixels[1]
-            return kernels.available() and choice.prefers_sparse_conv(slots.shape, slots.count, x.shape[0], size_in, size_out)
-
-        if slots.uses_sparse(input, prefers):
+    found = slots_and_theta(self)
+    if found is not None and conv.suits(self, input) and found[0].uses_sparse(input, self):
+        slots, theta = found
+        # (a compiled graph takes the order that was made with the kernels, if there are any)
+        if not torch.compiler.is_dynamo_compiling() or slots.order is not None:
             return conv.conv2d(input, slots.own(theta), _bias_of(self), slots, self.stride, self.padding, self.dilation)
     result: Tensor = self._conv_forward(input, _built(self.weight), self.bias)
     return result
+
+
+def _conv2d_capable(module: Any, tensor_name: str, shape: Shape) -> bool:
+    return module.groups == 1 and module.padding_mode == "zeros"
+
+
+def _conv2d_guess(slots: Slots) -> bool:
+    return choice.prefers_sparse_conv_at_all(slots.count / slots.total)
+
+
+def _conv2d_prefers(slots: Slots, module: Any, x: Tensor) -> bool:
+    around = conv.padding_of(module)
+    pixels = conv.output_size(x.shape[2:], module.kernel_size, module.stride, around, module.dilation)
+    size_in, size_out = x.shape[2] * x.shape[3], pixels[0] * pixels[1]
+    return choice.prefers_sparse_conv(slots.shape, slots.count, x.shape[0], size_in, size_out)
+
+
+CONV2D = with_forward(nn.Conv2d, conv2d_forward, capable=_conv2d_capable, guess=_conv2d_guess, prefers=_conv2d_prefers)
 
 
 def _bias_of(module: Any) -> Tensor | None:
@@ -69,6 +67,3 @@ def _bias_of(module: Any) -> Tensor | None:
 
 def _built(weight: Tensor) -> Tensor:
     return weight.build() if type(weight) is SparseWeight else weight
-
-
-_FORWARDS: dict[Any, Any] = {nn.Linear: linear_forward, nn.Conv2d: conv2d_forward}

@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from lightning_deepr import kernels
 from lightning_deepr.compute.eager import is_plain
 from lightning_deepr.compute.gather import TWICE
+from lightning_deepr.compute.layer import Shape
 
 
 class _Plan(NamedTuple):
@@ -254,7 +255,7 @@ def _of_biases(dsums: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 # -- the module ---------------------------------------------------------------------------------------------------------------
 
 
-def capable(module: nn.Module, tensor_name: str) -> bool:
+def capable(module: nn.Module, tensor_name: str, shape: Shape) -> bool:
     """Whether sparse compute may take a tensor of a recurrent layer: a weight of an LSTM without projections or of a GRU."""
     return _is_known(type_before_parametrizations(module), module) and tensor_name.startswith(("weight_ih_l", "weight_hh_l"))
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from lightning_deepr.compute.recurrent import sparse_forward
+from lightning_deepr.compute.layer import LayerCompute
+from lightning_deepr.compute.recurrent import capable, sparse_forward
 from lightning_deepr.compute.weight import SparseWeight
 
 _NAMES = ("_update_flat_weights", "forward", "_init_flat_weights", "__deepcopy__")
 
 
-def take_over(module: nn.RNNBase) -> None:
+def take_over(module: nn.RNNBase, tensor_name: str) -> None:
     """Give a recurrent layer that has just been parametrized the behaviour described above."""
     parametrized = type(module)  # a class of its own, which torch made for this very module
     if "_update_flat_weights" in parametrized.__dict__:
@@ -57,7 +58,7 @@ def take_over(module: nn.RNNBase) -> None:
     _release(module)
 
 
-def give_back(module: nn.RNNBase) -> None:
+def give_back(module: nn.RNNBase, tensor_name: str) -> None:
     """After a conversion was undone: rebuild torch's own list if no tensor of the layer is converted any more."""
     if "_update_flat_weights" not in type(module).__dict__:
         module._init_flat_weights()
@@ -66,3 +67,6 @@ def give_back(module: nn.RNNBase) -> None:
 def _release(module: Any) -> None:
     module._flat_weights = []
     module._flat_weight_refs = []
+
+
+RECURRENT = LayerCompute(capable, take_over=take_over, give_back=give_back)

@@ -12,7 +12,6 @@ from torch.nn.utils import parametrize
 from lightning_deepr.compute import check_compute
 from lightning_deepr.conversion import sharing
 from lightning_deepr.conversion.allocation import allocate, check_connectivity
-from lightning_deepr.conversion.kinds import has_sparse_compute
 from lightning_deepr.conversion.materialize import materialize, refuse_unmaterializable
 from lightning_deepr.conversion.selection import Candidate, Connectivity, Distribution, Modules, candidates, select
 from lightning_deepr.conversion.start import INITS, start
@@ -116,11 +115,9 @@ def convert(
                 f"`{candidate.name}` has another parametrization already ({kind}). Expected a plain weight: leave it out with "
                 "exclude_modules, or remove that parametrization first."
             )
-        if isinstance(candidate.module, (nn.Embedding, nn.EmbeddingBag)) and candidate.module.sparse:
-            raise ValueError(
-                f"`{candidate.name}` has sparse=True, whose gradient is a sparse tensor: expected sparse=False (the gradient of a "
-                "converted weight has K entries anyway)."
-            )
+        refusal = candidate.kind.refuses(candidate.module)
+        if refusal:
+            raise ValueError(f"`{candidate.name}` {refusal}")
     refuse_unmaterializable(root, chosen)
     first = 1 + max((converted.slots.index for converted in converted_tensors(root)), default=-1)
     notice, begun = Notice(), []
@@ -133,7 +130,8 @@ def convert(
             begin(candidate, counts[candidate.name], first + offset, init=init, seed=seed, notice=notice, device=target)
         )
     for candidate, (theta, slots) in zip(chosen, begun, strict=True):
-        slots.choose_compute(policy, has_sparse_compute(candidate.module, candidate.tensor_name, candidate.shape))
+        slots.layer = candidate.kind.compute
+        slots.choose_compute(policy, slots.layer.capable(candidate.module, candidate.tensor_name, candidate.shape))
         install(candidate.module, candidate.tensor_name, theta, slots, candidate.name)
         slots.hold(candidate.module.parametrizations[candidate.tensor_name])  # type: ignore[index, union-attr, arg-type]
     materialize(root, seed, device)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_deepr.conversion.kinds import kind_of
 from lightning_deepr.conversion.selection import Candidate
 
 
@@ -32,8 +31,8 @@ def refuse_unmaterializable(root: nn.Module, chosen: list[Candidate]) -> None:
 def materialize(root: nn.Module, seed: int, device: torch.device | str | None) -> None:
     """Give values to what is still on the meta device after conversion: biases, norm layers and unconverted weights.
 
-    Each such module is emptied onto the device and reset by its own ``reset_parameters``; a converted module has its biases
-    set as torch's layers do, since its reset would build the dense weight.
+    Each such module is emptied onto the device and reset by its own ``reset_parameters``; a converted module has its other
+    parameters drawn within the bounds of its kind, since its reset would build the dense weight.
     """
     target = torch.device(device) if device is not None else torch.device("cpu")
     for module in root.modules():
@@ -48,16 +47,15 @@ def materialize(root: nn.Module, seed: int, device: torch.device | str | None) -
         if not converted:
             module.reset_parameters()  # type: ignore[operator]
             continue
+        shape = tuple(next(iter(module.parametrizations.values()))[0].shape)  # type: ignore[union-attr, operator]
+        kind = kind_of(type(module))
         with torch.no_grad():
-            for parameter in module._parameters.values():
+            for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
-                if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-                    bound = 1 / math.sqrt(module.hidden_size)
-                elif isinstance(module, nn.MultiheadAttention):
-                    bound = 0.0
+                if kind.weight_bound is not None and kind.takes(name):  # a weight that was not chosen
+                    bound = kind.weight_bound(module, tuple(parameter.shape))
                 else:
-                    shape = next(iter(module.parametrizations.values()))[0].shape  # type: ignore[union-attr, operator]
-                    bound = 1 / math.sqrt(max(math.prod(shape[1:]), 1))
+                    bound = kind.bias_bound(module, shape)
                 generator = torch.Generator(parameter.device).manual_seed(seed)
                 parameter.copy_(torch.rand(parameter.shape, generator=generator, device=parameter.device) * (2 * bound) - bound)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from lightning_deepr.conversion.kinds import KINDS, ONLY_WHEN_NAMED, WEIGHTS
+from lightning_deepr.conversion.kinds import OTHER, Kind, kind_of
 from lightning_deepr.weights.base import Parametrization
 from lightning_deepr.weights.find import plain_name, slots_of
 
@@ -45,6 +45,10 @@ class Candidate:
     def parameter(self) -> Tensor | None:
         return self.module._parameters.get(self.tensor_name)
 
+    @property
+    def kind(self) -> Kind:
+        return kind_of(type(self.module))
+
 
 def candidates(root: nn.Module) -> list[Candidate]:
     """Every weight of two or more dimensions that is no bias, in the order of ``named_modules``.
@@ -64,12 +68,14 @@ def candidates(root: nn.Module) -> list[Candidate]:
         if parametrized:
             for tensor_name in module.parametrizations:  # type: ignore[union-attr]
                 own.setdefault(tensor_name, None)
-        known = isinstance(module, KINDS)
+        kind = kind_of(type(module))
         for tensor_name, parameter in own.items():
             slots = slots_of(module, tensor_name)
             other = parametrized and slots is None and tensor_name in module.parametrizations  # type: ignore[operator]
             shape = tuple(slots.shape) if slots else _parametrized_shape(module, tensor_name) if other else _shape(parameter)
-            if shape is None or len(shape) < 2 or "bias" in tensor_name or (known and "weight" not in tensor_name):
+            if shape is None or len(shape) < 2:
+                continue
+            if not kind.takes(tensor_name) and ("bias" in tensor_name or (kind is not OTHER and "weight" not in tensor_name)):
                 continue
             reason = ""
             if slots is not None:
@@ -78,11 +84,11 @@ def candidates(root: nn.Module) -> list[Candidate]:
                 reason = "belongs to a torchmetrics.Metric"
             elif other:
                 reason = "has another parametrization"
-            elif not known:
+            elif kind is OTHER:
                 reason = f"{type(module).__name__} is no kind that is known: name the tensor to convert it"
-            elif isinstance(module, ONLY_WHEN_NAMED):
+            elif kind.only_when_named:
                 reason = f"{type(module).__name__}: converted only when named"
-            elif not WEIGHTS.fullmatch(tensor_name):
+            elif not kind.takes(tensor_name):
                 # the old spectral_norm, weight_norm and prune leave `weight_orig`, `weight_v` and the like
                 reason = f"no tensor of a plain {type(module).__name__}: name the tensor to convert it"
             elif parameter is not None and not parameter.requires_grad:
@@ -148,7 +154,7 @@ def _selects(modules: Modules, candidate: Candidate, explicit: bool = False) -> 
         if modules == "all":
             return explicit or not candidate.left_out
         if modules == "all-linear":
-            return isinstance(candidate.module, nn.Linear) and (explicit or not candidate.left_out)
+            return candidate.kind.linear and (explicit or not candidate.left_out)
         return any(re.fullmatch(modules, name) for name in (candidate.module_name, candidate.name))
     if callable(modules):
         return bool(modules(candidate.module_name, candidate.module))

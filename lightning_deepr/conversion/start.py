@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_deepr import kernels
 from lightning_deepr.algorithm import randomness
 from lightning_deepr.algorithm.rewiring import random_places
-from lightning_deepr.conversion.kinds import fan_in, own_magnitudes
 from lightning_deepr.conversion.selection import Candidate
 from lightning_deepr.weights.base import Notice, Parametrization
 from lightning_deepr.weights.dense_theta import MaskedTheta, SoftTheta
@@ -21,7 +20,15 @@ INITS = ("module", "largest", "deepr")
 
 
 def start(
-    candidate: Candidate, count: int, index: int, *, init: str, seed: int, notice: Notice, device: torch.device
+    candidate: Candidate,
+    count: int,
+    index: int,
+    *,
+    init: str,
+    seed: int,
+    notice: Notice,
+    device: torch.device,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, KSlots]:
     """theta and the K slots with which a tensor begins.
 
@@ -35,6 +42,7 @@ def start(
         seed: of places, signs and values.
         notice: shared by the tensors of one conversion.
         device: where the result lies.
+        places: int64 [K], all different: these instead of random ones, or of the largest.
 
     Returns:
         theta [K] and its :class:`KSlots`.
@@ -53,27 +61,46 @@ def start(
         flat = weight.detach().to(device).reshape(-1)
         if not bool(torch.isfinite(flat).all()):
             raise ValueError(f'`{candidate.name}` holds values that are not finite: init="largest" needs a trained layer.')
-        places = flat.abs().topk(count, sorted=False).indices.sort().values
+        if places is None:
+            places = flat.abs().topk(count, sorted=False).indices.sort().values
         values = flat[places]
         hashed = randomness.signs_of(sign_seed, places, values.dtype)
         # kept for good, so that a connection that comes back has its own sign again
         exceptions = places[(values != 0) & (values.sign() != hashed)].clone()
         theta = values.abs()
     else:
-        places = first_places(candidate.total, count, index, seed, device)
+        if places is None:
+            places = first_places(candidate.total, count, index, seed, device)
         if init == "deepr":
             slots = torch.arange(count, device=device)
             deviate = randomness.normal(randomness.key(seed, randomness.START_THETA), randomness.counters(index, slots))
-            theta = deviate.abs() / math.sqrt(fan_in(candidate.module, candidate.shape))
+            theta = deviate.abs() / math.sqrt(candidate.kind.fan_in(candidate.module, candidate.shape))
         else:
             own = (
-                own_magnitudes(candidate.module, candidate.shape, candidate.name, places, index, seed)
+                own_magnitudes(candidate, places, index, seed)
                 if on_meta
                 else weight.detach().reshape(-1)[places.to(weight.device)]
             )
             theta = own.abs().to(device) * math.sqrt(candidate.total / count)
         theta = theta.to(weight.dtype)
     return theta, KSlots(shape, places, index, sign_seed, exceptions, weight.dtype, notice)
+
+
+def own_magnitudes(candidate: Candidate, places: Tensor, index: int, seed: int) -> Tensor:
+    """What torch's own ``reset_parameters`` would put at these places, for a layer that has no values yet."""
+    kind, module = candidate.kind, candidate.module
+    if kind.weight_bound is None:
+        raise ValueError(
+            f"`{candidate.name}` is on the meta device and {type(module).__name__} is no kind whose start is known: "
+            'expected init="deepr", found "module".'
+        )
+    bound = kind.weight_bound(module, candidate.shape)
+    slots = torch.arange(places.numel(), device=places.device)
+    stream, counters = randomness.key(seed, randomness.START_THETA), randomness.counters(index, slots)
+    if kind.normal:
+        return randomness.normal(stream, counters) * bound
+    uniform = (randomness.bits(stream, counters) >> 11).bitwise_and_((1 << 53) - 1).double() * 2.0**-53
+    return uniform * bound
 
 
 def soft_start(

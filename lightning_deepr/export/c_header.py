@@ -14,7 +14,7 @@ from torch import nn
 from lightning_deepr.export.encodings import ESCAPE, Encoded, Weights, encode
 from lightning_deepr.export.feed_forward import read_layers
 
-C_TYPES = {
+_C_TYPES = {
     "float32": "float",
     "int16": "int16_t",
     "int8": "int8_t",
@@ -97,7 +97,7 @@ def to_c_header(
         rounding=max(item.rounding for item in encoded),
         layers=tuple((item.layer.name, item.kind, item.size) for item in encoded),
     )
-    Path(path).write_text("\n".join(_lines(encoded, header, name, buffers)) + "\n")
+    Path(path).write_text("\n".join(_lines(encoded, header, name, buffers)) + "\n", encoding="utf-8")
     return header
 
 
@@ -134,8 +134,8 @@ def _layer(item: Encoded, prefix: str) -> Iterator[str]:
     yield f"static void {prefix}(const float *in, float *out)"
     yield "{"
     if item.places is not None:
-        yield f"    const {C_TYPES[item.places.dtype.name]} *place = {prefix}_places;"
-    yield f"    const {C_TYPES[item.values.dtype.name]} *value = {prefix}_values;"
+        yield f"    const {_C_TYPES[item.places.dtype.name]} *place = {prefix}_places;"
+    yield f"    const {_C_TYPES[item.values.dtype.name]} *value = {prefix}_values;"
     yield f"    for ({_counter(layer.rows)} row = 0; row < {layer.rows}; row++) {{"
     yield "        float sum = 0.0f;"
     yield from (f"        {line}" for line in _row(item, prefix))
@@ -155,7 +155,7 @@ def _row(item: Encoded, prefix: str) -> Iterator[str]:
         yield "    sum += *value++ * in[column];"
         return
     assert item.counts is not None
-    counter = C_TYPES[item.counts.dtype.name]
+    counter = _C_TYPES[item.counts.dtype.name]
     if item.kind == "columns":
         yield f"for ({counter} left = {prefix}_counts[row]; left > 0; left--)"
         yield "    sum += *value++ * in[*place++];"
@@ -176,7 +176,7 @@ def _array(name: str, array: np.ndarray) -> Iterator[str]:
     numbers = (
         [_number(value) for value in array.tolist()] if array.dtype.kind == "f" else [str(value) for value in array.tolist()]
     )
-    yield f"static const {C_TYPES[array.dtype.name]} {name}[{max(len(numbers), 1)}] = {{"  # C has no empty array
+    yield f"static const {_C_TYPES[array.dtype.name]} {name}[{max(len(numbers), 1)}] = {{"  # C has no empty array
     numbers = numbers or ["0"]
     step = 8 if array.dtype.kind == "f" else 24
     for start in range(0, len(numbers), step):

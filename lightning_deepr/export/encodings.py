@@ -10,8 +10,8 @@ import numpy as np
 from lightning_deepr.export.feed_forward import LinearLayer
 
 Weights = Literal["float32", "int16", "int8"]
-LEVELS = {"int16": 32767, "int8": 127}
-UNSIGNED = (np.uint8, np.uint16, np.uint32)
+_LEVELS = {"int16": 32767, "int8": 127}
+_UNSIGNED = (np.uint8, np.uint16, np.uint32)
 ESCAPE = 255  # a gap that says: 255 on, and the gap goes on
 
 
@@ -40,7 +40,7 @@ class Encoded:
 def smallest(values: np.ndarray) -> np.ndarray:
     """The values in the smallest unsigned integers that hold them."""
     top = int(values.max()) if values.size else 0
-    for kind in UNSIGNED:
+    for kind in _UNSIGNED:
         if top <= np.iinfo(kind).max:
             return values.astype(kind)
     raise ValueError(f"expected numbers below 2^32, found {top}.")
@@ -91,9 +91,9 @@ def encode(layer: LinearLayer, weights: Weights) -> Encoded:
 def _quantized(values: np.ndarray, weights: Weights) -> tuple[np.ndarray, float | None, float]:
     if weights == "float32":
         return values, None, 0.0
-    if weights not in LEVELS:
+    if weights not in _LEVELS:
         raise ValueError(f'weights: expected "float32", "int16" or "int8", found {weights!r}.')
-    levels = LEVELS[weights]
+    levels = _LEVELS[weights]
     top = float(np.abs(values).max()) if values.size else 0.0
     scale = float(np.float32(top / levels)) or 1.0
     stored = np.clip(np.rint(values.astype(np.float64) / scale), -levels, levels).astype(weights)

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from lightning_deepr.conversion.convert import connections
 from lightning_deepr.export.matrices import rows_of
 
-KNOWN = (nn.Linear, nn.ReLU, nn.Flatten, nn.Identity, nn.Dropout)
-RELU = (torch.relu, F.relu, torch.relu_)
-EXPECTED = "expected a chain of Linear, ReLU, Flatten(1), Identity and Dropout"
+_KNOWN = (nn.Linear, nn.ReLU, nn.Flatten, nn.Identity, nn.Dropout)
+_RELU = (torch.relu, F.relu, torch.relu_)
+_EXPECTED = "expected a chain of Linear, ReLU, Flatten(1), Identity and Dropout"
 
 
 @dataclass
@@ -46,7 +46,7 @@ class _Tracer(fx.Tracer):
     """Layers are leaves, converted ones too."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, KNOWN) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _KNOWN) or super().is_leaf_module(m, module_qualified_name)
 
 
 def read_layers(module: nn.Module) -> list[LinearLayer]:
@@ -58,12 +58,12 @@ def read_layers(module: nn.Module) -> list[LinearLayer]:
     Raises:
         ValueError: something else than linear layers and ReLU in one chain; names it.
     """
-    module = nn.Sequential(module) if isinstance(module, KNOWN) else module
+    module = nn.Sequential(module) if isinstance(module, _KNOWN) else module
     try:
         graph = _Tracer().trace(module)
     except Exception as error:
         raise ValueError(
-            f"to_c_header: {EXPECTED}; the forward of {type(module).__name__} can't be followed: {error}"
+            f"to_c_header: {_EXPECTED}; the forward of {type(module).__name__} can't be followed: {error}"
         ) from error
     found = connections(module)
     layers: list[LinearLayer] = []
@@ -71,17 +71,17 @@ def read_layers(module: nn.Module) -> list[LinearLayer]:
     for node in graph.nodes:
         if node.op == "placeholder":
             if previous is not None:
-                raise ValueError(f"to_c_header: {EXPECTED} with one input, found another one, `{node.target}`.")
+                raise ValueError(f"to_c_header: {_EXPECTED} with one input, found another one, `{node.target}`.")
         elif node.op == "output":
             if node.args[0] is not previous:
-                raise ValueError(f"to_c_header: {EXPECTED}; the output of {type(module).__name__} is not the last layer's.")
+                raise ValueError(f"to_c_header: {_EXPECTED}; the output of {type(module).__name__} is not the last layer's.")
         elif previous is None or node.all_input_nodes != [previous]:
-            raise ValueError(f"to_c_header: {EXPECTED}; `{node.name}` is no link of one chain.")
+            raise ValueError(f"to_c_header: {_EXPECTED}; `{node.name}` is no link of one chain.")
         else:
             _add(layers, node, module, found)
         previous = node
     if not layers:
-        raise ValueError(f"to_c_header: {EXPECTED}; {type(module).__name__} has no linear layer.")
+        raise ValueError(f"to_c_header: {_EXPECTED}; {type(module).__name__} has no linear layer.")
     for before, after in itertools.pairwise(layers):
         if before.rows != after.columns:
             raise ValueError(
@@ -95,15 +95,15 @@ def _add(layers: list[LinearLayer], node: fx.Node, module: nn.Module, found: dic
     part = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(part, nn.Linear):
         layers.append(_linear(str(node.target), part, found))
-    elif isinstance(part, nn.ReLU) or (node.op == "call_function" and node.target in RELU) or _method(node, "relu", "relu_"):
+    elif isinstance(part, nn.ReLU) or (node.op == "call_function" and node.target in _RELU) or _method(node, "relu", "relu_"):
         if not layers:
-            raise ValueError(f"to_c_header: {EXPECTED}; `{node.name}` comes before the first linear layer.")
+            raise ValueError(f"to_c_header: {_EXPECTED}; `{node.name}` comes before the first linear layer.")
         layers[-1].relu = True
     elif not _does_nothing(node, part):
         what = type(part).__name__ if part is not None else getattr(node.target, "__name__", node.target)
         place = f"`{node.target}` ({what})" if part is not None else f"`{what}`"
         raise ValueError(
-            f"to_c_header: {EXPECTED}, found {place} in {type(module).__name__}. to_onnx exports other networks; a softmax at the end is left to "
+            f"to_c_header: {_EXPECTED}, found {place} in {type(module).__name__}. to_onnx exports other networks; a softmax at the end is left to "
             "the caller."
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_deepr.conversion.convert import connections
 from lightning_deepr.export.requirements import needed
 
-LARGEST_DENSE = 1 << 34  # bytes, as for densify
+_LARGEST_DENSE = 1 << 34  # bytes, as for densify
 
 
 def to_dense_state_dict(module: nn.Module) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def to_dense_state_dict(module: nn.Module) -> dict[str, Any]:
     kept, heads = connections(module), {}
     for name, (shape, _, values) in kept.items():
         size = math.prod(shape) * values.element_size()
-        if size > LARGEST_DENSE:
+        if size > _LARGEST_DENSE:
             raise RuntimeError(
                 f"`{name}` of shape {tuple(shape)} would take {size / 2**30:.0f} GiB as a dense weight (more than 16 GiB). "
                 "`to_csr(module)` keeps it sparse."

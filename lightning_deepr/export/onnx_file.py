@@ -19,7 +19,7 @@ from lightning_deepr.conversion.convert import connections, densify
 from lightning_deepr.export.onnx_weights import scatter_weights
 from lightning_deepr.export.requirements import needed
 
-LARGEST_FILE = 2**31 - 1  # a protobuf message
+_LARGEST_FILE = 2**31 - 1  # a protobuf message
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _refuse(module: nn.Module) -> None:
             )
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values() if isinstance(tensor, Tensor))
     size += sum(shape.numel() * values.element_size() for shape, _, values in connections(module).values())
-    if size > LARGEST_FILE:
+    if size > _LARGEST_FILE:
         raise ValueError(
             f"to_onnx: dense, the weights take {size / 2**30:.1f} GiB, and an ONNX file holds less than 2 GiB. to_csr(module) keeps them sparse."
         )

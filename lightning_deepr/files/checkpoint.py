@@ -181,6 +181,8 @@ def save_sparse(
 ) -> Path:
     """Write a module as a sparse file: K values and K places for each converted weight, everything else as it is (``docs/format.md``).
 
+    ``zoo.save`` is an alias of this function.
+
     The same module and metadata give the same bytes. Connections are written in the order of their places: a network that was loaded has the same
     weights, signs and exceptions, and draws on after the same step, but numbers its slots anew, so that its further births are other draws from
     the same distribution. (Lightning's checkpoint, with the optimizer's state, goes on exactly.)

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from lightning_deepr.files.gaps import LARGEST_TOTAL, FormatError
 
-LARGEST_HEADER = 1 << 22  # bytes; JSON takes up to some thirty times its size when it is read
-LARGEST_FILE = 1 << 40
+_LARGEST_HEADER = 1 << 22  # bytes; JSON takes up to some thirty times its size when it is read
+_LARGEST_FILE = 1 << 40
 # The file begins with the header's length (8 bytes) and this; then come the 64 hex digits of the sha256 over everything but themselves.
 HEAD = b'{"__metadata__":{"sha256":"'
 DIGEST = slice(8 + len(HEAD), 8 + len(HEAD) + 64)
-KEYS = ["sha256", "format", "version", "record"]  # of the metadata
+_KEYS = ["sha256", "format", "version", "record"]  # of the metadata
 FORMAT, VERSION = "lightning-deepr", 1
 
 DTYPES = {
@@ -100,9 +100,9 @@ def pack(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     metadata = {"sha256": "0" * 64, "format": FORMAT, "version": str(VERSION), "record": text}
     header = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    if len(header) > LARGEST_HEADER:
+    if len(header) > _LARGEST_HEADER:
         raise ValueError(
-            f"The file's header takes {len(header):,} bytes: expected at most {LARGEST_HEADER:,}. Give less metadata."
+            f"The file's header takes {len(header):,} bytes: expected at most {_LARGEST_HEADER:,}. Give less metadata."
         )
     file = bytearray(struct.pack("<Q", len(header)) + header)
     for name in names:
@@ -112,11 +112,11 @@ def pack(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
 
 def sign(file: bytearray) -> bytearray:
     """Put in the digest."""
-    file[DIGEST] = digest_of(file).encode()
+    file[DIGEST] = _digest_of(file).encode()
     return file
 
 
-def digest_of(file: bytes | bytearray | memoryview) -> str:
+def _digest_of(file: bytes | bytearray | memoryview) -> str:
     """sha256 over all bytes of a file but the 64 digits that state it."""
     view = memoryview(file)
     digest = hashlib.sha256(view[: DIGEST.start])
@@ -143,7 +143,7 @@ def read(path: Path) -> Contents:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
-    if path.stat().st_size > LARGEST_FILE:
+    if path.stat().st_size > _LARGEST_FILE:
         raise FormatError(f"{path}: expected at most 1 TiB, found {path.stat().st_size:,} bytes.")
     with about(path):
         return unpack(path.read_bytes())
@@ -173,9 +173,9 @@ def unpack(file: bytes) -> Contents:
         raise FormatError(
             f"expected a file of lightning-deepr (safetensors whose header begins with `{HEAD.decode()}`), found {_guess(file, length)}."
         )
-    if length > LARGEST_HEADER:
-        raise FormatError(f"expected a header of at most {LARGEST_HEADER:,} bytes, found {length:,}.")
-    stated, found = file[DIGEST].decode("latin-1"), digest_of(file)
+    if length > _LARGEST_HEADER:
+        raise FormatError(f"expected a header of at most {_LARGEST_HEADER:,} bytes, found {length:,}.")
+    stated, found = file[DIGEST].decode("latin-1"), _digest_of(file)
     if stated != found:
         raise FormatError(
             f"expected the sha256 {stated!r} that the file states, found {found!r}: it is damaged, or was changed. Get it again."
@@ -191,8 +191,8 @@ def unpack(file: bytes) -> Contents:
         later = version.isdecimal() and len(version) < 10 and int(version) > VERSION
         advice = "The file is newer than this package: update lightning-deepr." if later else "The file is damaged."
         raise FormatError(f"format version: expected {VERSION}, found {_short(version)}. {advice}")
-    if sorted(metadata) != sorted(KEYS):
-        raise FormatError(f"metadata: expected {', '.join(KEYS)}, found {_short(sorted(metadata))}.")
+    if sorted(metadata) != sorted(_KEYS):
+        raise FormatError(f"metadata: expected {', '.join(_KEYS)}, found {_short(sorted(metadata))}.")
     record = _json(metadata["record"].encode("utf-8", "surrogatepass"), "record")
     return Contents(
         record, dict(_pieces(header, memoryview(file)[8 + length :])), stated, hashlib.sha256(file).hexdigest(), len(file)

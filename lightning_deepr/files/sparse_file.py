@@ -25,9 +25,9 @@ from lightning_deepr.weights.dense_theta import DenseTheta, SoftTheta
 from lightning_deepr.weights.find import converted_tensors
 from lightning_deepr.weights.k_slots import KSlots
 
-SPARSE_KEYS = {"shape", "total", "active", "bits", "index", "sign_seed", "last_birth"}
-EXCEPTION_KEYS = {"exceptions", "exception_bits"}  # only where there are any
-RECORD_KEYS = {"architecture", "arguments", "connectivity", "left_out", "metadata", "package_version", "sparse"}
+_SPARSE_KEYS = {"shape", "total", "active", "bits", "index", "sign_seed", "last_birth"}
+_EXCEPTION_KEYS = {"exceptions", "exception_bits"}  # only where there are any
+_RECORD_KEYS = {"architecture", "arguments", "connectivity", "left_out", "metadata", "package_version", "sparse"}
 
 
 class Connections(NamedTuple):
@@ -163,9 +163,9 @@ def check(contents: Contents) -> None:
         FormatError: they don't.
     """
     record, pieces = contents.record, contents.pieces
-    if set(record) != RECORD_KEYS:
-        raise FormatError(f"record: expected {', '.join(sorted(RECORD_KEYS))}, found {', '.join(sorted(record))[:200]}.")
-    for key in RECORD_KEYS - {"architecture", "package_version"}:
+    if set(record) != _RECORD_KEYS:
+        raise FormatError(f"record: expected {', '.join(sorted(_RECORD_KEYS))}, found {', '.join(sorted(record))[:200]}.")
+    for key in _RECORD_KEYS - {"architecture", "package_version"}:
         if not isinstance(record[key], dict):
             raise FormatError(f"record: `{key}`: expected an object, found {type(record[key]).__name__}.")
     if not isinstance(record["architecture"], (str, type(None))) or not isinstance(record["package_version"], str):
@@ -187,8 +187,8 @@ def check(contents: Contents) -> None:
 
 def _check_entry(name: str, entry: Any, pieces: dict[str, Piece]) -> None:
     keys = set(entry) if isinstance(entry, dict) else set()
-    if keys not in (SPARSE_KEYS, SPARSE_KEYS | EXCEPTION_KEYS):
-        raise FormatError(f"`{name[:80]}`: expected {', '.join(sorted(SPARSE_KEYS))}, found {', '.join(sorted(keys))[:200]}.")
+    if keys not in (_SPARSE_KEYS, _SPARSE_KEYS | _EXCEPTION_KEYS):
+        raise FormatError(f"`{name[:80]}`: expected {', '.join(sorted(_SPARSE_KEYS))}, found {', '.join(sorted(keys))[:200]}.")
     shape = whole_numbers(entry["shape"], f"`{name}`: shape")
     for key in keys - {"shape"}:
         low = {"last_birth": -1, "active": 1, "bits": 1, "exception_bits": 1, "exceptions": 1}.get(key, 0)

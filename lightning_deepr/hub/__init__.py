@@ -1,7 +1,7 @@
 """The Hugging Face Hub: a file from it, checked; a folder to it in one commit; cards; a mixin for classes of one's own.
 
-A model goes to the Hub with ``zoo.publish`` and comes from it with ``zoo.load(..., source="hub")``; ``hub.publish`` and ``hub.load`` are other names
-for the two.
+A model goes to the Hub with ``zoo.publish`` and comes from it with ``zoo.load(..., source="hub")``. Two names here are aliases: ``hub.publish`` is
+``zoo.publish``, and ``hub.load(repo_id)`` is ``zoo.load(repo_id, source="hub")``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_deepr.hub.errors import HubError
     from lightning_deepr.hub.mixin import SparseHubMixin
     from lightning_deepr.hub.transfer import WEIGHTS, Published, download, revision_of
+
+    # `load` and `publish` are missing here: the zoo stands above this folder, and its names are found by strings alone.
 
 __all__ = ["WEIGHTS", "HubError", "Published", "SparseHubMixin", "download", "load", "publish", "revision_of"]
 

@@ -14,17 +14,17 @@ from torch import nn
 
 LIBRARY = "lightning-deepr"
 PICTURE = "connectivity.png"
-CITATION = """@inproceedings{bellec2018deep,
+_CITATION = """@inproceedings{bellec2018deep,
   title     = {Deep Rewiring: Training very sparse deep networks},
   author    = {Bellec, Guillaume and Kappel, David and Maass, Wolfgang and Legenstein, Robert},
   booktitle = {International Conference on Learning Representations},
   year      = {2018},
   url       = {https://openreview.net/forum?id=BJ_wN01C-}
 }"""
-SPARSE_FROM_THE_START = {"DeepR", "SET", "FixedRandom"}
+_SPARSE_FROM_THE_START = {"DeepR", "SET", "FixedRandom"}
 # what the Hub calls them: task, data set
-TASKS = {"lenet300_100": "image-classification", "cifar10_cnn": "image-classification", "timit_blstm": "audio-classification"}
-DATA_SETS = {"mnist": "ylecun/mnist", "cifar-10": "uoft-cs/cifar10", "cifar10": "uoft-cs/cifar10"}
+_TASKS = {"lenet300_100": "image-classification", "cifar10_cnn": "image-classification", "timit_blstm": "audio-classification"}
+_DATA_SETS = {"mnist": "ylecun/mnist", "cifar-10": "uoft-cs/cifar10", "cifar10": "uoft-cs/cifar10"}
 
 
 def card(
@@ -48,7 +48,7 @@ def card(
     """
     name = str(info.get("name") or (repo_id or "model").rpartition("/")[2])
     parts = [
-        front(info, name),
+        _front(info, name),
         f"# {name}\n\n{_summary(info)}",
         _use(info, name, repo_id),
         _section("Connectivity", table(info) + (f"\n\n![connectivity]({picture})" if picture else "")),
@@ -56,7 +56,7 @@ def card(
         _section("Training", _training(info, recipe)),
         _section("File", _file(info)),
         _section("Licence", _licence(info)),
-        _section("Citation", f"The algorithm:\n\n```bibtex\n{CITATION}\n```"),
+        _section("Citation", f"The algorithm:\n\n```bibtex\n{_CITATION}\n```"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -84,14 +84,14 @@ def card_of_class(module: nn.Module, front_matter: Mapping[str, Any], **details:
         _section("Use", use),
         _section("Connectivity", table(rows)),
         *(_section(title.replace("_", " ").capitalize(), str(text)) for title, text in details.items()),
-        _section("Citation", f"The algorithm:\n\n```bibtex\n{CITATION}\n```"),
+        _section("Citation", f"The algorithm:\n\n```bibtex\n{_CITATION}\n```"),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def front(info: Mapping[str, Any], name: str) -> str:
+def _front(info: Mapping[str, Any], name: str) -> str:
     """The YAML in front of the card, with the Hub's ``model-index``."""
-    task = TASKS.get(str(info.get("architecture")))
+    task = _TASKS.get(str(info.get("architecture")))
     fields: dict[str, Any] = {
         "library_name": LIBRARY,
         "license": _hub_licence(info),
@@ -104,7 +104,7 @@ def front(info: Mapping[str, Any], name: str) -> str:
         ],
     }
     data = _data(info)
-    if data.get("name") and (hub_name := DATA_SETS.get(str(data["name"]).lower())):
+    if data.get("name") and (hub_name := _DATA_SETS.get(str(data["name"]).lower())):
         fields["datasets"] = [hub_name]
     results = [
         {"type": _plain_name(metric), "name": metric.replace("_", " ").capitalize(), "value": numbers["value"]}
@@ -112,7 +112,10 @@ def front(info: Mapping[str, Any], name: str) -> str:
         if numbers.get("value") is not None
     ]
     if results:
-        data_set = {"name": str(data.get("name") or "unknown"), "type": DATA_SETS.get(str(data.get("name")).lower(), "unknown")}
+        data_set = {
+            "name": str(data.get("name") or "unknown"),
+            "type": _DATA_SETS.get(str(data.get("name")).lower(), "unknown"),
+        }
         if data.get("split"):
             data_set["split"] = str(data["split"])
         fields["metrics"] = sorted({result["type"] for result in results})
@@ -188,7 +191,7 @@ def _summary(info: Mapping[str, Any]) -> str:
             f", with {recorded['active']:,} of {recorded['total']:,} connections ({recorded['active'] / recorded['total']:.2%})"
         )
     method = _method(info)
-    if method in SPARSE_FROM_THE_START:
+    if method in _SPARSE_FROM_THE_START:
         said += ". It was sparse from the first step of its training to the last"
     elif method:
         said += f". Its connections were found by {method}"
@@ -198,7 +201,7 @@ def _summary(info: Mapping[str, Any]) -> str:
 
 def _use(info: Mapping[str, Any], name: str, repo_id: str | None) -> str:
     where = f'"{repo_id}", source="hub"' if repo_id else f'"{name}"'
-    own = "" if info.get("architecture") in TASKS else ", module=Net()"
+    own = "" if info.get("architecture") in _TASKS else ", module=Net()"
     lines = [
         "```python",
         "# pip install lightning-deepr",

@@ -23,7 +23,7 @@ _RAISED = (
     RuntimeError,
     ValueError,
 )
-LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN"
+_LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN"
 
 
 class HubError(OSError):
@@ -84,7 +84,7 @@ def _explain(
             return HubError(
                 "no_access",
                 f"expected access to {at}, found a gated repository (HTTP {status}). Ask for access on {constants.ENDPOINT}/{repo_id}. "
-                f"{LOG_IN} of an account that has it.",
+                f"{_LOG_IN} of an account that has it.",
                 status,
             )
         if isinstance(error, errors.RevisionNotFoundError):
@@ -98,7 +98,7 @@ def _explain(
             return HubError(
                 "not_found",
                 f"expected the model repository `{repo_id}` on {constants.ENDPOINT}, found none that you may see (HTTP {status}). Check the "
-                f"spelling. For a private repository, {LOG_IN[0].lower() + LOG_IN[1:]} of an account that may read it: to everybody else the "
+                f"spelling. For a private repository, {_LOG_IN[0].lower() + _LOG_IN[1:]} of an account that may read it: to everybody else the "
                 "Hub says that it does not exist.",
                 status,
             )
@@ -112,7 +112,7 @@ def _explain(
         if status is not None:
             return _by_status(status, error, repo_id, at, what, publishing)
         if isinstance(error, errors.LocalTokenNotFoundError):
-            return HubError("no_access", f"expected a token for {at}, found none. {LOG_IN}.")
+            return HubError("no_access", f"expected a token for {at}, found none. {_LOG_IN}.")
     return _without_answer(chain, at, what, publishing)
 
 
@@ -121,7 +121,7 @@ def _by_status(status: int, error: BaseException, repo_id: str, at: str, what: s
     if status == 401:
         return HubError(
             "no_access",
-            f"expected a token that the Hub accepts for {at}, found none or an expired one (HTTP 401). {LOG_IN} anew.",
+            f"expected a token that the Hub accepts for {at}, found none or an expired one (HTTP 401). {_LOG_IN} anew.",
             status,
         )
     if status == 403:

@@ -15,7 +15,7 @@ from lightning_deepr.hub.errors import readable
 from lightning_deepr.hub.transfer import WEIGHTS, download
 from lightning_deepr.weights.find import converted_tensors
 
-Own = TypeVar("Own", bound="SparseHubMixin")
+_Own = TypeVar("_Own", bound="SparseHubMixin")
 
 
 class SparseHubMixin(
@@ -70,7 +70,7 @@ class SparseHubMixin(
             return super().push_to_hub(repo_id, **options)
 
     @classmethod
-    def from_pretrained(cls: type[Own], pretrained_model_name_or_path: str | Path, **options: Any) -> Own:
+    def from_pretrained(cls: type[_Own], pretrained_model_name_or_path: str | Path, **options: Any) -> _Own:
         """Build the class from ``config.json`` and load its sparse weights: ``PyTorchModelHubMixin.from_pretrained`` with its arguments.
 
         Raises:
@@ -86,7 +86,7 @@ class SparseHubMixin(
 
     @classmethod
     def _from_pretrained(
-        cls: type[Own],
+        cls: type[_Own],
         *,
         model_id: str,
         revision: str | None,
@@ -97,7 +97,7 @@ class SparseHubMixin(
         map_location: str | torch.device = "cpu",
         strict: bool = True,
         **model_kwargs: Any,
-    ) -> Own:
+    ) -> _Own:
         if not strict:
             raise ValueError(
                 "strict=False: expected a file with all of the module's tensors; a sparse file is loaded whole or not at all."

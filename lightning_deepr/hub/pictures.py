@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CELLS = 96  # per side, at most
-IMAGES = {784: (28, 28)}  # inputs of a first layer that are the pixels of an image
+_CELLS = 96  # per side, at most
+_IMAGES = {784: (28, 28)}  # inputs of a first layer that are the pixels of an image
 
 
-def counts(shape: tuple[int, ...], places: Tensor, cells: int = CELLS) -> tuple[np.ndarray, tuple[int, int]]:
+def counts(shape: tuple[int, ...], places: Tensor, cells: int = _CELLS) -> tuple[np.ndarray, tuple[int, int]]:
     """How many connections fall into each cell of a grid over a weight, rows (outputs) by columns (everything else).
 
     Args:
@@ -51,9 +51,9 @@ def _shares(shape: tuple[int, ...], places: Tensor) -> np.ndarray:
 
 def per_input(shape: tuple[int, ...], places: Tensor) -> np.ndarray | None:
     """The connections of each input as the image that a first layer sees, None where it sees none."""
-    if len(shape) != 2 or shape[1] not in IMAGES:
+    if len(shape) != 2 or shape[1] not in _IMAGES:
         return None
-    return torch.bincount(places.cpu() % shape[1], minlength=shape[1]).view(IMAGES[shape[1]]).numpy()
+    return torch.bincount(places.cpu() % shape[1], minlength=shape[1]).view(_IMAGES[shape[1]]).numpy()
 
 
 def draw(connections: Mapping[str, tuple[Any, Tensor, Tensor]], path: str | PathLike[str], title: str = "") -> Path:

@@ -13,7 +13,6 @@ from lightning_deepr.conversion.convert import convert
 from lightning_deepr.conversion.selection import Candidate
 from lightning_deepr.conversion.start import STARTS
 from lightning_deepr.training.callback import Rewiring, SparseTraining
-from lightning_deepr.weights.base import Parametrization
 from lightning_deepr.weights.dense_theta import DenseTheta
 from lightning_deepr.weights.find import Converted, converted_tensors
 
@@ -33,7 +32,7 @@ class DenseTraining(SparseTraining):
         return convert(module, new, counts, init=self.init, seed=self.seed, compute="dense", begin=begin)
 
     @override
-    def check_kind(self, name: str, slots: Parametrization) -> None:
+    def check_kind(self, name: str, slots: Any) -> None:
         if not isinstance(slots, self.kind):
             found = f"{type(slots).__name__} ({slots.count} connections)"
             raise ValueError(

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_deepr.conversion.allocation import check_connectivity
 from lightning_deepr.methods.dense_training import DenseTraining
 from lightning_deepr.training import invariants
-from lightning_deepr.training.schedules import LinearDecay
-from lightning_deepr.training.tracked import Reborn, Stepped
+from lightning_deepr.training.arguments import check_count, check_fraction, check_word
+from lightning_deepr.training.schedules import LinearDecay, check_l1
+from lightning_deepr.training.tracked import Stepped
 from lightning_deepr.weights.dense_theta import MaskedTheta
 
 THRESHOLDS = ("layer", "network")
@@ -35,7 +35,7 @@ class _Masking(DenseTraining):
     kind = MaskedTheta
 
     @override
-    def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Reborn]:
+    def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> None:
         self.act(stepped)
         for item in stepped:
             slots = item.tensor.slots
@@ -44,8 +44,6 @@ class _Masking(DenseTraining):
             slots.steps = item.tensor.step + 1
             if slots.averages:
                 slots.align_averages()
-        none = torch.empty(0, dtype=torch.long)
-        return [Reborn(0, 0, none) for _ in stepped]
 
     @abstractmethod
     def act(self, stepped: Sequence[Stepped]) -> None:
@@ -53,8 +51,8 @@ class _Masking(DenseTraining):
 
     def step_at(self, fraction: float) -> int:
         """The step, counted from 1, that ends this fraction of the training."""
-        assert self._total_steps is not None
-        return max(1, round(fraction * self._total_steps))
+        assert self.total_steps is not None
+        return max(1, round(fraction * self.total_steps))
 
     def needs_length(self) -> str:
         """What depends on the length of the training, or nothing."""
@@ -64,7 +62,7 @@ class _Masking(DenseTraining):
     def _check_schedules(self, what_to_do: str) -> None:
         super()._check_schedules(what_to_do)
         needs = self.needs_length()
-        if needs and self._total_steps is None:
+        if needs and self.total_steps is None:
             raise ValueError(
                 f"{needs} a fraction of the training, but its length is not known: expected a number of steps, found none. {what_to_do}"
             )
@@ -72,12 +70,12 @@ class _Masking(DenseTraining):
     @override
     def statistics(self) -> dict[str, float]:
         """Per tensor ``deepr/<tensor>/connectivity``."""
-        for tensor in self._tensors:
+        for tensor in self.tracked:
             tensor.turnover.take()
-        return {f"deepr/{t.name}/connectivity": t.slots.count / t.slots.total for t in self._tensors}
+        return {f"deepr/{t.name}/connectivity": t.slots.count / t.slots.total for t in self.tracked}
 
     @override
-    def check(self, item: Stepped, born: Reborn, optimizer: Optimizer) -> None:
+    def check(self, item: Stepped, optimizer: Optimizer) -> None:
         slots, theta = item.tensor.slots, item.theta
         require = invariants.requirement(item.tensor)
         require(theta.shape == slots.shape, f"expected theta of shape {tuple(slots.shape)}, found {tuple(theta.shape)}")
@@ -86,6 +84,7 @@ class _Masking(DenseTraining):
         require(not theta[~slots.mask].any(), "a connection outside the mask has a weight")
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class MagnitudePruning(_Masking):
     """Pruning with retraining (Han et al. 2015): dense training, then the smallest weights go, and the rest trains on.
 
@@ -104,13 +103,8 @@ class MagnitudePruning(_Masking):
         prunings: how many there are, evenly spaced; 1 where ``prune_from`` equals ``prune_until``.
         threshold: "layer": K per tensor, by ``distribution`` | "network": one threshold for all tensors, of which each keeps at
             least its largest weight.
-        target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
-        exclude_modules: the same forms.
-        distribution: "erdos_renyi" | "erk" | "uniform" | "deepr" (0.75, 2.3, 22.8 for three layers) | a function.
         init: "module" and "largest": the dense weight as its module has it | "deepr": |N(0, 1)| / sqrt(fan-in), random signs.
         seed: of ``init="deepr"``, and of the signs in :func:`lightning_deepr.save_sparse`.
-        check_invariants: check everything after every step, and name the tensor and the step when something breaks.
-        log_every_n_steps: how often the connectivity is logged.
 
     Raises:
         TypeError, ValueError: an argument that makes no sense, or one that does not fit the model; in a plain loop also where
@@ -124,48 +118,25 @@ class MagnitudePruning(_Masking):
         >>> trainer = Trainer(callbacks=[pruning], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(
-        self,
-        connectivity: int | float | dict[str, int | float] | None = None,
-        *,
-        prune_from: float = 0.3,
-        prune_until: float = 0.6,
-        prunings: int = 4,
-        threshold: str = "layer",
-        target_modules: str | list[str] | Callable = "all",
-        exclude_modules: str | Iterable[str] | Callable = (),
-        distribution: str | Callable = "erdos_renyi",
-        init: str = "module",
-        seed: int = 0,
-        check_invariants: bool = False,
-        log_every_n_steps: int = 50,
-    ) -> None:
-        super().__init__(
-            connectivity,
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-            distribution=distribution,
-            l1=0.0,
-            init=init,
-            seed=seed,
-            compute="dense",
-            check_invariants=check_invariants,
-            log_every_n_steps=log_every_n_steps,
-        )
-        _check_fraction("prune_from", prune_from)
-        _check_fraction("prune_until", prune_until)
+    prune_from: float = 0.3
+    prune_until: float = 0.6
+    prunings: int = 4
+    threshold: str = "layer"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        prune_from, prune_until, prunings = self.prune_from, self.prune_until, self.prunings
+        check_fraction("prune_from", prune_from)
+        check_fraction("prune_until", prune_until)
         if prune_from > prune_until:
             raise ValueError(f"prune_until: expected at least prune_from = {prune_from}, found {prune_until}.")
-        if isinstance(prunings, bool) or not isinstance(prunings, int) or prunings < 1:
-            raise ValueError(f"prunings: expected an int of at least 1, found {prunings!r}.")
+        check_count("prunings", prunings)
         if prunings == 1 and prune_from != prune_until:
             raise ValueError(
                 f"prunings: expected at least 2 between prune_from = {prune_from} and prune_until = {prune_until}, found 1. Give equal "
                 "fractions for one pruning."
             )
-        if threshold not in THRESHOLDS:
-            raise ValueError(f"threshold: expected one of {', '.join(THRESHOLDS)}, found {threshold!r}.")
-        self.prune_from, self.prune_until, self.threshold = prune_from, prune_until, threshold
+        check_word("threshold", self.threshold, THRESHOLDS)
         self.prunings = 1 if prune_from == prune_until else prunings
 
     @override
@@ -188,8 +159,8 @@ class MagnitudePruning(_Masking):
                 if exponent is not None:
                     _keep_largest([item], _left(item.tensor.slots.wanted, item.tensor.slots.total, exponent))
             return
-        if len(stepped) != len(self._tensors) or len({exponent for _, exponent in due}) > 1:
-            missing = [t.name for t in self._tensors if all(t is not item.tensor for item in stepped)]
+        if len(stepped) != len(self.tracked) or len({exponent for _, exponent in due}) > 1:
+            missing = [t.name for t in self.tracked if all(t is not item.tensor for item in stepped)]
             raise RuntimeError(
                 'threshold="network" compares all tensors in one step of one optimizer: expected all of them, but '
                 f'{", ".join(missing) or "some"} did not take part in as many steps. Use threshold="layer".'
@@ -199,8 +170,8 @@ class MagnitudePruning(_Masking):
         _keep_largest(stepped, _left(wanted, total, due[0][1] or 1.0))
 
     @override
-    def check(self, item: Stepped, born: Reborn, optimizer: Optimizer) -> None:
-        super().check(item, born, optimizer)
+    def check(self, item: Stepped, optimizer: Optimizer) -> None:
+        super().check(item, optimizer)
         slots, done = item.tensor.slots, item.tensor.step - item.tensor.start + 1
         if self.threshold == "layer" and done >= max(self.schedule()):
             allowed = int(slots.mask.sum())
@@ -211,6 +182,7 @@ class MagnitudePruning(_Masking):
                 )
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class L1Shrinkage(_Masking):
     """l1-shrinkage (Collins and Kohli 2014): after each step every weight moves towards 0 by eta * alpha, and stops there.
 
@@ -225,13 +197,8 @@ class L1Shrinkage(_Masking):
         connectivity: float in (0, 1] | int | dict {pattern: float | int}; None: where l1 leads.
         l1: alpha, to be given; float | dict {pattern: float} | LinearDecay(start, end) | function of the progress.
         freeze_at: fraction of the training after which the connectivity is fixed, with a connectivity only.
-        target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
-        exclude_modules: the same forms.
-        distribution: "erdos_renyi" | "erk" | "uniform" | "deepr" (0.75, 2.3, 22.8 for three layers) | a function.
         init: "module" and "largest": the dense weight as its module has it | "deepr": |N(0, 1)| / sqrt(fan-in), random signs.
         seed: of ``init="deepr"``, and of the signs in :func:`lightning_deepr.save_sparse`.
-        check_invariants: check everything after every step, and name the tensor and the step when something breaks.
-        log_every_n_steps: how often the connectivity is logged.
 
     Raises:
         TypeError, ValueError: an argument that makes no sense, or one that does not fit the model; in a plain loop also where
@@ -244,40 +211,20 @@ class L1Shrinkage(_Masking):
         >>> trainer = Trainer(callbacks=[L1Shrinkage(0.05, l1=1e-3)], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(
-        self,
-        connectivity: int | float | dict[str, int | float] | None = None,
-        *,
-        l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable,
-        freeze_at: float = 0.7,
-        target_modules: str | list[str] | Callable = "all",
-        exclude_modules: str | Iterable[str] | Callable = (),
-        distribution: str | Callable = "erdos_renyi",
-        init: str = "module",
-        seed: int = 0,
-        check_invariants: bool = False,
-        log_every_n_steps: int = 50,
-    ) -> None:
-        if l1 is None:
+    l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable = field()  # to be given
+    freeze_at: float = 0.7
+
+    def __post_init__(self) -> None:
+        if self.l1 is None:
             raise TypeError(
                 "l1: expected a float, a dict, LinearDecay or a function of the progress, found None: shrinkage has no default."
             )
-        if connectivity is not None:
-            check_connectivity(connectivity)
-        super().__init__(
-            1.0 if connectivity is None else connectivity,
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-            distribution=distribution,
-            l1=l1,
-            init=init,
-            seed=seed,
-            compute="dense",
-            check_invariants=check_invariants,
-            log_every_n_steps=log_every_n_steps,
-        )
-        _check_fraction("freeze_at", freeze_at)
-        self.freezes, self.freeze_at = connectivity is not None, freeze_at
+        check_l1(self.l1)
+        super().__post_init__()
+        check_fraction("freeze_at", self.freeze_at)
+        self.freezes = self.connectivity is not None
+        if self.connectivity is None:
+            self.connectivity = 1.0
 
     @override
     def needs_length(self) -> str:
@@ -315,10 +262,3 @@ def _keep_largest(stepped: Sequence[Stepped], count: int) -> None:
     parts: list[Tensor] = list(kept.split([mask.numel() for mask in masks]))
     for item, part in zip(stepped, parts, strict=True):
         item.tensor.slots.keep(part.view(item.tensor.slots.shape), item.theta)
-
-
-def _check_fraction(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a fraction of the training (float in [0, 1]), found {value!r}.")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a fraction of the training (float in [0, 1]), found {value}.")

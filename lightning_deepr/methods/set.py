@@ -1,7 +1,4 @@
-"""What DEEP R is compared with, on the same K slots: fixed random connectivity, and SET.
-
-They are here so that a comparison runs through one code path; none of them is recommended over :class:`~lightning_deepr.DeepR`.
-"""
+"""Sparse evolutionary training, which drops by magnitude and grows at random."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_deepr.algorithm import rewiring
 from lightning_deepr.methods.drop_and_grow import DropAndGrow
 from lightning_deepr.training.tracked import Stepped
 
@@ -31,9 +27,6 @@ class SET(DropAndGrow):
     """
 
     @override
-    def grow(self, items: Sequence[Stepped], weakest: Sequence[Tensor]) -> list[Tensor]:
-        for step in {item.tensor.step for item in items}:
-            mine = [(item, slots) for item, slots in zip(items, weakest, strict=True) if item.tensor.step == step]
-            thetas, tensors = [item.theta for item, _ in mine], [item.tensor.slots for item, _ in mine]
-            rewiring.reactivate(thetas, tensors, [slots for _, slots in mine], self.seed, step)
-        return list(weakest)
+    def grow(self, items: Sequence[Stepped], weakest: Sequence[Tensor]) -> None:
+        for item, slots in zip(items, weakest, strict=True):
+            self.rebirth(item, slots)

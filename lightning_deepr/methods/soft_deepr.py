@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from lightning_deepr import kernels
 from lightning_deepr.algorithm import soft_rewiring
 from lightning_deepr.methods.dense_training import DenseTraining, on_host
 from lightning_deepr.training import invariants
-from lightning_deepr.training.schedules import LinearDecay, LrPower
-from lightning_deepr.training.tracked import Reborn, Stepped, TrackedTensor
+from lightning_deepr.training.arguments import RewiringArguments
+from lightning_deepr.training.schedules import LrPower
+from lightning_deepr.training.tracked import Reborn, Stepped
 from lightning_deepr.weights.dense_theta import SoftTheta
 
 
-class SoftDeepR(DenseTraining):
+@dataclass(kw_only=True, eq=False, repr=False)
+class SoftDeepR(RewiringArguments, DenseTraining):
     """soft-DEEP R (Algorithm 2 of the paper): a random walk of dormant connections, and no hard bound on how many are active.
 
     Every potential connection has a theta, so that this method alone of the family is dense: memory and time are those of the
@@ -41,22 +44,13 @@ class SoftDeepR(DenseTraining):
     are born per step, stays nearer to the wanted connectivity.
 
     Args:
-        connectivity: float in (0, 1] | int | dict {pattern: float | int}; None: everything is converted already.
         temperature: T, to be given and not 0: dormant connections move by it alone. float | dict {pattern: ...} |
             LrPower(coefficient, power) | function of the learning rate. A good first choice is about eta * alpha**2.
         theta_min: below 0; None: -T * (1 - p) / (alpha * p) with each tensor's own p = K / N, its alpha and its T of the step.
             Where a schedule brings T or alpha to 0 later, it keeps its last value.
-        target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
-        exclude_modules: the same forms.
-        distribution: "erdos_renyi" | "erk" | "uniform" | "deepr" (0.75, 2.3, 22.8 for three layers) | a function.
-        l1: alpha; float | dict {pattern: float} | LinearDecay(start, end) | function of the progress; None: by the optimizer
-            (1e-4 / (1 - momentum) under SGD, .03 under Adam's family and RMSprop).
         init: the start of the active connections: "module" | "largest" | "deepr".
         rewire_every_n_steps: in the steps between, active thetas stay at or above 0 and dormant ones stay where they are.
         rewire_until: a step (int) or a fraction of the training (float), then every step is such a step.
-        seed: of places, signs and noise; ``seed_everything`` does not change it.
-        check_invariants: check everything after every step, and name the tensor and the step when something breaks.
-        log_every_n_steps: how often the connectivity is logged.
 
     Raises:
         TypeError, ValueError: an argument that makes no sense, or one that does not fit the model (at ``setup``).
@@ -85,52 +79,23 @@ class SoftDeepR(DenseTraining):
         ['deepr/weight/births', 'deepr/weight/connectivity', 'deepr/weight/deaths']
     """
 
+    temperature: float | LrPower | dict[str, float | LrPower] | Callable = field()  # to be given
+    theta_min: float | None = None
     kind = SoftTheta
 
-    def __init__(
-        self,
-        connectivity: int | float | dict[str, int | float] | None = None,
-        *,
-        temperature: float | LrPower | dict[str, float | LrPower] | Callable,
-        theta_min: float | None = None,
-        target_modules: str | list[str] | Callable = "all",
-        exclude_modules: str | Iterable[str] | Callable = (),
-        distribution: str | Callable = "erdos_renyi",
-        l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable | None = None,
-        init: str = "module",
-        rewire_every_n_steps: int = 1,
-        rewire_until: int | float | None = None,
-        seed: int = 0,
-        check_invariants: bool = False,
-        log_every_n_steps: int = 50,
-    ) -> None:
-        super().__init__(
-            connectivity,
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-            distribution=distribution,
-            l1=l1,
-            temperature=temperature,
-            init=init,
-            rewire_every_n_steps=rewire_every_n_steps,
-            rewire_until=rewire_until,
-            seed=seed,
-            compute="dense",
-            check_invariants=check_invariants,
-            log_every_n_steps=log_every_n_steps,
-        )
-        if theta_min is not None:
-            if isinstance(theta_min, bool) or not isinstance(theta_min, (int, float)):
-                raise TypeError(f"theta_min: expected a float below 0 or None, found {theta_min!r}.")
-            if not (theta_min < 0 and math.isfinite(theta_min)):
-                raise ValueError(f"theta_min: expected a finite value below 0, found {theta_min}.")
-        self.theta_min = theta_min
-        if _is_zero(temperature):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.theta_min is not None:
+            if isinstance(self.theta_min, bool) or not isinstance(self.theta_min, (int, float)):
+                raise TypeError(f"theta_min: expected a float below 0 or None, found {self.theta_min!r}.")
+            if not (self.theta_min < 0 and math.isfinite(self.theta_min)):
+                raise ValueError(f"theta_min: expected a finite value below 0, found {self.theta_min}.")
+        if _is_zero(self.temperature):
             raise ValueError(
                 "temperature: expected T > 0, found 0: dormant connections move by noise alone, and theta_min = -T * (1 - p) / (alpha * p) "
                 "would be 0. Set temperature to about lr * l1**2 or more (DeepR works at T = 0)."
             )
-        if _is_zero(l1) and theta_min is None:
+        if _is_zero(self.l1) and self.theta_min is None:
             raise ValueError(
                 "l1: expected alpha > 0, found 0: theta_min = -T * (1 - p) / (alpha * p) is undefined. Set l1, or give theta_min."
             )
@@ -138,13 +103,11 @@ class SoftDeepR(DenseTraining):
     # -- the algorithm ----------------------------------------------------------------------------------------------------
 
     @override
-    def before_step(self, tensors: Sequence[TrackedTensor], optimizer: Optimizer) -> None:
-        for tensor, group_index in self._match(optimizer):
-            theta, slots = tensor.theta.detach(), tensor.slots
-            if not tensor.theta.requires_grad:
-                continue
+    def before_step(self, items: Sequence[Stepped], optimizer: Optimizer) -> None:
+        for item in items:
+            theta, slots = item.theta, item.tensor.slots
             if _is_nan(slots.theta_min):
-                self._spread(self._stepped(tensor, theta, optimizer, group_index))
+                self._spread(item)
             if slots.before is None or slots.before.shape != theta.shape or slots.before.device != theta.device:
                 slots.before = torch.empty_like(theta)
             slots.before.copy_(theta)
@@ -166,7 +129,7 @@ class SoftDeepR(DenseTraining):
         item.theta.copy_(torch.where(dormant, (item.theta * -bound).clamp(max=smallest), item.theta))
 
     @override
-    def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> list[Reborn]:
+    def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> None:
         moves = []
         for item in stepped:
             slots, before = item.tensor.slots, item.tensor.slots.before
@@ -175,7 +138,7 @@ class SoftDeepR(DenseTraining):
                     f"{type(self).__name__}: a step was reported that it had not been told of before it was taken."
                 )
             moves.append(self._soft_deep_r(item, before))
-            states = self._starting_state.tensors(optimizer, item.group_index, item.tensor.theta)
+            states = item.states()
             if states:
                 dormant = (before < 0).logical_or_(item.theta < 0)  # before the step or after it
                 for value, start in states:
@@ -184,8 +147,8 @@ class SoftDeepR(DenseTraining):
             if slots.averages:
                 slots.align_averages()
         counts = [torch.as_tensor(move, device=stepped[0].theta.device) for move in moves]
-        none = torch.empty(0, dtype=torch.long)
-        return [Reborn(births, deaths, none) for births, deaths in torch.stack(counts).tolist()]  # one look at the device
+        for item, (births, deaths) in zip(stepped, torch.stack(counts).tolist(), strict=True):  # one look at the device
+            item.reborn = Reborn(births, deaths)
 
     def _soft_deep_r(self, item: Stepped, before: Tensor) -> Any:
         """Algorithm 2 on one tensor. Returns births and deaths."""
@@ -256,7 +219,7 @@ class SoftDeepR(DenseTraining):
         """Per tensor ``deepr/<tensor>/connectivity``, and the means per step since the last call of ``.../births`` (dormant
         connections that became active) and ``.../deaths``."""
         found = {}
-        for tensor in self._tensors:
+        for tensor in self.tracked:
             turnover, slots = tensor.turnover, tensor.slots
             steps = max(turnover.steps, 1)
             found[f"deepr/{tensor.name}/connectivity"] = slots.count / slots.total
@@ -266,7 +229,7 @@ class SoftDeepR(DenseTraining):
         return found
 
     @override
-    def check(self, item: Stepped, born: Reborn, optimizer: Optimizer) -> None:
+    def check(self, item: Stepped, optimizer: Optimizer) -> None:
         tensor, slots, theta = item.tensor, item.tensor.slots, item.theta
         require = invariants.requirement(item.tensor)
         require(theta.shape == slots.shape, f"expected theta of shape {tuple(slots.shape)}, found {tuple(theta.shape)}")
@@ -280,7 +243,7 @@ class SoftDeepR(DenseTraining):
         dormant = theta < 0
         for name, value in optimizer.state.get(tensor.theta, {}).items():
             if isinstance(value, Tensor) and value.shape == theta.shape:
-                start = self._starting_state.of(optimizer, item.group_index, tensor.theta).get(name, 0.0)
+                start = self._runs.of(optimizer).starts(item).get(name, 0.0)
                 require(
                     bool((value[dormant] == start).all()),
                     f"the optimizer's {name} of a dormant connection is not at its start, {start}",

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_deepr.models import CIFAR10CNN, LeNet300100
 
-OPTIMIZERS = ("sgd", "adam")
+_OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("constant", "cosine", "exponential")
 
 
@@ -101,7 +101,7 @@ class DigitClassifier(ImageClassifier):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        check_choices(("optimizer", optimizer, OPTIMIZERS), ("schedule", schedule, SCHEDULES))
+        check_choices(("optimizer", optimizer, _OPTIMIZERS), ("schedule", schedule, SCHEDULES))
         self.save_hyperparameters()
         self.net = LeNet300100(bias=bias)
 

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 
 from lightning_deepr.recipes.batches import ResumableBatches
 
-Loader = TypeVar("Loader", bound=ResumableBatches)
+_Loader = TypeVar("_Loader", bound=ResumableBatches)
 
 
 class ResumableDataModule(LightningDataModule):
@@ -21,7 +21,7 @@ class ResumableDataModule(LightningDataModule):
     _batches: ResumableBatches | None = None
     _saved: dict[str, Any] | None = None
 
-    def resuming(self, loader: Loader) -> Loader:
+    def resuming(self, loader: _Loader) -> _Loader:
         """The loader of ``train_dataloader``, where the checkpoint left it."""
         if self._saved is not None:
             loader.load_state_dict(self._saved)

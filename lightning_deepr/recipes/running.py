@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import sys
+import logging
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
-import logging
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 
 TRAINING = ("fit", "validate", "test", "predict")
+_HARMLESS = (
+    ".*does not have many workers.*",  # batches in memory need none
+    "Total length of `list` across ranks is zero.*",  # a recipe without validation is meant
+    ".*treespec, LeafSpec.*",  # Lightning's own affair
+)
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -41,7 +46,7 @@ def find_recipe(name: str) -> str:
     raise SystemExit(f"lightning-deepr: no file {name!r}, and no recipe of that name. Recipes: {', '.join(recipes)}.")
 
 
-def with_packaged_recipes(arguments: Sequence[str]) -> list[str]:
+def _with_packaged_recipes(arguments: Sequence[str]) -> list[str]:
     """The arguments with each ``--config NAME`` made a path."""
     result = list(arguments)
     for i, argument in enumerate(result):
@@ -52,15 +57,14 @@ def with_packaged_recipes(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-def refuse_unknown_methods(arguments: Sequence[str]) -> None:
+def _refuse_unknown_methods(arguments: Sequence[str]) -> None:
     """A bare name of a method (``--sparsity SET``) has to be one of the family.
 
     Raises:
         SystemExit: it is not; lists the family.
     """
-    from lightning_deepr import methods as family
+    from lightning_deepr.methods import METHODS as methods
 
-    methods = sorted(family.__all__)
     given = [(*argument.split("=", 1), *after)[:2] for argument, *after in zip(arguments, [*arguments[1:], ""], strict=True)]
     for option, value in given:
         if option in ("--sparsity", "--sparsity.class_path") and value.isidentifier() and value not in (*methods, "null"):
@@ -68,20 +72,34 @@ def refuse_unknown_methods(arguments: Sequence[str]) -> None:
 
 
 def train(arguments: Sequence[str], run: bool = True) -> LightningCLI:
-    """``fit``, ``validate``, ``test`` and ``predict`` are LightningCLI's: any value of a recipe can be overridden.
+    """Run ``fit``, ``validate``, ``test`` or ``predict`` by LightningCLI: any value of a recipe can be overridden.
+
+    What belongs to the process stays as it is: ``sys.argv`` is neither read nor changed, and warnings are filtered only while this function runs.
+    (LightningCLI seeds the global generators, as ``seed_everything`` does, unless ``--seed_everything=false`` is among the arguments.)
 
     Args:
         arguments: of the command line. The recipe's ``sparsity`` is the sparse-training callback (``--sparsity.connectivity .05``);
             ``--sparsity SET`` takes another one, with those of the recipe's settings that it has, too.
         run: False (without a subcommand among the arguments) makes model, data and trainer only.
+
+    Returns:
+        the LightningCLI, with ``model``, ``datamodule``, ``trainer`` and ``config``.
+
+    Raises:
+        SystemExit: an unknown recipe or method, or arguments that LightningCLI does not take; says which.
     """
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
     import lightning_deepr.methods  # noqa: F401 (a class that is loaded can be named without its module: --sparsity SET)
     from lightning_deepr.training.callback import SparseTraining
 
     class RecipeCLI(LightningCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+            # LightningCLI's own also warns when the process has arguments, too. Here it is always these that count.
+            assert isinstance(args, list)
+            self.config = parser.parse_args(args)
+
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             # A key of its own: items of the list trainer.callbacks can't be overridden on the command line.
             parser.add_subclass_arguments(SparseTraining, "sparsity", fail_untyped=False, required=False)
@@ -98,23 +116,21 @@ def train(arguments: Sequence[str], run: bool = True) -> LightningCLI:
         def after_fit(self) -> None:
             self.trainer.test(self.model, datamodule=self.datamodule)
 
-    # batches in memory need no workers, a recipe without validation is meant, and the third is Lightning's own affair
-    for harmless in (
-        ".*does not have many workers.*",
-        "Total length of `list` across ranks is zero.*",
-        ".*treespec, LeafSpec.*",
-    ):
-        warnings.filterwarnings("ignore", harmless)
-    refuse_unknown_methods(arguments)
-    sys.argv[1:] = with_packaged_recipes(arguments)  # LightningCLI warns when it is given arguments of its own
-    return RecipeCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_kwargs={"overwrite": True},
-        run=run,
-    )
+    _refuse_unknown_methods(arguments)
+    given = _with_packaged_recipes(arguments)
+    # Lightning is imported by now: the filters that it installs for the process stay.
+    with warnings.catch_warnings():
+        for message in _HARMLESS:
+            warnings.filterwarnings("ignore", message)
+        return RecipeCLI(
+            LightningModule,
+            LightningDataModule,
+            args=given,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            run=run,
+        )
 
 
 def _seed(seed_everything: bool | int | None) -> int:
@@ -129,12 +145,11 @@ def data_of_recipe(info: Mapping[str, Any], folder: str = "") -> Iterable[Any]:
         folder: of the data, where the recipe's data has one; "": the recipe's own.
 
     A recipe and its overrides can name any class: of what a file records, only the name of a packaged recipe is taken and plain settings of its data.
+    The global generators and the seed that ``seed_everything`` left are not touched.
 
     Raises:
         ValueError: no recipe is recorded, or none that is packaged.
     """
-    from lightning_deepr.recipes.running import packaged_recipes, train
-
     recipe = info.get("recipe")
     name, overrides = (recipe.get("name"), recipe.get("overrides")) if isinstance(recipe, Mapping) else (recipe, None)
     recipes = packaged_recipes()
@@ -145,8 +160,10 @@ def data_of_recipe(info: Mapping[str, Any], folder: str = "") -> Iterable[Any]:
             "Python: zoo.verify(name, data)."
         )
     root = [f"--data.root={folder}"] if folder and has_root(name) else []
-    with quiet():
-        data = train(["--config", name, *settings_of_data(overrides), *root, "--trainer.logger", "false"], run=False).datamodule
+    unseeded = "--seed_everything=false"  # a test set has no use for a seed, and the caller keeps the own one
+    with quiet(), torch.random.fork_rng():  # the recipe's network is made, too, and draws its weights
+        made = train(["--config", name, *_settings_of_data(overrides), *root, "--trainer.logger=false", unseeded], run=False)
+    data = made.datamodule
     data.prepare_data()
     data.setup("test")
     return data.test_dataloader()
@@ -156,14 +173,12 @@ def has_root(recipe: str) -> bool:
     """Whether the data of a packaged recipe is in a folder that somebody has to name."""
     import yaml  # type: ignore[import-untyped]
 
-    from lightning_deepr.recipes.running import packaged_recipes
-
     return "root" in yaml.safe_load(packaged_recipes()[recipe].read_text(encoding="utf-8"))["data"].get("init_args", {})
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Lightning's words on seeds and devices, which a test set has nothing to do with."""
+    """Within it, Lightning says nothing of seeds and devices: a test set has nothing to do with them."""
     import lightning.pytorch  # noqa: F401 (sets the levels)
 
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
@@ -177,7 +192,7 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def settings_of_data(overrides: Any) -> list[str]:
+def _settings_of_data(overrides: Any) -> list[str]:
     """Those overrides that set a number or a word of the recipe's data.
 
     Args:
@@ -185,7 +200,7 @@ def settings_of_data(overrides: Any) -> list[str]:
 
     Example::
 
-        >>> settings_of_data(["--data.classes", "39", "--data.class_path=os.system", "--model.lr", "0.1", "--data.root", "/etc"])
+        >>> _settings_of_data(["--data.classes", "39", "--data.class_path=os.system", "--model.lr", "0.1", "--data.root", "/etc"])
         ['--data.classes=39']
     """
     if isinstance(overrides, Mapping):

@@ -22,7 +22,7 @@ from lightning_deepr.recipes.timit_corpus import CorpusError, Utterance
 from lightning_deepr.recipes.timit_features import VERSION, FeatureSettings, features
 from lightning_deepr.recipes.timit_files import labels_at, read_audio, read_phones
 
-PROGRESS_FROM = 400
+_PROGRESS_FROM = 400
 """From so many utterances on a progress bar is shown: the free sample takes two seconds, the full corpus a minute."""
 
 
@@ -83,7 +83,7 @@ def cached_frames(utterances: Sequence[Utterance], settings: FeatureSettings, fo
     Raises:
         CorpusError: see :func:`extract`.
     """
-    key = cache_key(utterances, settings)
+    key = _cache_key(utterances, settings)
     path = Path(folder if folder is not None else default_cache()) / f"timit-{key[:24]}.safetensors"
     if path.exists():
         try:
@@ -101,7 +101,7 @@ def cached_frames(utterances: Sequence[Utterance], settings: FeatureSettings, fo
     return found
 
 
-def cache_key(utterances: Sequence[Utterance], settings: FeatureSettings) -> str:
+def _cache_key(utterances: Sequence[Utterance], settings: FeatureSettings) -> str:
     """A hash of the settings and of each file's name, size and time of change."""
     files = []
     for one in utterances:
@@ -122,7 +122,7 @@ def extract(utterances: Sequence[Utterance], settings: FeatureSettings) -> Frame
     from tqdm.auto import tqdm
 
     offsets, all_features, all_labels = [0], [], []
-    progress = tqdm(utterances, desc="TIMIT features", unit="utterance", disable=len(utterances) < PROGRESS_FROM)
+    progress = tqdm(utterances, desc="TIMIT features", unit="utterance", disable=len(utterances) < _PROGRESS_FROM)
     for one in progress:
         samples = read_audio(one.audio)
         bounds, phones = read_phones(one.phones, len(samples))

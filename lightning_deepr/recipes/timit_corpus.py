@@ -38,9 +38,9 @@ CORE_TEST = frozenset(
 )
 """The 24 speakers of the core test set (table 3 of the corpus' readme.doc)."""
 
-FULL_SPEAKERS = {"train": 462, "test": 168}
+_FULL_SPEAKERS = {"train": 462, "test": 168}
 
-WHAT_TO_GET = (
+_WHAT_TO_GET = (
     "Get LDC93S1 from https://catalog.ldc.upenn.edu/LDC93S1 (licensed) and give the folder that holds TRAIN and TEST, or the free sample of "
     "160 sentences, `python -c \"import nltk; nltk.download('timit', download_dir='data')\"` (unzip data/corpora/timit.zip if NLTK did not), "
     "and give the folder that holds dr1-fvmh0 and so on. The option is --data.root."
@@ -103,7 +103,7 @@ def find_utterances(root: str | Path, allow_incomplete: bool = False) -> list[Ut
             "Copy these again, or train on what is there with --data.allow_incomplete true (unpaired files have to go)."
         )
     if not found:
-        raise CorpusError(f"No TIMIT recording (*.wav with its *.phn) was found in {top.resolve()}. {WHAT_TO_GET}")
+        raise CorpusError(f"No TIMIT recording (*.wav with its *.phn) was found in {top.resolve()}. {_WHAT_TO_GET}")
     return sorted(found, key=lambda one: one.name)
 
 
@@ -125,7 +125,7 @@ def _locate(root: Path) -> tuple[Path, bool]:
         if "train" in names or "test" in names:
             return folder, False
     there = "which is no folder" if not root.is_dir() else f"which holds {', '.join(_listed(root)) or 'nothing'}"
-    raise CorpusError(f"The TIMIT corpus was not found in {root.resolve()}, {there}. {WHAT_TO_GET}")
+    raise CorpusError(f"The TIMIT corpus was not found in {root.resolve()}, {there}. {_WHAT_TO_GET}")
 
 
 def _listed(folder: Path) -> list[str]:
@@ -146,7 +146,7 @@ def _speakers(top: Path, sample: bool) -> Iterator[tuple[str, int, str, Path]]:
                 yield "sample", int(name[2]), name[4:].upper(), folder
         return
     for part, regions in _folders(top).items():
-        if part not in FULL_SPEAKERS:
+        if part not in _FULL_SPEAKERS:
             continue
         for region, speakers in _folders(regions).items():
             if len(region) == 3 and region.startswith("dr") and region[2] in "12345678":
@@ -202,7 +202,7 @@ def _missing_speakers(found: Iterable[Utterance], sample: bool, top: Path) -> li
         ]
     return [
         f"{top.resolve() / part.upper()}: expected {wanted} speakers, found {len(speakers[part])}"
-        for part, wanted in FULL_SPEAKERS.items()
+        for part, wanted in _FULL_SPEAKERS.items()
         if len(speakers[part]) < wanted
     ] + [
         f"{top.resolve() / 'TEST'}: {speaker} of the core test set is missing"

@@ -14,7 +14,7 @@ from lightning_deepr.recipes.timit_phones import NUMBERS
 RATE = 16_000
 """Samples per second of every recording."""
 
-TOLERANCE = 160
+_TOLERANCE = 160
 """A transcription may end so many samples (10 ms, one frame) after the audio."""
 
 INSTALL = "install them with: pip install 'lightning-deepr[timit]'"
@@ -113,7 +113,7 @@ def read_phones(path: Path, samples: int | None = None) -> tuple[np.ndarray[Any,
         phones.append(NUMBERS[phone])
     if not bounds:
         raise CorpusError(f"{path}: the transcription is empty (no segment). Copy it again.")
-    if samples is not None and bounds[-1][1] > samples + TOLERANCE:
+    if samples is not None and bounds[-1][1] > samples + _TOLERANCE:
         raise CorpusError(
             f"{path}: the transcription runs to sample {bounds[-1][1]}, past the end of the audio ({samples} samples): "
             "the two files do not belong together, or the recording was cut."

@@ -12,7 +12,7 @@ from torch import Tensor
 IGNORED = -100
 """The label of a frame without a phone (padding, ``q``, outside the transcription): PyTorch's ``ignore_index``."""
 
-GLOTTAL_STOP = "q"
+_GLOTTAL_STOP = "q"
 
 _GROUPS = {
     "aa": "aa ao",
@@ -38,18 +38,18 @@ FOLD: dict[str, str] = {
 
 PHONES60: tuple[str, ...] = tuple(sorted(FOLD))
 PHONES39: tuple[str, ...] = tuple(sorted(set(FOLD.values())))
-PHONES61: tuple[str, ...] = (*PHONES60, GLOTTAL_STOP)
+PHONES61: tuple[str, ...] = (*PHONES60, _GLOTTAL_STOP)
 """The symbols of the .phn files; ``q`` comes last, so that the first 60 numbers are those of ``PHONES60``."""
 
 NUMBERS: dict[str, int] = {phone: number for number, phone in enumerate(PHONES61)}
 
 
-def folded_numbers() -> Tensor:
+def _folded_numbers() -> Tensor:
     """For each of the 60 phones the number of its class: int64 [60], values 0 to 38.
 
     Example::
 
-        >>> PHONES39[folded_numbers()[PHONES60.index("h#")]]
+        >>> PHONES39[_folded_numbers()[PHONES60.index("h#")]]
         'sil'
     """
     return torch.tensor([PHONES39.index(FOLD[phone]) for phone in PHONES60])
@@ -75,7 +75,7 @@ def folding(classes: int) -> Tensor:
     if classes == len(PHONES39):
         return torch.eye(classes)
     if classes == len(PHONES60):
-        return torch.nn.functional.one_hot(folded_numbers(), len(PHONES39)).float()
+        return torch.nn.functional.one_hot(_folded_numbers(), len(PHONES39)).float()
     raise ValueError(f"expected 60 or 39 classes (phones without q, or the folded ones), found {classes}.")
 
 
@@ -91,5 +91,5 @@ def targets(labels: Tensor, classes: int) -> Tensor:
     """
     known = (labels >= 0) & (labels < len(PHONES60))
     folding(classes)  # refuses other numbers
-    table = torch.arange(classes) if classes == len(PHONES60) else folded_numbers()
+    table = torch.arange(classes) if classes == len(PHONES60) else _folded_numbers()
     return torch.where(known, table[labels.clamp(0, len(PHONES60) - 1)], IGNORED)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from lightning_deepr.recipes.timit_corpus import CORE_TEST, SAMPLE_SPEAKERS, CorpusError, Utterance
 
 ROTATIONS = 4
-SA_CHOICES = ("auto", "train", "none")
-TEST_SETS = ("core", "complete")
+_SA_CHOICES = ("auto", "train", "none")
+_TEST_SETS = ("core", "complete")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def split(
         ValueError: a setting that is not one of these.
         CorpusError: a part is empty.
     """
-    for name, value, known in (("sa", sa, SA_CHOICES), ("test_set", test_set, TEST_SETS)):
+    for name, value, known in (("sa", sa, _SA_CHOICES), ("test_set", test_set, _TEST_SETS)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, found {value!r}.")
     if not 0 < val_fraction < 1:

@@ -7,7 +7,8 @@ algorithm overrides :meth:`SparseTraining.after_step`, which is given the tensor
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,38 +16,22 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_deepr.algorithm.statistics import Turnover
-from lightning_deepr.conversion import sharing
-from lightning_deepr.conversion.allocation import DISTRIBUTIONS, allocate, check_connectivity
-from lightning_deepr.conversion.convert import check_compute, check_seed, convert, nothing_to_convert
-from lightning_deepr.conversion.selection import Candidate, candidates, check_modules, entry_for, refuse_unknown, select
-from lightning_deepr.conversion.start import INITS
+from lightning_deepr.conversion.selection import Candidate
 from lightning_deepr.training import fabric_hooks, guards
-from lightning_deepr.training.schedules import LinearDecay, LrPower, check_l1, check_temperature, is_documented
-from lightning_deepr.training.stepping import Stepper
-from lightning_deepr.training.tracked import TrackedTensor
+from lightning_deepr.training.arguments import SharedArguments
+from lightning_deepr.training.claim import claim
+from lightning_deepr.training.schedules import is_documented
 from lightning_deepr.weights.averages import follow
-from lightning_deepr.weights.base import Parametrization
+from lightning_deepr.weights.base import nobody
 from lightning_deepr.weights.find import Converted, converted_tensors
-from lightning_deepr.weights.k_slots import KSlots
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-
-
-def _keep_draws_apart(tensors: list[Any]) -> None:
-    """Layers that were converted one by one have the same index, and would draw alike."""
-    taken: set[int] = set()
-    following = 1 + max((slots.index for slots in tensors), default=0)
-    for slots in tensors:
-        if slots.index in taken:
-            slots.index, following = following, following + 1
-        taken.add(slots.index)
 
 
 @dataclass
@@ -74,81 +59,18 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, (_FabricOptimizer, LightningOptimizer)) else optimizer
 
 
-class SparseTraining(Stepper, Callback):
-    """Base of the callbacks that train a sparse network; see :class:`DeepR` for the arguments.
+class SparseTraining(SharedArguments, Callback):
+    """Base of the callbacks that train a sparse network: it converts, finds out when an optimizer has stepped, saves and logs.
 
-    An algorithm overrides :meth:`after_step`.
+    A method on K slots derives from :class:`lightning_deepr.methods.SlotTraining` and overrides :meth:`after_step`.
     """
 
-    scopes: tuple[str, ...] = ("layer",)
+    scope: str = "layer"  # K per tensor
 
-    # LightningCLI reads the arguments' names and types here: they have to be there when the program runs
-    def __init__(
-        self,
-        connectivity: int | float | dict[str, int | float] | None = None,
-        *,
-        target_modules: str | list[str] | Callable = "all",
-        exclude_modules: str | Iterable[str] | Callable = (),
-        distribution: str | Callable = "erdos_renyi",
-        scope: str = "layer",
-        l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable | None = None,
-        temperature: float | LrPower | dict[str, float | LrPower] | Callable = 0.0,
-        init: str = "module",
-        rewire_every_n_steps: int = 1,
-        rewire_until: int | float | None = None,
-        seed: int = 0,
-        compute: str = "auto",
-        check_invariants: bool = False,
-        log_every_n_steps: int = 50,
-    ) -> None:
-        if connectivity is not None:
-            check_connectivity(connectivity)
-        check_modules(target_modules, "target_modules")
-        check_modules(exclude_modules, "exclude_modules")
-        check_l1(l1)
-        check_temperature(temperature)
-        check_compute(compute)
-        check_seed(seed)
-        if not callable(distribution) and distribution not in DISTRIBUTIONS:
-            raise ValueError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)} or a function, found {distribution!r}.")
-        if init not in INITS:
-            raise ValueError(f"init: expected one of {', '.join(INITS)}, found {init!r}.")
-        if scope not in self.scopes:
-            known = {"layer": '"layer" (K per tensor)', "global": '"global" (one K for the whole network)'}
-            raise ValueError(f"scope: expected {' or '.join(known[one] for one in self.scopes)}, found {scope!r}.")
-        for name, value in (("rewire_every_n_steps", rewire_every_n_steps), ("log_every_n_steps", log_every_n_steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an int of at least 1, found {value!r}.")
-        if not isinstance(check_invariants, bool):
-            raise TypeError(f"check_invariants: expected True or False, found {check_invariants!r}.")
-        if rewire_until is not None and (
-            isinstance(rewire_until, bool)
-            or not isinstance(rewire_until, (int, float))
-            or not rewire_until >= 0
-            or (isinstance(rewire_until, float) and rewire_until > 1)
-        ):
-            raise ValueError(
-                f"rewire_until: expected a step (int) or a fraction of training (float in [0, 1]), found {rewire_until!r}."
-            )
-        super().__init__(
-            temperature=temperature,
-            rewire_every_n_steps=rewire_every_n_steps,
-            rewire_until=rewire_until,
-            seed=seed,
-            check_invariants=check_invariants,
-            log_every_n_steps=log_every_n_steps,
-        )
-        self.connectivity = connectivity
-        self.target_modules: Any = target_modules
-        self.exclude_modules: Any = exclude_modules
-        self.distribution: Any = distribution
-        self.scope = scope
-        self.l1: Any = l1
-        self.init = init
-        self.compute = compute
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._at_fabric = False
         self._state_key: tuple[Any, ...] = ()
-        self._stepped_under_fabric: set[int] = set()
         self._loaded: dict[str, Any] | None = None
 
     # -- conversion -------------------------------------------------------------------------------------------------------
@@ -166,112 +88,37 @@ class SparseTraining(Stepper, Callback):
         guards.refuse_spawn(trainer, new)
 
     def _take(self, module: nn.Module, watch: bool = False, early: bool = True) -> int:
-        """Convert what is asked for, and take charge of what is converted already.
+        """Convert what is asked for and take charge of it; see :func:`lightning_deepr.training.claim.claim`."""
+        new = claim(self, module, watch, early)
+        self._forget_matches()
+        self._apply_loaded()
+        return new
+
+    @abstractmethod
+    def convert(self, module: nn.Module, new: list[Candidate], counts: Mapping[str, int]) -> list[Converted]:
+        """Convert dense weights into what the method works on.
 
         Args:
-            module: of which.
-            watch: whether to look out for writes into converted weights until the training starts.
-            early: no optimizer exists yet, so that parameters may become others.
-
-        Returns:
-            how many tensors were converted.
+            module: the network.
+            new: the weights.
+            counts: K of each, by name.
         """
-        found = candidates(module)
-        for argument, value in (("l1", self.l1), ("temperature", self.temperature)):
-            if isinstance(value, Mapping):
-                refuse_unknown(list(value), found, argument)
-        free = [c for c in found if c.slots is None or c.slots.owner() in (None, self)]
-        if self.connectivity is None:
-            chosen = [c for c in select(free, self.target_modules, self.exclude_modules) if c.slots is not None]
-            if not chosen:
-                busy = [c.name for c in found if c.slots is not None and c not in free]
-                if busy:
-                    raise ValueError(
-                        f"{type(self).__name__} expects converted tensors that no other callback is at work on, found only "
-                        f"{', '.join(busy)}, which another one rewires: call `remove()` on what its `attach` returned."
-                    )
-                raise ValueError(
-                    f"{type(self).__name__}(connectivity=None) expects a converted module, found no converted tensor in "
-                    f"{type(module).__name__}. Give a connectivity, or call sparsify(net, connectivity) first."
-                )
-        else:
-            chosen = select(free, self.target_modules, self.exclude_modules, self.connectivity)
-        if not chosen:
-            raise ValueError(nothing_to_convert(module))
-        entries = {c.name: (entry_for("l1", self.l1, c), entry_for("temperature", self.temperature, c)) for c in chosen}
-        for candidate in chosen:
-            if candidate.slots is not None:
-                self.check_kind(candidate.name, candidate.slots)
-        if self.scope == "global":
-            sharing.check(chosen, early)
-        old = [c for c in chosen if c.slots is not None]
-        new = [c for c in chosen if c.slots is None]
-        if new:
-            assert self.connectivity is not None
-            counts = allocate(new, self.connectivity, self.distribution)
-            for converted in self.convert(module, new, counts):
-                converted.slots.watch(watch)
-            total = sum(c.total for c in new)
-            rank_zero_info(
-                f"{type(self).__name__}: {sum(counts.values()):,} connections of {total:,} ({sum(counts.values()) / total:.2%}) in "
-                f"{len(new)} tensors."
-            )
-        if self.scope == "global":
-            sharing.join([converted for converted in converted_tensors(module) if converted.name in entries])
-        mine = {tensor.slots: tensor for tensor in self._tensors}
-        if any(c.slots not in mine for c in old):
-            rank_zero_info(
-                f"{type(self).__name__}: {len(old)} tensors are converted already; took their connections as they are."
-            )
-        taken = []
-        for converted in converted_tensors(module):
-            if converted.name not in entries:
-                continue
-            tensor = mine.get(converted.slots)
-            if tensor is None:
-                # a new callback on a trained network goes on counting, so that it does not repeat the draws of the old one
-                step = 1 + converted.slots.last_birth()
-                count = converted.slots.wanted if self.scope == "layer" else converted.slots.count
-                tensor = TrackedTensor(converted, Turnover(count), step=step, start=step)
-            tensor.converted, (tensor.alpha, tensor.temperature) = converted, entries[converted.name]
-            converted.slots.owner = weakref.ref(self)
-            taken.append(tensor)
-        if self.scope == "global":  # one theta takes one number of steps
-            step = max(tensor.step for tensor in taken)
-            for tensor in taken:
-                if tensor.step != step:
-                    tensor.step = tensor.start = step
-        _keep_draws_apart([tensor.slots for tensor in taken])
-        self._tensors = taken
-        self._matches.clear()
-        self._apply_loaded()
-        return len(new)
 
-    def convert(self, module: nn.Module, new: list[Candidate], counts: Mapping[str, int]) -> list[Converted]:
-        """Convert dense weights into what the algorithm works on: K slots."""
-        return convert(module, new, counts, init=self.init, seed=self.seed, compute=self.compute)
+    @abstractmethod
+    def check_kind(self, name: str, slots: Any) -> None:
+        """Refuse a tensor that was converted into something else than what the method works on.
 
-    def check_kind(self, name: str, slots: Parametrization) -> None:
-        """Refuse a tensor that was converted into something else than what the algorithm works on."""
-        if not isinstance(slots, KSlots):
-            raise ValueError(
-                f"`{name}` has a theta for every potential connection ({type(slots).__name__}): {type(self).__name__} expects K "
-                "slots. Call densify(module) and convert it anew."
-            )
-        if slots.pool is not None and self.scope != "global":
-            instead = 'Give scope="global", or call' if "global" in self.scopes else "Call"
-            raise ValueError(
-                f'`{name}` shares one K with other layers (scope="global"), but {type(self).__name__} works with K per tensor '
-                f'(scope="layer"). {instead} densify(module) and convert it anew.'
-            )
+        Raises:
+            ValueError: says what is expected, what was found and what to do.
+        """
 
     # -- when it runs: under a Trainer ------------------------------------------------------------------------------------
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        guards.refuse_lost_conversions(pl_module, [tensor.converted for tensor in self._tensors])
+        guards.refuse_lost_conversions(pl_module, [tensor.converted for tensor in self.tracked])
         self._watch(False)
-        guards.refuse_unequal_ranks(trainer, self._tensors)
+        guards.refuse_unequal_ranks(trainer, self.tracked)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             average = getattr(callback, "_average_model", None)
             if isinstance(average, nn.Module):
@@ -282,14 +129,14 @@ class SparseTraining(Stepper, Callback):
         self._apply_loaded()
         self._continues = self._continues or trainer.global_step > 0
         total = trainer.estimated_stepping_batches
-        self._total_steps = float(total) if total != float("inf") and total > 0 else None
+        self.total_steps = float(total) if total != float("inf") and total > 0 else None
         self._check_schedules("Give the Trainer max_epochs or max_steps.")
         self._begin_training()
         found = [self._wire(optimizer) for optimizer in trainer.optimizers]
         if not any(found):
             raise RuntimeError(guards.OPTIMIZER_TOO_EARLY)
         known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        idle = [t.name for t in self._tensors if id(t.theta) not in known and t.theta.requires_grad]
+        idle = [t.name for t in self.tracked if id(t.theta) not in known and t.theta.requires_grad]
         if idle:
             rank_zero_warn(f"{type(self).__name__}: no optimizer holds {', '.join(idle)}: these tensors won't be trained.")
 
@@ -302,11 +149,11 @@ class SparseTraining(Stepper, Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        step = max((tensor.step for tensor in self._tensors), default=0)
+        step = max((tensor.step for tensor in self.tracked), default=0)
         if not trainer.loggers or step % self.log_every_n_steps:
             return
         self._settle()
-        if not any(t.turnover.steps for t in self._tensors):
+        if not any(t.turnover.steps for t in self.tracked):
             return
         metrics = self.statistics()
         for logger in trainer.loggers:
@@ -322,19 +169,24 @@ class SparseTraining(Stepper, Callback):
         meaning = guards.explain(str(exception), pl_module)
         if meaning is not None and meaning not in str(exception):
             exception.args = (f"{exception} {meaning}", *exception.args[1:])
-        self._release()
+        self._stop()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._release()
+        self._stop()
 
-    def _release(self) -> None:
+    def _stop(self) -> None:
         self._unhook()
         self._watch(False)
         self._continues = False
-        for tensor in self._tensors:
+        for tensor in self.tracked:
             if tensor.slots.owner() is self:
-                tensor.slots.owner = lambda: None
+                tensor.slots.owner = nobody
+        self.end()
+
+    @property
+    def _is_at_work(self) -> bool:
+        return bool(self._runs.hooked())
 
     # -- when it runs: in a plain loop ------------------------------------------------------------------------------------
 
@@ -358,13 +210,13 @@ class SparseTraining(Stepper, Callback):
             >>> net = callback.prepare(torch.nn.Linear(100, 10))
             >>> rewiring = callback.attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
         """
-        at_work, self._tensors = self._tensors, []
+        at_work, self.tracked = self.tracked, []
         loaded, self._loaded = self._loaded, None
         self._take(net)
-        for tensor in self._tensors:  # nobody is at work on it yet: attach, or Fabric's setup, takes charge
-            tensor.slots.owner = lambda: None
-        self._tensors, self._loaded = at_work, loaded
-        self._matches.clear()
+        for tensor in self.tracked:  # nobody is at work on it yet: attach, or Fabric's setup, takes charge
+            tensor.slots.owner = nobody
+        self.tracked, self._loaded = at_work, loaded
+        self._forget_matches()
         return net
 
     def attach(self, net: nn.Module, optimizer: Optimizer, total_steps: int | None = None) -> Rewiring:
@@ -401,22 +253,23 @@ class SparseTraining(Stepper, Callback):
                 "`sparsify(net, connectivity)` before the optimizer is made."
             )
         optimizer = _unwrapped(optimizer)
-        self._take_charge(net, keep=bool(self._hooks))
+        self._take_charge(net, keep=self._is_at_work)
         if total_steps is not None:
-            self._total_steps = float(total_steps)
+            self.total_steps = float(total_steps)
         self._check_schedules("Give attach(..., total_steps=...).")
-        if not self._hooks:
+        if not self._is_at_work:
             self._begin_training()
         if not self._wire(optimizer, check_before=True):
-            if not self._hooks:
-                self._release()
+            if not self._is_at_work:
+                self._stop()
             raise ValueError(guards.OPTIMIZER_TOO_EARLY)
-        key = id(optimizer)
+        run = self._runs.of(optimizer)
 
         def remove() -> None:
-            self._unhook(key)
-            if not self._hooks:
-                self._release()
+            run.unhook()
+            run.forget_tensors()
+            if not self._is_at_work:
+                self._stop()
 
         return Rewiring(self, remove)
 
@@ -427,22 +280,24 @@ class SparseTraining(Stepper, Callback):
             net: has converted tensors.
             keep: the tensors of other networks at which this callback is at work too, a generator for one.
         """
-        if {t.slots for t in self._tensors}.isdisjoint(c.slots for c in converted_tensors(net)):
-            kept = self._tensors if keep else []
+        if {t.slots for t in self.tracked}.isdisjoint(c.slots for c in converted_tensors(net)):
+            kept = self.tracked if keep else []
             wanted, self.connectivity = self.connectivity, None
             try:
                 self._take(net, early=False)
             finally:
                 self.connectivity = wanted
             names = {tensor.name for tensor in kept}
-            for tensor in self._tensors:
+            for tensor in self.tracked:
                 plain, number = tensor.name, 2
                 while tensor.name in names:
                     tensor.converted = tensor.converted._replace(name=f"{plain} ({number})")
                     number += 1
-            self._tensors = kept + self._tensors
-            self._matches.clear()
-        for tensor in self._tensors:
+            if kept:
+                self.begin(self.tracked)
+            self.tracked = kept + self.tracked
+            self._forget_matches()
+        for tensor in self.tracked:
             tensor.slots.owner = weakref.ref(self)
 
     # -- when it runs: under Fabric ---------------------------------------------------------------------------------------
@@ -452,7 +307,7 @@ class SparseTraining(Stepper, Callback):
         guards.refuse_sharding(fabric.strategy)
         if not any(True for _ in converted_tensors(module)):
             return  # another module of the same script, a discriminator for one
-        at_work = bool(self._hooks) or self._at_fabric
+        at_work = self._is_at_work or self._at_fabric
         self._take_charge(module, keep=at_work)
         self._check_schedules(
             "Fabric does not know the length of the training: call attach(net, optimizer, total_steps=...) on the callback."
@@ -464,14 +319,15 @@ class SparseTraining(Stepper, Callback):
 
     def before_step_under_fabric(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Before a step of any optimizer: values that are not finite."""
-        if id(optimizer) not in self._hooks and self._match(optimizer):
+        run = self._runs.of(optimizer)
+        if not run.is_hooked and run.matched(optimizer, self.tracked):
             self._before_plain_step(optimizer, args, kwargs)
             self._call_before_step(optimizer)
 
     def after_step_under_fabric(self, optimizer: Optimizer) -> None:
         """After a step of any optimizer: it was really taken."""
         if not guards.was_skipped(optimizer):
-            self._stepped_under_fabric.add(id(optimizer))
+            self._runs.of(optimizer).took_step = True
 
     @override
     def on_after_optimizer_step(self, strategy: Any = None, optimizer: Optimizer | None = None) -> None:
@@ -481,15 +337,15 @@ class SparseTraining(Stepper, Callback):
         """
         assert optimizer is not None
         if strategy is not None:  # Fabric
-            if not self._tensors:
+            if not self.tracked:
                 raise RuntimeError(
                     f"{type(self).__name__} was given to Fabric, but has no network: expected `sparsify(net, ...)` and then "
                     "`fabric.setup(net, optimizer)`. (Fabric does not tell its callbacks of `setup_module`: call "
                     "`attach(net, optimizer)` on the callback there.)"
                 )
-            was_taken = id(optimizer) in self._stepped_under_fabric
-            self._stepped_under_fabric.discard(id(optimizer))
-            if id(optimizer) in self._hooks or not was_taken:
+            run = self._runs.of(optimizer)
+            was_taken, run.took_step = run.took_step, False
+            if run.is_hooked or not was_taken:
                 return  # attached as well: the optimizer's own hook has done it; or the step was skipped
         self._after_optimizer_step(optimizer)
 
@@ -523,7 +379,9 @@ class SparseTraining(Stepper, Callback):
                 "use LinearDecay and LrPower."
             )
         self._settle()
+        extra = self.extra_state()
         return {
+            **({"extra": extra} if extra else {}),
             "version": 1,
             "seed": self.seed,
             "tensors": {
@@ -537,7 +395,7 @@ class SparseTraining(Stepper, Callback):
                     "reborn": t.turnover.reborn,
                     "newborn_deaths": t.turnover.newborn_deaths,
                 }
-                for t in self._tensors
+                for t in self.tracked
             },
         }
 
@@ -548,12 +406,12 @@ class SparseTraining(Stepper, Callback):
 
     def _apply_loaded(self) -> None:
         """Take over a checkpoint's state as soon as the tensors that it is about are there."""
-        if self._loaded is None or not self._tensors:
+        if self._loaded is None or not self.tracked:
             return
         state, self._loaded, self._continues = self._loaded, None, True
         self._settle()
         recorded: Mapping[str, Any] = state["tensors"]
-        mine = {tensor.name: tensor for tensor in self._tensors}
+        mine = {tensor.name: tensor for tensor in self.tracked}
         if set(recorded) != set(mine):
             raise ValueError(
                 f"The checkpoint is of another model or selection: expected the tensors {sorted(mine)}, found {sorted(recorded)}. "
@@ -573,3 +431,6 @@ class SparseTraining(Stepper, Callback):
             tensor.step, tensor.start = entry["step"], entry["start"]
             for key in ("streak", "warned", "steps", "reborn", "newborn_deaths"):
                 setattr(tensor.turnover, key, entry[key])
+        self.load_extra_state(state.get("extra", {}))
+        if self._is_at_work or self._at_fabric:  # a loop at work: the method begins anew with what was loaded
+            self.begin(self.tracked)

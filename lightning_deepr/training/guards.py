@@ -16,9 +16,6 @@ from lightning_deepr.weights.find import Converted, converted_tensors
 from lightning_deepr.weights.k_slots import KSlots
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from lightning_deepr.training.tracked import TrackedTensor
 
 OPTIMIZER_TOO_EARLY = (

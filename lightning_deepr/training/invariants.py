@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.optim import Optimizer
 
-from lightning_deepr.algorithm.optimizer_state import StartingState
-
-if TYPE_CHECKING:
-    from lightning_deepr.training.tracked import Stepped, TrackedTensor
+from lightning_deepr.training.tracked import Stepped, TrackedTensor
 
 
 def requirement(tensor: TrackedTensor) -> Callable[[bool, str], None]:
@@ -24,20 +20,19 @@ def requirement(tensor: TrackedTensor) -> Callable[[bool, str], None]:
     return require
 
 
-def check_invariants(
-    tensor: TrackedTensor,
-    item: Stepped,
-    reborn: torch.Tensor,
-    optimizer: Optimizer,
-    starting: StartingState,
-    signed: bool = False,
-) -> None:
-    """Everything that must hold after every step; with ``signed`` theta may be negative.
+def check_invariants(item: Stepped, optimizer: Optimizer, starts: Mapping[str, float], signed: bool = False) -> None:
+    """Everything that must hold after every step of a method on K slots.
+
+    Args:
+        item: the tensor that took the step, with what was reborn.
+        optimizer: that holds its theta.
+        starts: with which value each of the optimizer's state tensors begins, by name.
+        signed: whether theta may be negative.
 
     Raises:
         RuntimeError: names the tensor, the step and what is broken.
     """
-    slots, theta = tensor.slots, item.theta
+    tensor, slots, theta = item.tensor, item.tensor.slots, item.theta
 
     require = requirement(tensor)
     places = slots.places
@@ -49,12 +44,13 @@ def check_invariants(
     require(int(places.min()) >= 0 and int(places.max()) < slots.total, f"a place lies outside 0 ... {slots.total - 1}")
     require(places.unique().numel() == places.numel(), "two slots are at one place")
     require(torch.equal(slots.signs, slots.signs_at(places)), "a sign is not that of its place")
-    if reborn.numel() == 0:
+    reborn = item.reborn.slots
+    if reborn is None or reborn.numel() == 0:
         return
     require(bool((theta[reborn] == 0).all()), "a reborn slot does not start at theta = 0")
     for name, value in optimizer.state.get(tensor.theta, {}).items():
         if isinstance(value, torch.Tensor) and value.shape == theta.shape:
-            start = starting.of(optimizer, item.group_index, tensor.theta).get(name, 0.0)
+            start = starts.get(name, 0.0)
             expected = torch.full_like(value[reborn], start)
             require(
                 torch.equal(value[reborn], expected), f"the optimizer's {name} of a reborn slot is not at its start, {start}"

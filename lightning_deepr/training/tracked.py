@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_deepr.algorithm.statistics import Turnover
 from lightning_deepr.weights.find import Converted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+State = tuple[Tensor, float]  # a state tensor of theta's shape, and what the optimizer starts it with
 
 
 @dataclass
@@ -34,6 +39,29 @@ class TrackedTensor:
     def theta(self) -> nn.Parameter:
         return self.converted.theta
 
+    @property
+    def done(self) -> int:
+        """Steps of the present training."""
+        return self.step - self.start
+
+
+class Reborn(NamedTuple):
+    """What a step did to a tensor."""
+
+    births: int
+    newborns: int  # how many of the slots had been reborn in the rewiring before, too
+    numbers: Tensor | None = None  # int64: the first ``births`` are the slots that were reborn; valid until the next step
+    moved: int = 0  # how many more connections died than were born: they are born in other layers (scope="global")
+    # births and newborns stay on the device: int64 [tensors, 2] and the row of this tensor; ``numbers`` is None then
+    pending: tuple[Tensor, int] | None = None
+
+    @property
+    def slots(self) -> Tensor | None:
+        return None if self.numbers is None else self.numbers[: self.births]
+
+
+NOTHING = Reborn(0, 0)
+
 
 @dataclass(slots=True)
 class Stepped:
@@ -46,18 +74,17 @@ class Stepped:
     alpha: Any
     temperature: Any
     rewires: bool  # False: theta < 0 is set to 0
-
-
-class Reborn(NamedTuple):
-    """What a step did to a tensor."""
-
-    births: int
-    newborns: int  # how many of the slots had been reborn in the rewiring before, too
-    numbers: Tensor  # int64: the first ``births`` are the slots that were reborn; valid until the next step
-    moved: int = 0  # how many more connections died than were born: they are born in other layers (scope="global")
-    # births and newborns stay on the device: int64 [tensors, 2] and the row of this tensor; ``numbers`` is empty then
-    pending: tuple[Tensor, int] | None = None
+    states_of: Callable[[Stepped], list[State]]
+    reborn: Reborn = NOTHING  # written by the algorithm
 
     @property
-    def slots(self) -> Tensor:
-        return self.numbers[: self.births]
+    def slots(self) -> Any:
+        return self.tensor.slots
+
+    @property
+    def step(self) -> int:
+        return self.tensor.step
+
+    def states(self) -> list[State]:
+        """Every state tensor of the optimizer that has theta's shape, with its starting value."""
+        return self.states_of(self)

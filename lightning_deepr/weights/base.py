@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_deepr.algorithm.randomness import signs_of
+from lightning_deepr.compute.layer import DENSE, LayerCompute
 
 FORMAT_VERSION = 1
 # torch lists unexpected keys by name, and that is all a class that builds the dense model can show its user when it is given
@@ -84,9 +85,10 @@ class Parametrization(nn.Module):
         self.notice = notice or Notice()
         self.policy = "dense"  # "auto" | "dense" | "sparse": what was asked for
         self.compute = "dense"  # what came of it
+        self.layer: LayerCompute = DENSE  # how the module computes, and how it gets its own forward back
         self.l1_taken: float | str | None = None
-        self.owner: Callable[[], Any] = _nobody  # weak reference to the callback at work
-        self.copied_from: Callable[[], Any] = _nobody
+        self.owner: Callable[[], Any] = nobody  # weak reference to the callback at work
+        self.copied_from: Callable[[], Any] = nobody
         self.averages: weakref.WeakSet[parametrize.ParametrizationList] = weakref.WeakSet()
         self.watched: Tensor | None = None
         self.is_watched = False
@@ -117,7 +119,7 @@ class Parametrization(nn.Module):
         """This tensor's part of the parameter: all of it, unless tensors share one."""
         return theta
 
-    def uses_sparse(self, x: Tensor, prefers: Callable[[Tensor], bool] | None = None) -> bool:
+    def uses_sparse(self, x: Tensor, module: nn.Module) -> bool:
         """Whether this forward pass shall be sparse."""
         return False
 
@@ -192,7 +194,7 @@ class Parametrization(nn.Module):
     def take_after(self, source: Parametrization, memo: dict[int, Any]) -> None:
         """What a deep copy has of its source, whatever its kind."""
         self.compute, self.l1_taken, self.training = source.compute, source.l1_taken, source.training
-        self.policy = source.policy
+        self.policy, self.layer = source.policy, source.layer
         self.copied_from = weakref.ref(source)
         memo[id(source)] = self
 
@@ -257,5 +259,5 @@ class Parametrization(nn.Module):
         return f"shape={tuple(self.shape)}, K={self.count} of N={self.total} ({self.count / self.total:.3%})"
 
 
-def _nobody() -> None:
-    return None
+def nobody() -> None:
+    """The owner of what no callback is at work on."""

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_deepr.compute import forwards, rnn_module
 from lightning_deepr.weights.averages import watch_for_averaged_models
 from lightning_deepr.weights.base import Parametrization
 from lightning_deepr.weights.find import Converted, slots_of
 
 
 def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametrization, name: str) -> None:
-    """Replace a weight by K slots. theta becomes a *new* parameter: an optimizer that holds the old one is found out."""
+    """Replace a weight by K slots. theta becomes a *new* parameter: an optimizer that holds the old one is found out.
+
+    ``slots.layer`` says what the module's forward becomes; :func:`remove` asks it to give the old one back.
+    """
     watch_for_averaged_models()
     _own_class(module)
     old = module._parameters[tensor_name]
@@ -24,10 +26,7 @@ def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametri
     module._parameters[tensor_name] = parameter
     # unsafe: torch checks dtype and shape by building the weight, which a layer too large to be dense could not afford
     parametrize.register_parametrization(module, tensor_name, slots, unsafe=True)
-    if isinstance(module, nn.RNNBase):
-        rnn_module.take_over(module)
-    elif tensor_name == "weight":
-        forwards.take_over(module)
+    slots.layer.take_over(module, tensor_name)
     type(module).register_parameter = _register_parameter  # type: ignore[method-assign]
     warn_if_nobody_rewires(parameter, slots, name)
 
@@ -48,9 +47,7 @@ def remove(converted: Converted) -> None:
     _own_class(converted.module)
     parametrize.remove_parametrizations(converted.module, converted.tensor_name, leave_parametrized=False)
     converted.module._parameters[converted.tensor_name] = nn.Parameter(weight, requires_grad=requires_grad)
-    forwards.give_back(converted.module)
-    if isinstance(converted.module, nn.RNNBase):
-        rnn_module.give_back(converted.module)
+    converted.slots.layer.give_back(converted.module, converted.tensor_name)
 
 
 def _own_class(module: nn.Module) -> None:

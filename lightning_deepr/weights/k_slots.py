@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_deepr import kernels
-from lightning_deepr.compute import build_weight, choice
+from lightning_deepr.compute import build_weight
 from lightning_deepr.compute.order import Order
 from lightning_deepr.compute.weight import SparseWeight as _SparseWeight
 from lightning_deepr.weights.averages import realign_averages
@@ -119,11 +119,11 @@ class KSlots(Parametrization):
 
         Args:
             policy: "auto" | "dense" | "sparse".
-            capable: whether the module multiplies with this tensor as a linear layer does.
+            capable: whether sparse compute may take this tensor.
         """
         self.policy = policy if capable else "dense"
         self._asked_size = -1
-        sparse = self.policy == "sparse" or (self.policy == "auto" and self.prefers_sparse(choice.NOMINAL_BATCH, "cpu"))
+        sparse = self.policy == "sparse" or (self.policy == "auto" and kernels.available() and self.layer.guess(self))
         if self.policy == "auto" and self.total * self.signs.element_size() > LARGEST_READ:
             sparse = True  # there is no other way
             self.policy = "sparse"
@@ -131,26 +131,19 @@ class KSlots(Parametrization):
         if sparse and self.places.device.type == "cpu" and self.signs.dtype in _KERNEL_TYPES and kernels.available():
             self.refresh_order()
 
-    def prefers_sparse(self, batch: int, device: str) -> bool:
-        if not kernels.available():
-            return False
-        if len(self.shape) == 4:  # before it has seen an image
-            return choice.prefers_sparse_conv_at_all(self.count / self.total)
-        return choice.prefers_sparse(self.rows, self.columns, self.count, batch, self.signs.dtype, device)
-
-    def uses_sparse(self, x: Tensor, prefers: Callable[[Tensor], bool] | None = None) -> bool:
+    def uses_sparse(self, x: Tensor, module: nn.Module) -> bool:
         """Whether this forward pass shall be sparse.
 
         Args:
             x: the layer's input; under ``compute="auto"`` its size decides.
-            prefers: the rule of a layer that is none of ``F.linear``'s.
+            module: the layer.
         """
         if self.policy != "auto" or torch.compiler.is_dynamo_compiling() or self.on_dense_gradient is not None:
             return self.compute == "sparse" and self.on_dense_gradient is None
         size, device = x.numel(), x.device
         if size == self._asked_size and device == self._asked_device:
             return self._asked
-        chosen = prefers(x) if prefers else self.prefers_sparse(size // max(self.columns, 1), device.type)
+        chosen = kernels.available() and self.layer.prefers(self, module, x)
         self._asked_size, self._asked_device, self._asked = size, device, chosen
         if torch.is_grad_enabled():
             self.compute = "sparse" if chosen else "dense"

@@ -4,7 +4,8 @@
 >>> isinstance(zoo.list_models(), list)
 True
 
-The folder ``zoo/`` of the repository travels in the wheel as ``lightning_deepr.zoo.data``.
+One name is an alias: ``zoo.save`` is :func:`lightning_deepr.save_sparse`. The folder ``zoo/`` of the repository travels in the wheel as
+``lightning_deepr.zoo.data``.
 """
 
 from __future__ import annotations

@@ -20,8 +20,27 @@ from lightning_deepr.zoo.registry import entry_of, list_models
 
 
 def folder() -> Path:
-    """Where the package's models are."""
+    """Where the package's models are: in ``zoo/`` of a checkout, else in the installed package."""
     return Path(str(resources.files("lightning_deepr.zoo.data")))
+
+
+def folder_of_checkout(option: str) -> Path:
+    """Where the project keeps its models, to write there: an installed package is never written to.
+
+    Args:
+        option: of the command, by which another folder can be given; for the message.
+
+    Raises:
+        ValueError: the package is installed, not a checkout.
+    """
+    found = folder()
+    package = Path(__file__).parents[1]
+    if package in found.parents:
+        raise ValueError(
+            f"expected {option}: the package is installed, and nothing is written into it ({found}). Without {option} the folder zoo/ of a checkout "
+            "is meant: git clone, then pip install -e ."
+        )
+    return found
 
 
 def path_of(name_or_path: str | PathLike[str]) -> Path:
@@ -116,7 +135,7 @@ def load(
 def load_from_hub(
     repo_id: str, *, dense: bool = False, module: nn.Module | None = None, revision: str | None = None, **options: Any
 ) -> nn.Module:
-    """``load(repo_id, source="hub")``; ``lightning_deepr.hub.load`` is another name for it."""
+    """``load(repo_id, source="hub")`` and nothing else. ``hub.load`` is an alias of this function."""
     from lightning_deepr.hub import transfer
 
     if repo_id.count("/") != 1:

@@ -1,7 +1,7 @@
 """Trains the zoo's models with the packaged recipes, and writes their files.
 
     python -m lightning_deepr.zoo.make train --data.mnist data --workers 2       # whatever is not trained yet, seed by seed
-    python -m lightning_deepr.zoo.make collect --data.mnist data                 # files in zoo/, and the registry's entries
+    python -m lightning_deepr.zoo.make collect --data.mnist data                 # files in zoo/ of the checkout, and the registry's entries
 
 A training runs in a folder of its own, ``runs/zoo/NAME/seed_S``; an interrupted one goes on from its last checkpoint. The file that is
 published is seed 0's, whatever the others reach: a seed is never picked by its test result.
@@ -28,10 +28,10 @@ from torch import Tensor
 from lightning_deepr import methods, zoo
 from lightning_deepr.recipes.running import has_root, quiet
 from lightning_deepr.recipes.running import train as run_recipe
-from lightning_deepr.zoo.loading import folder as folder_of_models
+from lightning_deepr.zoo.loading import folder_of_checkout
 from lightning_deepr.zoo.verification import counting, evaluate
 
-RUNS = Path("runs/zoo")
+_RUNS = Path("runs/zoo")
 TRAINED_WITH = "trained_with.json"
 
 
@@ -78,7 +78,7 @@ DATA_SETS = {
     "cifar10": DataSet("CIFAR-10", "test", "test_accuracy"),
     "timit": DataSet("TIMIT sample", "test: 4 of 16 speakers (rotation 0)", "test_frame_accuracy"),
 }
-MNIST_COUNTS = {"0p5": 1_331, "1": 2_662, "2": 5_324, "5": 13_310, "10": 26_620, "20": 53_240}  # of 266,200
+_MNIST_COUNTS = {"0p5": 1_331, "1": 2_662, "2": 5_324, "5": 13_310, "10": 26_620, "20": 53_240}  # of 266,200
 # of all 1,067,584 weights; conv1 and the output layer, 6,720 weights, stay dense and are counted (benchmarks/reproduction/cifar10.py: budget)
 CIFAR10_COUNTS = {
     "2": {"conv2": 5_663, "local3": 4_892, "local4": 4_077},
@@ -86,8 +86,8 @@ CIFAR10_COUNTS = {
     "10": {"conv2": 38_714, "local3": 33_450, "local4": 27_874},
     "20": {"conv2": 80_030, "local3": 69_146, "local4": 57_621},
 }
-CIFAR10_ALPHA = {"2": 3e-3, "5": 3e-3, "10": 1e-3, "20": 1e-3}  # cifar10_best's, and less from 10 % on (the study's FROM_10)
-CIFAR10_STUDY = "python benchmarks/reproduction/cifar10.py --root data --parts study --arms deepr --keep runs/zoo"
+_CIFAR10_ALPHA = {"2": 3e-3, "5": 3e-3, "10": 1e-3, "20": 1e-3}  # cifar10_best's, and less from 10 % on (the study's FROM_10)
+_CIFAR10_STUDY = "python benchmarks/reproduction/cifar10.py --root data --parts study --arms deepr --keep runs/zoo"
 # of all 186,368 weights, the last layer counted, shared out as benchmarks/reproduction/timit.py does (budget)
 TIMIT_COUNTS = {
     "1": {"lstm.weight_ih*": 1_193, "lstm.weight_hh*": 365, "head": 306},
@@ -95,18 +95,18 @@ TIMIT_COUNTS = {
     "5": {"lstm.weight_ih*": 5_963, "lstm.weight_hh*": 1_826, "head": 1_529},
     "10": {"lstm.weight_ih*": 10_245, "lstm.weight_hh*": 3_138, "head": 5_254},
 }
-TIMIT_AT_10 = {"model.dropout": 0.4, "sparsity.l1.init_args.start": 0.1}  # the study's best trial there
-SOFT = {"sparsity": "SoftDeepR", "sparsity.l1": 5e-4, "sparsity.temperature": 1e-9}
+_TIMIT_AT_10 = {"model.dropout": 0.4, "sparsity.l1.init_args.start": 0.1}  # the study's best trial there
+_SOFT = {"sparsity": "SoftDeepR", "sparsity.l1": 5e-4, "sparsity.temperature": 1e-9}
 PLANS: dict[str, Plan] = {
     **{
         f"lenet300_100.deepr_{tag}pct_mnist": Plan("mnist_best", "mnist", {"sparsity.connectivity": count})
-        for tag, count in MNIST_COUNTS.items()
+        for tag, count in _MNIST_COUNTS.items()
     },
     **{
         f"lenet300_100.soft_deepr_{tag}pct_mnist": Plan(
             "mnist_best",
             "mnist",
-            {**SOFT, "sparsity.connectivity": aimed},
+            {**_SOFT, "sparsity.connectivity": aimed},
             f"Soft-DEEP R has no fixed number of connections. This network was trained with {aimed:,} as what to aim at, to end near {tag} %.",
         )
         for tag, aimed in (("1", 1_750), ("5", 11_000))
@@ -115,10 +115,10 @@ PLANS: dict[str, Plan] = {
         f"cifar10_cnn.deepr_{tag}pct_cifar10": Plan(
             "cifar10_best",
             "cifar10",
-            {} if tag == "5" else {"sparsity.connectivity": counts, "sparsity.l1.init_args.start": CIFAR10_ALPHA[tag]},
+            {} if tag == "5" else {"sparsity.connectivity": counts, "sparsity.l1.init_args.start": _CIFAR10_ALPHA[tag]},
             f"The percentage is of all 1,067,584 weights, the dense conv1 and output layer counted: {sum(counts.values()) + 6_720:,} in all.",
             2 if tag == "5" else 1,
-            CIFAR10_STUDY,
+            _CIFAR10_STUDY,
             f"study_deepr_{int(tag) / 100:g}_{{seed}}.safetensors",
         )
         for tag, counts in CIFAR10_COUNTS.items()
@@ -127,7 +127,7 @@ PLANS: dict[str, Plan] = {
         f"timit_blstm.deepr_{tag}pct_timit_sample": Plan(
             "timit_sample",
             "timit",
-            {"sparsity.connectivity": counts, **(TIMIT_AT_10 if tag == "10" else {})},
+            {"sparsity.connectivity": counts, **(_TIMIT_AT_10 if tag == "10" else {})},
             "Trained on the free sample of TIMIT, 10 of its 16 speakers, not on the corpus. "
             f"The percentage is of all 186,368 weights, the last layer counted: {sum(counts.values()):,} in all.",
         )
@@ -158,7 +158,7 @@ def train(name: str, seed: int, root: str, runs: Path) -> Path:
     """
     plan, folder = PLANS[name], runs / name / f"seed_{seed}"
     written = plan.file(name, seed, runs)
-    refuse_other_settings(name, seed, runs)
+    _refuse_other_settings(name, seed, runs)
     if written.is_file():
         return written
     if plan.study:
@@ -168,7 +168,7 @@ def train(name: str, seed: int, root: str, runs: Path) -> Path:
     last = folder / "runs" / plan.recipe / "checkpoints" / "last.ckpt"
     arguments = ["fit", *command(plan, seed, root), *(["--ckpt_path", str(last.resolve())] if last.is_file() else [])]
     program = "from lightning_deepr.commands.main import main; main()"
-    with (folder / "train.log").open("a") as log:
+    with (folder / "train.log").open("a", encoding="utf-8") as log:
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments],
             cwd=folder,
@@ -182,7 +182,7 @@ def train(name: str, seed: int, root: str, runs: Path) -> Path:
     return written
 
 
-def refuse_other_settings(name: str, seed: int, runs: Path) -> None:
+def _refuse_other_settings(name: str, seed: int, runs: Path) -> None:
     """A plan that has changed since must not be written on what was trained before.
 
     Raises:
@@ -210,7 +210,7 @@ def collect(name: str, root: str, runs: Path, folder: Path) -> Path:
     if 0 not in files:
         raise FileNotFoundError(f"{name}: expected its seed 0 trained, found none in {runs / name}. `make train` trains it.")
     for seed in files:
-        refuse_other_settings(name, seed, runs)
+        _refuse_other_settings(name, seed, runs)
     with quiet():
         made = run_recipe(command(plan, 0, root), run=False)
     made.datamodule.prepare_data()
@@ -284,8 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lightning_deepr.zoo.make", description="Train the zoo, write its files.")
     parser.add_argument("what", choices=["train", "collect"])
     parser.add_argument("names", nargs="*", help="models; none: all")
-    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of the trainings")
-    parser.add_argument("--folder", type=Path, default=folder_of_models(), help="where the files go")
+    parser.add_argument("--runs", type=Path, default=_RUNS, help="folder of the trainings")
+    parser.add_argument("--folder", type=Path, help="where the files go (default: zoo/ of the checkout)")
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time, one thread each")
     parser.add_argument("--seeds", type=int, help="train so many at most")
     for data in DATA_SETS:
@@ -297,8 +297,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = given.names or list(PLANS)
     roots = {name: str(Path(getattr(given, PLANS[name].data)).resolve()) for name in names}
     if given.what == "collect":
+        try:
+            folder = given.folder or folder_of_checkout("--folder")
+        except ValueError as error:
+            parser.error(str(error))
         for name in names:
-            file = collect(name, roots[name], given.runs, given.folder)
+            file = collect(name, roots[name], given.runs, folder)
             print(f'    Entry("{name}", "{hashlib.sha256(file.read_bytes()).hexdigest()}"),')
         return
     jobs = [(name, seed) for seed in range(10) for name in names if seed < min(PLANS[name].seeds, given.seeds or 10)]

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from lightning_deepr.hub.transfer import Published
 
 WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-README = "README.md"
+_CONFIG = "config.json"
+_README = "README.md"
 # what config.json says of a model; all of it is in the weights' file, too
-IN_CONFIG = ("architecture", "arguments", "format_version", "package_version", "connectivity", "algorithm", "license")
+_IN_CONFIG = ("architecture", "arguments", "format_version", "package_version", "connectivity", "algorithm", "license")
 
 
 @dataclass(frozen=True)
-class Staged:
+class _Staged:
     """Files to publish: name in the repository -> path."""
 
     info: dict[str, Any]
@@ -54,7 +54,7 @@ def publish(
     token: str | bool | None = None,
     **metadata: Any,
 ) -> Published:
-    """Publish a sparse model: create the repository or update it, in one commit.
+    """Publish a sparse model: create the repository or update it, in one commit. ``hub.publish`` is an alias of this function.
 
     Written are ``model.safetensors``, ``config.json``, ``README.md`` (the model card, with evaluation metadata), ``connectivity.png`` and, when
     known, the recipe's YAML. Other files of the repository stay. A file that is the same already is not sent again.
@@ -88,7 +88,7 @@ def publish(
     from lightning_deepr.hub import transfer
 
     with tempfile.TemporaryDirectory() as folder:
-        staged = stage(model, Path(folder), repo_id=repo_id, card=card, picture=picture, recipe=recipe, metadata=metadata)
+        staged = _stage(model, Path(folder), repo_id=repo_id, card=card, picture=picture, recipe=recipe, metadata=metadata)
         return transfer.upload(
             staged.files,
             repo_id,
@@ -102,7 +102,7 @@ def publish(
         )
 
 
-def stage(
+def _stage(
     model: str | PathLike[str] | nn.Module,
     folder: Path,
     *,
@@ -111,7 +111,7 @@ def stage(
     picture: bool = True,
     recipe: str | PathLike[str] | None = None,
     metadata: Mapping[str, Any] | None = None,
-) -> Staged:
+) -> _Staged:
     """Put all files of a model repository into a folder; see :func:`publish` for the arguments.
 
     Raises:
@@ -132,13 +132,13 @@ def stage(
         shutil.copyfile(path_of(model), weights)
     if not isinstance(model, str) or model not in list_models():  # the name of a file says little
         info["name"] = repo_id.rpartition("/")[2]
-    files = {WEIGHTS: weights, CONFIG: folder / CONFIG}
-    config = {"library_name": "lightning-deepr", **{key: info[key] for key in IN_CONFIG if info.get(key) is not None}}
+    files = {WEIGHTS: weights, _CONFIG: folder / _CONFIG}
+    config = {"library_name": "lightning-deepr", **{key: info[key] for key in _IN_CONFIG if info.get(key) is not None}}
     config["sha256"] = info["sha256"]
     own = getattr(model, "_hub_mixin_config", None)
     if isinstance(own, dict):  # of a SparseHubMixin: what its from_pretrained needs comes first
         config.update(own)
-    files[CONFIG].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    files[_CONFIG].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     yaml = _recipe(info, recipe)
     if yaml is not None:
         files[yaml.name] = yaml
@@ -147,12 +147,12 @@ def stage(
 
         files[PICTURE] = draw(connections_of(weights), folder / PICTURE, title=info["name"])
     if card is True:
-        files[README] = folder / README
+        files[_README] = folder / _README
         text = cards.card(info, repo_id=repo_id, picture=PICTURE if picture else None, recipe=yaml.name if yaml else None)
-        files[README].write_text(text, encoding="utf-8")
+        files[_README].write_text(text, encoding="utf-8")
     elif card is not False:
-        files[README] = _existing(card, "card")
-    return Staged(info, files)
+        files[_README] = _existing(card, "card")
+    return _Staged(info, files)
 
 
 def _recipe(info: Mapping[str, Any], given: str | PathLike[str] | None) -> Path | None:

@@ -14,10 +14,10 @@ from typing import Any
 
 from lightning_deepr import zoo
 from lightning_deepr.recipes.running import data_of_recipe
-from lightning_deepr.zoo.loading import folder as folder_of_models
+from lightning_deepr.zoo.loading import folder_of_checkout
 from lightning_deepr.zoo.verification import counting, evaluate
 
-COLUMNS = (
+_COLUMNS = (
     "name", "connections", "potential", "connectivity", "bytes", "bytes_per_connection", "metric",
     "correct", "recorded", "examples", "value", "mean", "std", "seeds",
 )  # fmt: skip
@@ -64,7 +64,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def put_into(page: Path, text: str) -> None:
+def _put_into(page: Path, text: str) -> None:
     """The table, between its two comments, where the page has them."""
     if not page.is_file():
         return
@@ -80,8 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lightning_deepr.zoo.results", description="Test every model of the zoo.")
     parser.add_argument("models", nargs="*", help="names or paths; none: the whole zoo")
     parser.add_argument("--data", default="", help="folder of the data sets; none: where the recipes have them")
-    parser.add_argument("--out", type=Path, default=folder_of_models() / "results.csv")
+    parser.add_argument("--out", type=Path, help="the table (default: results.csv in zoo/ of the checkout)")
     given = parser.parse_intermixed_args(arguments)
+    try:
+        out = given.out or folder_of_checkout("--out") / "results.csv"
+    except ValueError as error:
+        parser.error(str(error))
     names = given.models or zoo.list_models()
     rows = []
     for number, name in enumerate(names, 1):
@@ -90,11 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(
             f"{number}/{len(names)} {found['name']}: {found['correct']:,} of {found['examples']:,}, recorded {found['recorded']:,}"
         )
-    with given.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    with out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    put_into(given.out.with_name("README.md"), table(rows))
+    _put_into(out.with_name("README.md"), table(rows))
     off = [found["name"] for found in rows if abs(found["correct"] - found["recorded"]) > 1]
     if off:
         sys.exit(f"not as recorded: {', '.join(off)}")

@@ -311,7 +311,7 @@ def test_the_host_waits_for_nothing(way: str, pytorch: Run, monkeypatch: pytest.
     run = direct if way == "Triton" else pytorch
     let_die(net, 0.4, 0)
     run(optimizer.step)
-    for hook in callback._hooks[id(optimizer)][1]:
+    for hook in callback._runs.of(optimizer).hooks:
         hook.remove()
     for step in range(1, 4):
         let_die(net, 0.4, step)
@@ -401,7 +401,7 @@ def test_copies_and_other_addresses_are_followed(pytorch: Run, launches: list[in
         pytorch(made[1].step)
         assert_equal_states(state_of(nets[0], made[0]), state_of(nets[1], made[1]))
     twin = copy.deepcopy(callbacks[0])
-    assert not twin._tables and twin.statistics() == callbacks[0].statistics()
+    assert not list(twin._runs) and twin.statistics() == callbacks[0].statistics()
 
 
 # -- sparse linear layers -----------------------------------------------------------------------------------------------------

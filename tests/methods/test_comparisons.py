@@ -161,7 +161,7 @@ def test_the_checkpoint_of_another_method(tmp_path: Path) -> None:
     recorded = torch.load(tmp_path / "deepr.ckpt", weights_only=False)["state_dict"]
     last = max(int(value.max()) for name, value in recorded.items() if name.endswith(".born"))
     assert last >= 8
-    assert all(tensor.step == last + 11 for tensor in callback._tensors)  # it repeats no draw
+    assert all(tensor.step == last + 11 for tensor in callback.tracked)  # it repeats no draw
     assert min(slots.last_birth() for slots in all_slots(module)) > last
 
 
@@ -231,11 +231,10 @@ def test_statistics_tell_newborns_from_mature_connections() -> None:
 class Doubling(SET):
     """Broken: two slots at one place."""
 
-    def grow(self, items: Sequence[Stepped], weakest: Sequence[Tensor]) -> list[Tensor]:
-        reborn = super().grow(items, weakest)
+    def grow(self, items: Sequence[Stepped], weakest: Sequence[Tensor]) -> None:
+        super().grow(items, weakest)
         items[0].tensor.slots.places[0] = items[0].tensor.slots.places[1]
         items[0].tensor.slots.signs[0] = items[0].tensor.slots.signs[1]
-        return reborn
 
 
 def test_check_invariants_finds_what_is_broken() -> None:

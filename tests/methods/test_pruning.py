@@ -465,10 +465,9 @@ def one_less(theta: Tensor, mask: Tensor) -> None:
 def test_check_invariants_sees_what_breaks(damage: Callable[..., None], message: str) -> None:
     class Damaging(MagnitudePruning):
         def after_step(self, stepped: Any, optimizer: Any) -> Any:
-            reborn = super().after_step(stepped, optimizer)
+            super().after_step(stepped, optimizer)
             if stepped[0].tensor.step == LAST:
                 damage(stepped[0].theta, stepped[0].tensor.slots.mask)
-            return reborn
 
     callback = Damaging(0.2, prune_from=0.25, prune_until=0.75, prunings=3, distribution="uniform", check_invariants=True)
     net, optimizer = network(callback)

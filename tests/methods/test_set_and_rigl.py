@@ -179,9 +179,9 @@ def test_free_signs_survive(method: type[SparseTraining]) -> None:
 class Counting(RigL):
     """Notes how many connections each update drops."""
 
-    def grow(self, items: Sequence[Stepped], weakest: Sequence[Tensor]) -> list[Tensor]:
+    def grow(self, items: Sequence[Stepped], weakest: Sequence[Tensor]) -> None:
         self.dropped = [*getattr(self, "dropped", []), (items[0].tensor.step, [len(slots) for slots in weakest])]
-        return super().grow(items, weakest)
+        super().grow(items, weakest)
 
 
 def test_the_fraction_falls_as_a_cosine() -> None:

@@ -102,7 +102,7 @@ def test_a_second_callback_goes_on_and_repeats_no_draws() -> None:
     train(net, optimizer, batches(5))
     first = kinds(net)["0.weight"].owner()
     assert first is not None
-    first._release()
+    first._stop()
     second = soft(None)
     second.attach(net, optimizer)
     bounds = [slots.theta_min for slots in kinds(net).values()]
@@ -262,7 +262,7 @@ def test_statistics_and_loggers(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     trainer(soft(log_every_n_steps=4), logger=logger).fit(Regression(sgd, STEPS))
     logger.save()
-    assert "deepr/net.0.weight/connectivity" in Path(logger.experiment.metrics_file_path).read_text()
+    assert "deepr/net.0.weight/connectivity" in Path(logger.experiment.metrics_file_path).read_text(encoding="utf-8")
 
 
 def test_report() -> None:
@@ -286,9 +286,8 @@ def test_report() -> None:
 def test_check_invariants_sees_what_breaks(damage: Callable[..., Any], message: str) -> None:
     class Damaging(SoftDeepR):
         def after_step(self, stepped: Any, optimizer: Any) -> Any:
-            reborn = super().after_step(stepped, optimizer)
+            super().after_step(stepped, optimizer)
             damage(stepped[0], optimizer.state[stepped[0].tensor.theta])
-            return reborn
 
     callback = Damaging(0.3, temperature=TEMPERATURE, l1=ALPHA, check_invariants=True)
     net, optimizer = network(callback)
@@ -299,9 +298,8 @@ def test_check_invariants_sees_what_breaks(damage: Callable[..., Any], message: 
 def test_a_step_without_rewiring_is_checked_too() -> None:
     class Damaging(SoftDeepR):
         def after_step(self, stepped: Any, optimizer: Any) -> Any:
-            reborn = super().after_step(stepped, optimizer)
+            super().after_step(stepped, optimizer)
             stepped[0].theta.abs_()
-            return reborn
 
     callback = Damaging(0.3, temperature=TEMPERATURE, l1=ALPHA, check_invariants=True, rewire_until=0)
     net, optimizer = network(callback)

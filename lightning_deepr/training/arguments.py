@@ -1,0 +1,175 @@
+"""What the callbacks' arguments have in common: their checks, their documentation, and those of DEEP R and soft-DEEP R.
+
+A callback is a dataclass: each class declares the arguments that it adds, with a line in the ``Args:`` of its docstring, and has those
+of its bases. ``help``, ``inspect.signature``, type checkers and LightningCLI see all of them.
+"""
+
+# no `from __future__ import annotations`: a dataclass that inherits from one of another module needs types, not their names
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_deepr.conversion.allocation import DISTRIBUTIONS, check_connectivity
+from lightning_deepr.conversion.convert import check_seed
+from lightning_deepr.conversion.selection import check_modules
+from lightning_deepr.conversion.start import INITS
+from lightning_deepr.training.schedules import LinearDecay, LrPower, check_l1, check_temperature
+from lightning_deepr.training.stepping import Stepper
+
+SCOPES = {"layer": '"layer" (K per tensor)', "global": '"global" (one K for the whole network)'}
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class SharedArguments(Stepper):
+    """What every method has.
+
+    Args:
+        connectivity: float in (0, 1] | int | dict {pattern: float | int}; None: everything is converted already.
+        target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
+        exclude_modules: the same forms.
+        distribution: "erdos_renyi" | "erk" | "uniform" | "deepr" (0.75, 2.3, 22.8 for three layers) | a function.
+        init: the start: "module" | "largest" | "deepr".
+        seed: of places, signs and noise; ``seed_everything`` does not change it.
+        check_invariants: check everything after every step, and name the tensor and the step when something breaks.
+        log_every_n_steps: how often statistics are logged.
+    """
+
+    connectivity: int | float | dict[str, int | float] | None = field(default=None, kw_only=False)
+    target_modules: str | list[str] | Callable = "all"
+    exclude_modules: str | Iterable[str] | Callable = ()
+    distribution: str | Callable = "erdos_renyi"
+    init: str = "module"
+    seed: int = 0
+    check_invariants: bool = False
+    log_every_n_steps: int = 50
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        complete_documentation(cls)
+
+    def __post_init__(self) -> None:
+        if self.connectivity is not None:
+            check_connectivity(self.connectivity)
+        check_modules(self.target_modules, "target_modules")
+        check_modules(self.exclude_modules, "exclude_modules")
+        check_start(self.distribution, self.init)
+        check_seed(self.seed)
+        check_flag("check_invariants", self.check_invariants)
+        check_count("log_every_n_steps", self.log_every_n_steps)
+        super().__post_init__()
+
+    def __repr__(self) -> str:
+        return shown(self)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class RewiringArguments(Stepper):
+    """What the two algorithms of the paper have, and nothing that they are compared with.
+
+    Args:
+        l1: alpha; float | dict {pattern: float} | LinearDecay(start, end) | function of the progress; None: by the optimizer
+            (1e-4 / (1 - momentum) under SGD, .03 under Adam's family and RMSprop).
+        temperature: T; float | dict {pattern: float} | LrPower(coefficient, power) | function of the learning rate.
+        rewire_every_n_steps: in the steps between, theta < 0 becomes 0 (active, sign kept).
+        rewire_until: a step (int) or a fraction of the training (float), then the connectivity is frozen; L1 and noise go on.
+    """
+
+    l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable | None = None
+    temperature: float | LrPower | dict[str, float | LrPower] | Callable = 0.0
+    rewire_every_n_steps: int = 1
+    rewire_until: int | float | None = None
+
+    def __post_init__(self) -> None:
+        check_l1(self.l1)
+        check_temperature(self.temperature)
+        check_count("rewire_every_n_steps", self.rewire_every_n_steps)
+        check_until(self.rewire_until)
+        super().__post_init__()
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------------
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """An argument that is a number of things."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}: expected an int of at least {least}, found {value!r}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """An argument that is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, found {value!r}.")
+
+
+def check_word(name: str, value: Any, words: Any) -> None:
+    """An argument that is one of some words."""
+    if value not in words:
+        raise ValueError(f"{name}: expected one of {', '.join(words)}, found {value!r}.")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """An argument that is a fraction of the training."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a fraction of the training (float in [0, 1]), found {value!r}.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a fraction of the training (float in [0, 1]), found {value}.")
+
+
+def check_until(until: Any) -> None:
+    """``rewire_until``: a step or a fraction of the training."""
+    if until is None:
+        return
+    number = isinstance(until, (int, float)) and not isinstance(until, bool)
+    if not number or not until >= 0 or (isinstance(until, float) and until > 1):
+        raise ValueError(f"rewire_until: expected a step (int) or a fraction of training (float in [0, 1]), found {until!r}.")
+
+
+def check_start(distribution: Any, init: Any) -> None:
+    """How connections are shared out, and where they start."""
+    if not callable(distribution) and distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)} or a function, found {distribution!r}.")
+    check_word("init", init, INITS)
+
+
+# -- documentation ----------------------------------------------------------------------------------------------------------
+
+_SECTION = re.compile(r"\n\n    Args:\n((?:        .*\n|\n(?=        ))+)")
+_ENTRY = re.compile(r"        (\w+(?:, \w+)*):.*\n(?:            .*\n)*")
+
+
+def complete_documentation(cls: type) -> None:
+    """Add the arguments that a class has from its bases to the ``Args:`` of its docstring."""
+    own = cls.__dict__.get("__doc__")
+    if own is None:  # python -OO, or none was written
+        return
+    own = own if own.endswith("\n    ") else own + "\n    "
+    section = _SECTION.search(own)
+    entries = _ENTRY.findall(section[1]) if section else []
+    documented = {name for names in entries for name in names.split(", ")}
+    added = ""
+    for base in cls.__mro__[1:]:
+        if not dataclasses.is_dataclass(base) or not (found := _SECTION.search(base.__doc__ or "")):
+            continue
+        for entry in _ENTRY.finditer(found[1]):
+            names = set(entry[1].split(", "))
+            if not names & documented:
+                documented |= names
+                added += entry[0]
+    if section:
+        cls.__doc__ = own[: section.end(1)] + added + own[section.end(1) :]
+    elif added:
+        head, gap, rest = own.partition("\n\n    ")
+        cls.__doc__ = f"{head}\n\n    Args:\n{added}" + (f"\n    {rest}" if gap else "    ")
+
+
+def shown(callback: Any) -> str:
+    """A callback as it is written: its class and the arguments that are not the default."""
+    given = []
+    for one in dataclasses.fields(callback):
+        value = getattr(callback, one.name)
+        if not (value is one.default or value == one.default):
+            given.append(f"{one.name}={value!r}")
+    return f"{type(callback).__name__}({', '.join(given)})"

@@ -1,0 +1,220 @@
+"""One step of Algorithm 1 after the optimizer's, by three interchangeable backends: PyTorch, compiled for the CPU, and Triton.
+
+:func:`in_pytorch` is the step, line by line beside the paper's. The other two do the same in a kernel, and draw the same places;
+each of them has one place where a newborn starts: :func:`rebirth` in PyTorch, ``rewire_kernel`` on the CPU, ``finish`` in Triton.
+Every backend takes a batch of tensors and writes ``item.reborn``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_deepr import kernels
+from lightning_deepr.algorithm import rewiring
+from lightning_deepr.training import gpu_check
+from lightning_deepr.training.tracked import Reborn, Stepped
+from lightning_deepr.weights.averages import restart_averages
+from lightning_deepr.weights.shared import Pool
+
+MOST_STATES = 4  # state tensors of an optimizer that the kernel resets; more are reset in PyTorch
+
+
+@dataclass(slots=True)
+class Batch:
+    """Tensors of one dtype on one device that took the same number of steps: nearly always all of a network.
+
+    Attributes:
+        items: the tensors.
+        step: how many steps each has taken before this one; with ``seed`` it is the whole random state.
+        newborn_since: a connection that was born in this step or later is a newborn.
+        tables: the kernels' tables of this optimizer.
+        look: whether somebody has to know at once which slots were reborn (on a device that costs a synchronization).
+    """
+
+    items: Sequence[Stepped]
+    seed: int
+    step: int
+    newborn_since: int
+    tables: dict[Any, Any]
+    look: bool = False
+
+    @property
+    def thetas(self) -> list[Tensor]:
+        return [item.theta for item in self.items]
+
+    @property
+    def slots(self) -> list[Any]:
+        return [item.tensor.slots for item in self.items]
+
+    @property
+    def decrements(self) -> list[Any]:
+        """eta * alpha of each tensor."""
+        return [item.lr * item.alpha for item in self.items]
+
+    @property
+    def scales(self) -> list[Any]:
+        """sqrt(2 * eta * T) of each tensor."""
+        return [(2 * item.lr * item.temperature) ** 0.5 for item in self.items]
+
+
+def step(batch: Batch) -> None:
+    """What follows the optimizer's step, by the fastest backend that can."""
+    items = batch.items
+    if all(gpu_check.rewires(item.theta, item.tensor.slots) for item in items):
+        in_triton(batch)
+    elif all(kernels.suits(item.theta) for item in items):
+        in_numba(batch)
+    else:
+        in_pytorch(batch)
+
+
+# -- PyTorch: the readable version -------------------------------------------------------------------------------------------
+
+
+def in_pytorch(batch: Batch) -> None:
+    """The step, as Algorithm 1 has it. (theta <- theta - eta * dE/dtheta was the optimizer's.)"""
+    # theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu
+    drift(batch)
+    # a step that does not rewire: theta < 0 becomes 0
+    rewiring.keep_active([item.theta for item in batch.items if not item.rewires])
+    # if theta < 0: dormant
+    rewired = [item for item in batch.items if item.rewires]
+    dormant = rewiring.dormant_slots([item.theta for item in rewired]) if rewired else []
+    # while fewer than K are active: choose a dormant place uniformly at random, theta <- 0
+    places = rewiring.new_places([item.tensor.slots for item in rewired], dormant, batch.seed, batch.step)
+    for item, slots, where in zip(rewired, dormant, places, strict=True):
+        rebirth(item, slots, where, batch.newborn_since)
+
+
+def drift(batch: Batch) -> None:
+    """theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu: the prior and the noise, outside of the optimizer."""
+    rewiring.shrink(batch.thetas, batch.decrements)
+    rewiring.diffuse(batch.thetas, batch.scales, batch.slots, batch.seed, batch.step)
+
+
+def rebirth(item: Stepped, dropped: Tensor, places: Tensor, newborn_since: int) -> None:
+    """Slots give up their connections and stand for others: theta 0, the sign of the place, the optimizer's starting state.
+
+    Args:
+        item: the tensor; its ``reborn`` is written.
+        dropped: int64 [R] slots.
+        places: int64 [R], dormant ones, all different.
+        newborn_since: see :class:`Batch`.
+    """
+    if dropped.numel() == 0:
+        return
+    slots = item.tensor.slots
+    newborns = int((slots.born[dropped] >= newborn_since).sum())
+    rewiring.start_anew([(item.theta, 0.0), *item.states()], dropped)
+    rewiring.move(slots, dropped, places, item.tensor.step)
+    slots.places_changed()
+    if slots.averages:
+        restart_averages(slots, dropped)
+    item.reborn = Reborn(dropped.numel(), newborns, dropped)
+
+
+def step_of_network(batch: Batch, pool: Pool, *, rule: str, least: int) -> None:
+    """The step of layers that share one theta (``scope="global"``): the places of all layers are one set.
+
+    Args:
+        batch: the layers, in the order of their pieces.
+        pool: what they have in common.
+        rule, least: see :func:`lightning_deepr.algorithm.shared_rewiring.plan`.
+    """
+    items = batch.items
+    whole = items[0].tensor.theta
+    theta = whole.detach()
+    # theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu
+    drift(batch)
+    moves = None
+    if items[0].rewires:
+        # if theta < 0: dormant; while fewer than K are active: choose a dormant place of some layer, theta <- 0
+        states = items[0].states()
+        moves = pool.rewire(
+            theta,
+            whole.grad,
+            states,
+            rule=rule,
+            least=least,
+            newborn_since=batch.newborn_since,
+            seed=batch.seed,
+            step=batch.step,
+        )
+    else:
+        rewiring.keep_active([theta])
+    for i, (item, count) in enumerate(zip(items, pool.counts, strict=True)):
+        item.tensor.turnover.count = max(count, 1)
+        if moves is not None:
+            births = moves.births[i]
+            numbers = torch.arange(count - births, count, device=theta.device)
+            item.reborn = Reborn(births, moves.newborn_deaths[i], numbers, moves.deaths[i] - births)
+
+
+# -- compiled for the CPU ----------------------------------------------------------------------------------------------------
+
+
+def in_numba(batch: Batch) -> None:
+    """The same, line by line, in a compiled kernel for all tensors together."""
+    items = batch.items
+    thetas, slots = batch.thetas, batch.slots
+    key = tuple(map(id, slots))
+    table = batch.tables.get(key)
+    if table is None or any(a is not b for a, b in zip(table.tensors, slots, strict=True)):
+        from lightning_deepr.kernels.cpu.step import Table
+
+        table = batch.tables[key] = Table(slots, thetas[0].element_size())
+    states = [item.states() for item in items]
+    within = [found if not found or _kernel_can_write(found) else [] for found in states]
+    rewires = [item.rewires for item in items]
+    counts, newborns = table.step(
+        thetas, batch.decrements, batch.scales, rewires, within, batch.newborn_since, batch.seed, batch.step
+    )
+    for item, births, young, numbers, found, done in zip(items, counts, newborns, table.reborn, states, within, strict=True):
+        if births:
+            item.reborn, reborn = Reborn(births, young, numbers), numbers[:births]
+            if len(done) < len(found):
+                rewiring.start_anew(found, reborn)
+            if item.tensor.slots.averages:
+                restart_averages(item.tensor.slots, reborn)
+
+
+def _kernel_can_write(states: list[tuple[Tensor, float]]) -> bool:
+    return len(states) <= MOST_STATES and all(kernels.suits(value) for value, _ in states)
+
+
+# -- Triton ------------------------------------------------------------------------------------------------------------------
+
+
+def in_triton(batch: Batch) -> None:
+    """The same in Triton. The host learns nothing of the outcome, unless it has to: looking would make it wait."""
+    items, slots = batch.items, batch.slots
+    first = items[0].theta
+    key = (first.device, first.dtype, *map(id, slots))
+    table = batch.tables.get(key)
+    if table is None or any(a is not b for a, b in zip(table.tensors, slots, strict=True)):
+        from lightning_deepr.kernels.gpu.step import Table
+
+        table = batch.tables[key] = Table(slots, first.dtype)
+    look = batch.look or any(one.averages for one in slots)
+    rewires, states = [item.rewires for item in items], [item.states() for item in items]
+    counts, dormant = table.step(
+        batch.thetas, batch.decrements, batch.scales, rewires, states, batch.newborn_since, batch.seed, batch.step,
+        want_dormant=look,
+    )  # fmt: skip
+    if not look:
+        for i, item in enumerate(items):
+            if item.rewires:
+                item.reborn = Reborn(0, 0, pending=(counts, i))
+        return
+    if not any(rewires):
+        return
+    for item, (births, newborns), mask in zip(items, counts.tolist(), dormant, strict=True):
+        reborn = mask.nonzero().view(-1)
+        item.reborn = Reborn(births, newborns, reborn)
+        if births and item.tensor.slots.averages:
+            restart_averages(item.tensor.slots, reborn)
