@@ -13,8 +13,8 @@ import pytest
 
 import lightning_deepr
 from lightning_deepr import hub, zoo
+from tests.helpers.paths import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 PUBLIC = {
     "lightning_deepr": {
         *("DeepR", "SoftDeepR", "SET", "RigL", "FixedRandom", "MagnitudePruning", "L1Shrinkage", "SparseTraining"),
@@ -90,9 +90,9 @@ def installed(tmp_path: Path) -> Path:
     """The package as a wheel lays it out, in a folder of its own."""
     site = tmp_path / "site-packages"
     unwanted = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(REPOSITORY / "lightning_deepr", site / "lightning_deepr", ignore=unwanted)
+    shutil.copytree(ROOT / "lightning_deepr", site / "lightning_deepr", ignore=unwanted)
     for data in ("zoo", "recipes"):
-        shutil.copytree(REPOSITORY / data, site / "lightning_deepr" / data / "data", ignore=unwanted)
+        shutil.copytree(ROOT / data, site / "lightning_deepr" / data / "data", ignore=unwanted)
     return site
 
 
