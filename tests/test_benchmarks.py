@@ -30,10 +30,10 @@ SCRIPTS = ROOT / "benchmarks"
 def run(script: str, out: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:
     """The rows that a script leaves and what it prints."""
     command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--rounds", "1", "--threads", "1", "--out", str(out), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (out / f"{script}.png").is_file()
-    with (out / f"{script}.csv").open() as file:
+    with (out / f"{script}.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file)), done.stdout
 
 
@@ -95,9 +95,9 @@ def test_break_even(tmp_path: Path) -> None:
 
 def test_the_table_of_the_mnist_results_is_printed_from_the_recorded_runs() -> None:
     command = [sys.executable, str(SCRIPTS / "reproduction" / "mnist.py"), "--table"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
-    with (SCRIPTS / "reproduction" / "results.csv").open() as file:
+    with (SCRIPTS / "reproduction" / "results.csv").open(encoding="utf-8") as file:
         arms = {row["arm"] for row in csv.DictReader(file)}
     assert arms
     assert all(f"| {arm} |" in done.stdout for arm in arms)
@@ -112,7 +112,7 @@ def test_an_arm_has_the_settings_of_its_recipe(arm: str, recipe: str) -> None:
     study = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(study)
     settings = study.ARMS[arm]
-    written = yaml.safe_load(Path(find_recipe(recipe)).read_text())
+    written = yaml.safe_load(Path(find_recipe(recipe)).read_text(encoding="utf-8"))
 
     assert settings["model"] == written["model"]["init_args"]
     assert {"root": "data", "batch_size": 10, **settings["data"]} == written["data"]["init_args"]
@@ -129,7 +129,10 @@ def test_an_arm_has_the_settings_of_its_recipe(arm: str, recipe: str) -> None:
 
 
 def test_the_cifar10_recipe_has_the_settings_of_the_study() -> None:
-    study, written = script("reproduction/cifar10.py"), yaml.safe_load(Path(find_recipe("cifar10_best")).read_text())
+    study, written = (
+        script("reproduction/cifar10.py"),
+        yaml.safe_load(Path(find_recipe("cifar10_best")).read_text(encoding="utf-8")),
+    )
     settings = study.settings_of("deepr", 0.05)
     model, sparsity = written["model"]["init_args"], written["sparsity"]["init_args"]
     assert {name: model[name] for name in ("lr", "momentum", "weight_decay")} == {
@@ -141,7 +144,10 @@ def test_the_cifar10_recipe_has_the_settings_of_the_study() -> None:
 
 
 def test_the_timit_recipe_has_the_settings_of_the_study() -> None:
-    study, written = script("reproduction/timit.py"), yaml.safe_load(Path(find_recipe("timit_sample")).read_text())
+    study, written = (
+        script("reproduction/timit.py"),
+        yaml.safe_load(Path(find_recipe("timit_sample")).read_text(encoding="utf-8")),
+    )
     settings = study.settings_of("deepr", 0.05)
     model, sparsity = written["model"]["init_args"], written["sparsity"]["init_args"]
     found = (model["lr"], model["input_noise"], model["input_offset"], model.get("dropout", 0.0))
@@ -384,9 +390,9 @@ def test_a_study_does_again_what_had_other_settings(tmp_path: Path) -> None:
 
 def test_data_loading(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPTS / "data_loading.py"), "--steps", "1", "--threads", "1", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
-    with (tmp_path / "data_loading.csv").open() as file:
+    with (tmp_path / "data_loading.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["recipe"].split(",")[0] for row in rows} == {"mnist_best", "cifar10", "timit_sample", "timit"}
     assert all(0 < float(row["share_of_step"].rstrip(" %")) < 100 for row in rows)

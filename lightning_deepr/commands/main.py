@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run(arguments[1:])
     elif arguments and arguments[0] == "recipes":
         for name, path in packaged_recipes().items():
-            print(f"{name:24s} {path.read_text().splitlines()[0].removeprefix('#').strip()}")
+            print(f"{name:24s} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('#').strip()}")
     else:
         print(
             "usage: lightning-deepr fit|validate|test --config NAME|PATH [--model.lr 0.1 --sparsity.connectivity 0.05 ...]\n"

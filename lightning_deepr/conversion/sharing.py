@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_deepr.weights.find import Converted
 from lightning_deepr.weights.install import warn_if_nobody_rewires
 from lightning_deepr.weights.k_slots import KSlots
-from lightning_deepr.weights.shared import Pool
+from lightning_deepr.weights.shared import Pool, SharedSlots
 
 if TYPE_CHECKING:
     from lightning_deepr.conversion.selection import Candidate
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 def join(converted: Sequence[Converted]) -> Pool:
     """Let converted tensors share one theta. Before the optimizer is made: theta is a new parameter.
+
+    Their slots are other objects afterwards (:class:`SharedSlots`): look converted tensors up again.
 
     Args:
         converted: of K slots each, with all that they share a theta with already; one pool is left as it is.
@@ -33,23 +35,23 @@ def join(converted: Sequence[Converted]) -> Pool:
     for one in converted:
         if not isinstance(one.slots, KSlots):
             raise ValueError(f"`{one.name}` has a theta for every potential connection: a shared K expects K slots.")
-    pools = {id(one.slots.pool): one.slots.pool for one in converted if one.slots.pool is not None}
     refuse_torn(converted)
-    if len(pools) == 1 and all(one.slots.pool is not None for one in converted):
-        pool: Pool = next(iter(pools.values()))
-        retie(converted, pool)
+    first = converted[0].slots
+    if all(isinstance(one.slots, SharedSlots) and one.slots.pool is first.pool for one in converted):
+        retie(converted, first.pool)
+        pool: Pool = first.pool
         return pool
     refuse_mixed((one.name, one.theta) for one in converted)
     with torch.no_grad():
         values = torch.cat([one.slots.own(one.theta.detach()) for one in converted])
-    budgets = [one.slots.count if one.slots.pool is None else one.slots.pool.budgets[one.slots.position] for one in converted]
-    slots = [one.slots for one in converted]
     theta = nn.Parameter(values, requires_grad=converted[0].theta.requires_grad)
-    for one in converted:
+    members = [SharedSlots.of(one.slots) for one in converted]
+    for one, slots in zip(converted, members, strict=True):
         one.holder._parameters["original"] = theta
-        one.slots.averages.clear()  # copies that have a theta per layer can't follow
-    warn_if_nobody_rewires(theta, slots[0], converted[0].name)
-    return Pool(slots, [one.name for one in converted], budgets, slots[0].index)
+        one.holder[0] = slots
+        slots.averages.clear()  # copies that have a theta per layer can't follow
+    warn_if_nobody_rewires(theta, members[0], converted[0].name)
+    return Pool(members, [one.name for one in converted], members[0].index)
 
 
 def retie(converted: Sequence[Converted], pool: Pool) -> None:
@@ -71,9 +73,8 @@ def refuse_torn(converted: Iterable[Converted]) -> None:
     mine = list(converted)
     present = {id(one.slots) for one in mine}
     for one in mine:
-        pool = one.slots.pool if isinstance(one.slots, KSlots) else None
-        absent = [] if pool is None else [n for m, n in zip(pool.members, pool.names, strict=True) if id(m) not in present]
-        if pool is not None and absent:
+        absent = [name for slots, name in one.slots.shared_with() if id(slots) not in present]
+        if absent:
             raise ValueError(
                 f'`{one.name}` shares one theta (scope="global") with {", ".join(f"`{name}`" for name in absent)}: expected all of '
                 "them, found some. Name the whole network, all of these layers or none."
@@ -89,8 +90,8 @@ def check(chosen: Sequence[Candidate], early: bool = True, device: torch.device 
         device: where dense weights are going to be; None: where they are.
     """
     found: list[tuple[str, Tensor]] = []
-    apart = [c.name for c in chosen if isinstance(c.slots, KSlots) and c.slots.pool is None]
-    pools = {id(c.slots.pool) for c in chosen if isinstance(c.slots, KSlots)}
+    apart = [c.name for c in chosen if isinstance(c.slots, KSlots) and not c.slots.shares]
+    pools = {id(c.slots.pool) for c in chosen if isinstance(c.slots, SharedSlots)}
     if not early and (apart or len(pools) > 1):
         raise ValueError(
             'scope="global" expects layers that share one theta, found '

@@ -97,7 +97,7 @@ def to_c_header(
         rounding=max(item.rounding for item in encoded),
         layers=tuple((item.layer.name, item.kind, item.size) for item in encoded),
     )
-    Path(path).write_text("\n".join(_lines(encoded, header, name, buffers)) + "\n")
+    Path(path).write_text("\n".join(_lines(encoded, header, name, buffers)) + "\n", encoding="utf-8")
     return header
 
 

@@ -19,11 +19,11 @@ from lightning_deepr.conversion.start import STARTS
 from lightning_deepr.files import architectures, container, sparse_file
 from lightning_deepr.files.container import Contents
 from lightning_deepr.files.gaps import FormatError
-from lightning_deepr.files.records import active_by_record, kind_of_record, wanted_by_record
+from lightning_deepr.files.records import active_by_record, kind_of_record, shared_by_record, wanted_by_record
 from lightning_deepr.files.sparse_file import Connections
 from lightning_deepr.weights.base import FORMAT_KEY
+from lightning_deepr.weights.find import converted_tensors
 from lightning_deepr.weights.install import remove
-from lightning_deepr.weights.k_slots import KSlots
 
 if TYPE_CHECKING:
     pass
@@ -91,8 +91,7 @@ def load_checked(module: nn.Module, state: dict[str, Any], checked: Mapping[str,
                     f"`{name}` is converted for another method: expected {type(candidate.slots).__name__}, found {kind.__name__} in the "
                     "checkpoint. Load into a dense model (densify(module) first)."
                 )
-            shares = isinstance(candidate.slots, KSlots) and candidate.slots.pool is not None  # it is the total that has to fit
-            if not shares and candidate.slots.wanted != count:
+            if not candidate.slots.may_have(count):
                 raise ValueError(
                     f"`{name}` is converted with K = {candidate.slots.wanted}, found {count} in the checkpoint. Load into "
                     "a dense model (densify(module) first), or convert with the recorded connectivity."
@@ -117,15 +116,16 @@ def load_checked(module: nn.Module, state: dict[str, Any], checked: Mapping[str,
             return STARTS[kinds[candidate.name]](candidate, *args, **options)
 
         new = convert(module, chosen, counts, init="deepr", seed=0, compute="auto", begin=begin)
-        for positions in _shared(state).values():
-            joined = [converted for converted in new if converted.name in positions]
+        for names in shared_by_record(state):
+            joined = [converted for converted in new if converted.name in names]
             if joined:
-                sharing.join(sorted(joined, key=lambda converted: positions[converted.name]))
+                sharing.join(joined)
     try:
         _load_rest(module, state, [head for head in checked if head in begun])
     except RuntimeError:
         if chosen and not any(tensor.device.type == "meta" for tensor in before.values()):
-            for converted in new:
+            # looked up again: who shares a theta has other slots than those of its conversion
+            for converted in [one for one in converted_tensors(module) if one.name in counts]:
                 remove(converted)
             module.load_state_dict(before)
         raise
@@ -138,16 +138,6 @@ def _load_rest(module: nn.Module, state: dict[str, Any], begun: list[str]) -> No
     result = module.load_state_dict({key: value for key, value in state.items() if key not in own}, strict=False)
     if own != set(result.missing_keys) or result.unexpected_keys:
         module.load_state_dict(state)
-
-
-def _shared(state: Mapping[str, Any]) -> dict[int, dict[str, int]]:
-    """The tensors that share a theta: number of their pool -> name -> position in it."""
-    pools: dict[int, dict[str, int]] = {}
-    for key, value in state.items():
-        if key.endswith(".0.pool") and "parametrizations." in key:
-            number, position = value.tolist()[:2]
-            pools.setdefault(number, {})[key.removesuffix(".0.pool").replace("parametrizations.", "")] = position
-    return pools
 
 
 def _is_sparse_file(given: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_deepr.weights.base import Parametrization
+from lightning_deepr.weights.base import SHARING_KEY, Parametrization
 from lightning_deepr.weights.dense_theta import MaskedTheta, SoftTheta
 from lightning_deepr.weights.k_slots import KSlots
 
@@ -36,3 +36,13 @@ def active_by_record(state: Mapping[str, Any], head: str) -> int:
         return int((theta >= 0).sum())
     mask: Tensor = state[head + "0.mask"]
     return int((mask if bool(state[head + "0.fixed"]) else mask & (theta != 0)).sum())
+
+
+def shared_by_record(state: Mapping[str, Any]) -> list[set[str]]:
+    """The names of the tensors that share a theta, one set for each theta that is shared."""
+    found: dict[int, set[str]] = {}
+    end = ".0." + SHARING_KEY
+    for key, value in state.items():
+        if key.endswith(end) and "parametrizations." in key:
+            found.setdefault(int(value[0]), set()).add(key.removesuffix(end).replace("parametrizations.", ""))
+    return list(found.values())

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_deepr.algorithm.shared_rewiring import RULES
 from lightning_deepr.conversion.sharing import refuse_small_total
 from lightning_deepr.methods.slot_training import SlotTraining
-from lightning_deepr.training import backends, guards
+from lightning_deepr.training import backends, guards, invariants
 from lightning_deepr.training.arguments import SCOPES, RewiringArguments, check_count, check_word
 from lightning_deepr.training.backends import Batch
 from lightning_deepr.training.tracked import Stepped, TrackedTensor
@@ -112,23 +111,7 @@ class DeepR(RewiringArguments, SlotTraining):
 
     @override
     def check(self, item: Stepped, optimizer: Optimizer) -> None:
-        pool = item.tensor.slots.pool
-        if pool is None:
-            super().check(item, optimizer)
-            return
-        theta = item.tensor.theta
-        starts = self._runs.of(optimizer).starts(item) if optimizer.state.get(theta) else {}
-        states = [
-            (name, value, starts.get(name, 0.0))
-            for name, value in optimizer.state.get(theta, {}).items()
-            if isinstance(value, Tensor) and value.shape == theta.shape
-        ]
-        born = item.reborn.slots
-        if born is None:
-            born = item.theta.new_empty(0, dtype=torch.long)
-        problem = pool.problem(item.tensor.slots, theta.detach(), born, states, self.least_per_layer)
-        if problem is not None:
-            raise RuntimeError(f"check_invariants: `{item.tensor.name}`, step {item.tensor.step}: {problem}.")
+        invariants.check_invariants(item, optimizer, self._runs.of(optimizer).starts, least=self.least_per_layer)
 
     @override
     def statistics(self) -> dict[str, float]:

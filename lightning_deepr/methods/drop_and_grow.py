@@ -75,4 +75,4 @@ class DropAndGrow(SlotTraining):
 
     @override
     def check(self, item: Stepped, optimizer: Optimizer) -> None:
-        invariants.check_invariants(item, optimizer, self._runs.of(optimizer).starts(item), signed=True)
+        invariants.check_invariants(item, optimizer, self._runs.of(optimizer).starts, signed=True)

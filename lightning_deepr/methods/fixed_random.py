@@ -52,4 +52,4 @@ class FixedRandom(SlotTraining):
 
     @override
     def check(self, item: Stepped, optimizer: Optimizer) -> None:
-        invariants.check_invariants(item, optimizer, {}, signed=self.signs == "free")
+        invariants.check_invariants(item, optimizer, self._runs.of(optimizer).starts, signed=self.signs == "free")

@@ -82,7 +82,7 @@ class SlotTraining(SparseTraining):
                 f"`{name}` has a theta for every potential connection ({type(slots).__name__}): {type(self).__name__} expects K "
                 "slots. Call densify(module) and convert it anew."
             )
-        if slots.pool is not None and self.scope != "global":
+        if slots.shares and self.scope != "global":
             instead = 'Give scope="global", or call' if hasattr(self, "reactivation") else "Call"
             raise ValueError(
                 f'`{name}` shares one K with other layers (scope="global"), but {type(self).__name__} works with K per tensor '

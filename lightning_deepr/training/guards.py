@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from lightning_deepr import kernels
 from lightning_deepr.algorithm import randomness
 from lightning_deepr.weights.find import Converted, converted_tensors
-from lightning_deepr.weights.k_slots import KSlots
 
 if TYPE_CHECKING:
     from lightning_deepr.training.tracked import TrackedTensor
@@ -151,14 +150,14 @@ def refuse_sharing(optimizer: Optimizer, others: Sequence[Optimizer], tensors: S
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     elsewhere = {id(p) for other in others for group in other.param_groups for p in group["params"]}
     for tensor in tensors:
-        pool = getattr(tensor.slots, "pool", None)
-        if pool is None:
+        names = tensor.slots.shares
+        if not names:
             continue
         times = sum(parameter is tensor.theta for parameter in held)
         if times > 1 or (times and id(tensor.theta) in elsewhere):
             found = f"it {times} times in one" if times > 1 else "it in two"
             raise ValueError(
-                f'With scope="global" {", ".join(f"`{name}`" for name in pool.names)} have one parameter, theta: expected it once in one '
+                f'With scope="global" {", ".join(f"`{name}`" for name in names)} have one parameter, theta: expected it once in one '
                 f"optimizer, found {found}. Make the optimizer from net.parameters(), which has it once."
             )
 
@@ -168,10 +167,10 @@ def explain(message: str, module: nn.Module) -> str | None:
     if "more than one parameter group" not in message:
         return None
     for one in converted_tensors(module):
-        pool = one.slots.pool if isinstance(one.slots, KSlots) else None
-        if pool is not None:
+        names = one.slots.shares
+        if names:
             return (
-                f'With scope="global" {", ".join(f"`{name}`" for name in pool.names)} have one parameter, theta of K = {pool.count} '
+                f'With scope="global" {", ".join(f"`{name}`" for name in names)} have one parameter, theta of K = {one.slots.wanted} '
                 "slots: expected it in one parameter group, found it in several (or once per layer). Put it into one group, "
                 'or use scope="layer".'
             )

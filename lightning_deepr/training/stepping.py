@@ -83,7 +83,7 @@ class Stepper(ABC):
 
     def check(self, item: Stepped, optimizer: Optimizer) -> None:
         """Everything that must hold after every step (``check_invariants``)."""
-        invariants.check_invariants(item, optimizer, self._runs.of(optimizer).starts(item))
+        invariants.check_invariants(item, optimizer, self._runs.of(optimizer).starts)
 
     def statistics(self) -> dict[str, float]:
         """Means per step since the last call: ``deepr/<tensor>/turnover``, ``.../newborn_deaths``, ``.../mature_deaths``."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_deepr.algorithm.rewiring import start_anew
 from lightning_deepr.weights.base import Parametrization
 
 
@@ -57,7 +58,7 @@ def realign_averages(slots: Any) -> None:
 def _restart(holder: parametrize.ParametrizationList, slots: Any, reborn: Tensor) -> None:
     average: Any = holder[0]
     where = reborn.to(average.places.device)
-    holder.original.detach().index_fill_(0, where, 0.0)
+    start_anew([(holder.original.detach(), 0.0)], where)
     for name in ("places", "signs", "born"):
         source = getattr(slots, name)[reborn].to(where.device, getattr(average, name).dtype)
         getattr(average, name).index_copy_(0, where, source)

@@ -25,6 +25,7 @@ FORMAT_VERSION = 1
 # torch lists unexpected keys by name, and that is all a class that builds the dense model can show its user when it is given
 # a sparse checkpoint. So the key that holds the version of the format says what to call.
 FORMAT_KEY = "lightning_deepr.load_state_dict"
+SHARING_KEY = "pool"  # what a checkpoint records of a tensor that shares its theta with others, beside its connections
 LARGEST_READ = 1 << 30  # bytes; a larger dense weight is not built by reading an attribute
 
 
@@ -63,7 +64,6 @@ class Parametrization(nn.Module):
 
     tensors: tuple[str, ...] = ("exceptions", "signs")  # attributes that follow ``.to``
     records: tuple[str, ...] = ()  # attributes in the state_dict, beside those of every kind
-    optional: tuple[str, ...] = ()  # names that a state_dict may have, too
 
     signs: Tensor  # [K] or the weight's shape
 
@@ -118,6 +118,19 @@ class Parametrization(nn.Module):
     def own(self, theta: Tensor) -> Tensor:
         """This tensor's part of the parameter: all of it, unless tensors share one."""
         return theta
+
+    def shared_with(self) -> list[tuple[Parametrization, str]]:
+        """The tensors that have one theta together, this one included, each with its name; none: theta is this tensor's own."""
+        return []
+
+    @property
+    def shares(self) -> list[str]:
+        """The names of the tensors that have one theta together, this one included; none: theta is this tensor's own."""
+        return [name for _, name in self.shared_with()]
+
+    def may_have(self, count: int) -> bool:
+        """Whether a checkpoint that records so many connections of this tensor can fit."""
+        return count == self.wanted
 
     def uses_sparse(self, x: Tensor, module: nn.Module) -> bool:
         """Whether this forward pass shall be sparse."""
@@ -231,7 +244,8 @@ class Parametrization(nn.Module):
             missing_keys.extend(missing)
             return
         record = {name: state_dict[prefix + name] for name in names}
-        record.update({name: state_dict[prefix + name] for name in self.optional if prefix + name in state_dict})
+        if prefix + SHARING_KEY in state_dict:
+            record[SHARING_KEY] = state_dict[prefix + SHARING_KEY]
         problem = self._refusal(record)
         if problem is not None:
             error_msgs.append(f"`{prefix.removesuffix('.0.').replace('parametrizations.', '')}`: {problem}")
@@ -253,6 +267,13 @@ class Parametrization(nn.Module):
             return f"expected format {FORMAT_VERSION} or older, found {version}: update lightning-deepr."
         if shape != tuple(self.shape):
             return f"expected connections of a weight of shape {tuple(self.shape)}, found {shape}: another model's checkpoint."
+        scopes = "K slots of its own", "one K for all layers"
+        shared, recorded = bool(self.shares), SHARING_KEY in record
+        if shared != recorded:
+            return (
+                f"expected {scopes[shared]}, found {scopes[recorded]}: give DeepR or sparsify the scope with which the checkpoint was "
+                'made ("layer" or "global"), or convert as recorded with `lightning_deepr.load_state_dict(module, checkpoint)`.'
+            )
         return None
 
     def extra_repr(self) -> str:

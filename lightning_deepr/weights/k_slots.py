@@ -7,9 +7,8 @@ it and knows where each slot's connection is (``places``) and what sign it has (
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -41,7 +40,6 @@ class KSlots(Parametrization):
 
     tensors = ("places", "born", "signs", "exceptions")
     records = ("places", "born")
-    optional = ("pool",)  # under scope="global"
 
     def __init__(
         self,
@@ -57,8 +55,6 @@ class KSlots(Parametrization):
         self.places = places.contiguous()
         self.born = torch.full_like(self.places, -1)
         self.signs = self.signs_at(self.places, dtype)
-        self.pool: Any = None  # of the layers with which this one shares a theta (scope="global")
-        self.position = 0  # in it
         self.order: Order | None = None  # made when sparse compute needs it, and kept up to date
         # the last question of uses_sparse: nearly always the next one, too
         self._asked_size, self._asked_device, self._asked = -1, torch.device("cpu"), False
@@ -69,14 +65,6 @@ class KSlots(Parametrization):
     def count(self) -> int:
         """K."""
         return self.places.numel()
-
-    @property
-    def wanted(self) -> int:
-        """The number of connections that stays: K of the tensor, or of all that share a theta."""
-        return self.count if self.pool is None else self.pool.count
-
-    def own(self, theta: Tensor) -> Tensor:
-        return theta if self.pool is None else self.pool.piece(theta, self)
 
     def last_birth(self) -> int:
         return int(self.born.max()) if self.count else -1
@@ -176,7 +164,7 @@ class KSlots(Parametrization):
         return order
 
     def ask_again(self) -> None:
-        """Whether to compute from the connections is a new question."""
+        """Forget the cached dense/sparse decision."""
         self._asked_size = -1
 
     def refresh_order(self) -> Order:
@@ -191,6 +179,46 @@ class KSlots(Parametrization):
         """After somebody wrote places: what is kept about them follows (a compiled graph could not look)."""
         if self.order is not None:
             self.refresh_order()
+
+    # -- invariants -------------------------------------------------------------------------------------------------------
+
+    def problem(
+        self,
+        theta: Tensor,
+        born: Tensor,
+        states: Iterable[tuple[str, Tensor, float]],
+        *,
+        least: int = 0,
+        signed: bool = False,
+    ) -> str | None:
+        """What is not as it has to be after every step, or None.
+
+        Args:
+            theta: the parameter, detached.
+            born: int64, the slots of this tensor that were reborn in this step.
+            states: name, tensor and starting value of each tensor of theta's shape in the optimizer's state.
+            least: how many connections this tensor has to have, if it can; K slots of its own are always as many.
+            signed: whether theta may be negative.
+        """
+        mine, places = self.own(theta), self.places
+        if mine.shape != places.shape:
+            return f"expected {places.numel()} slots, found theta of shape {tuple(mine.shape)}"
+        if not bool(torch.isfinite(mine).all()):
+            return "theta is not finite"
+        if not signed and bool((mine < 0).any()):
+            return f"expected theta >= 0, found {float(mine.min())}"
+        if bool(((places < 0) | (places >= self.total)).any()):
+            return f"a place lies outside 0 ... {self.total - 1}"
+        if places.unique().numel() != places.numel():
+            return "two slots are at one place"
+        if not torch.equal(self.signs, self.signs_at(places)):
+            return "a sign is not that of its place"
+        if bool((mine[born] != 0).any()):
+            return "a reborn slot does not start at theta = 0"
+        for name, value, start in states:
+            if bool((self.own(value)[born] != start).any()):
+                return f"the optimizer's {name} of a reborn slot is not at its start, {start}"
+        return None
 
     # -- moving, copying, saving ------------------------------------------------------------------------------------------
 
@@ -207,23 +235,9 @@ class KSlots(Parametrization):
         replica.take_after(self, memo)
         if self.order is not None:
             replica.refresh_order()
-        replica.pool, replica.position = copy.deepcopy(self.pool, memo), self.position
         return replica
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.pool is not None:
-            destination[prefix + "pool"] = self.pool.record(self.position)
-
     def take_over(self, record: dict[str, Tensor]) -> None:
-        if self.pool is not None:  # K of this tensor may be another now
-            self.places = record["places"].detach().to(self.places.device, copy=True)
-            self.born = record["born"].detach().to(self.born.device, copy=True)
-            self.signs = self.signs_at(self.places)
-            self.places_changed()
-            self.ask_again()
-            self.pool.loaded(self, record["pool"])
-            return
         self.places.copy_(record["places"])
         self.born.copy_(record["born"])
         self.signs.copy_(self.signs_at(self.places))
@@ -231,30 +245,21 @@ class KSlots(Parametrization):
         realign_averages(self)
 
     def _refusal(self, record: dict[str, Tensor]) -> str | None:
-        places = record["places"]
-        problem = super()._refusal(record)
+        problem = super()._refusal(record) or self._count_refusal(record)
         if problem is not None:
             return problem
-        if ("pool" in record) != (self.pool is not None):
-            here, there = (
-                ("K slots of its own", "one K for all layers")
-                if self.pool is None
-                else ("one K for all layers", "K slots of its own")
-            )
-            return (
-                f"expected {here}, found {there}: give DeepR or sparsify the scope with which the checkpoint was made "
-                '("layer" or "global"), or convert as recorded with `lightning_deepr.load_state_dict(module, checkpoint)`.'
-            )
-        if self.pool is not None:
-            problem = self.pool.refusal(self, record["pool"])
-            if problem is not None:
-                return problem
-        elif places.numel() != self.count:
-            return (
-                f"expected K = {self.count} connections ({self.count / self.total:.3%}), found {places.numel()} "
-                f"({places.numel() / self.total:.3%}): give the connectivity with which the checkpoint was made, or convert as "
-                "recorded with `lightning_deepr.load_state_dict(module, checkpoint)`."
-            )
+        places = record["places"]
         if places.numel() and (places.min() < 0 or places.max() >= self.total or places.unique().numel() != places.numel()):
             return f"expected {places.numel()} different places in 0 ... {self.total - 1}, found others: the file is damaged."
         return None
+
+    def _count_refusal(self, record: dict[str, Tensor]) -> str | None:
+        """Why a recorded number of connections does not fit, or None."""
+        count = record["places"].numel()
+        if count == self.count:
+            return None
+        return (
+            f"expected K = {self.count} connections ({self.count / self.total:.3%}), found {count} "
+            f"({count / self.total:.3%}): give the connectivity with which the checkpoint was made, or convert as "
+            "recorded with `lightning_deepr.load_state_dict(module, checkpoint)`."
+        )

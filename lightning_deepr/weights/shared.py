@@ -1,26 +1,24 @@
 """One K for a whole network: layers that share one theta, in which connections move from layer to layer.
 
 theta is one parameter of K slots, sorted by layer, and is registered with every layer (``<layer>.parametrizations.<tensor>.original``
-is the same object everywhere): an optimizer has one parameter, whose identity and shape never change. Each layer's
-:class:`~lightning_deepr.weights.k_slots.KSlots` keeps its own places, signs and births, and asks the :class:`Pool` for its piece of theta.
+is the same object everywhere): an optimizer has one parameter, whose identity and shape never change. Each layer has
+:class:`SharedSlots` with places, signs and births of its own, and asks the :class:`Pool` for its piece of theta.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_deepr import kernels
-from lightning_deepr.algorithm import shared_rewiring
+from lightning_deepr.algorithm import rewiring, shared_rewiring
 from lightning_deepr.algorithm.shared_rewiring import Geometry
+from lightning_deepr.weights.base import SHARING_KEY, Parametrization
 from lightning_deepr.weights.k_slots import KSlots
-
-if TYPE_CHECKING:
-    pass
 
 State = tuple[Tensor, float]  # a state tensor of theta's shape, and what the optimizer starts it with
 
@@ -33,20 +31,95 @@ class Tally(NamedTuple):
     newborn_deaths: list[int]
 
 
+class SharedSlots(KSlots):
+    """K slots that are a part of a larger theta. How many they are changes from step to step; the theta's length never does.
+
+    :func:`lightning_deepr.conversion.sharing.join` makes them from the K slots of each layer.
+    """
+
+    pool: Pool  # of the layers that share the theta
+    position: int  # in the pool
+    budget: int  # with how many connections this layer started: N_l * p_l
+
+    @classmethod
+    def of(cls, slots: KSlots) -> SharedSlots:
+        """The same slots, ready to be a member of a :class:`Pool`. ``slots`` itself is of no use afterwards."""
+        if isinstance(slots, SharedSlots):
+            return slots
+        shared = cls.__new__(cls)
+        vars(shared).update(vars(slots))  # all that is known of them: births, order, owner, averages, hooks, ...
+        shared.budget = slots.count
+        return shared
+
+    def shared_with(self) -> list[tuple[Parametrization, str]]:
+        return list(zip(self.pool.members, self.pool.names, strict=True))
+
+    @property
+    def wanted(self) -> int:
+        """The number of connections that stays: K of all the layers."""
+        return self.pool.count
+
+    def may_have(self, count: int) -> bool:
+        return True  # it is the total that has to fit, which loading checks
+
+    def own(self, theta: Tensor) -> Tensor:
+        return self.pool.piece(theta, self)
+
+    def problem(
+        self,
+        theta: Tensor,
+        born: Tensor,
+        states: Iterable[tuple[str, Tensor, float]],
+        *,
+        least: int = 0,
+        signed: bool = False,
+    ) -> str | None:
+        pool, sizes = self.pool, [one.count for one in self.pool.members]
+        if not (theta.numel() == sum(sizes) == pool.count and sizes == pool.counts):
+            return f"expected {pool.count} slots in all, found theta of {theta.numel()} and places of {sizes}"
+        if self.count < min(least, self.total):
+            return f"expected at least {min(least, self.total)} connections, found {self.count}"
+        return super().problem(theta, born, states, signed=signed)
+
+    # -- copying, saving, loading -----------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedSlots:
+        replica = SharedSlots.of(super().__deepcopy__(memo))
+        memo[id(self)] = replica  # before the pool is copied, which copies its other members
+        replica.position, replica.budget = self.position, self.budget
+        replica.pool = copy.deepcopy(self.pool, memo)
+        return replica
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + SHARING_KEY] = self.pool.record(self.position)
+
+    def take_over(self, record: dict[str, Tensor]) -> None:
+        # new tensors: this layer may have another number of connections now
+        self.places = record["places"].detach().to(self.places.device, copy=True)
+        self.born = record["born"].detach().to(self.born.device, copy=True)
+        self.signs = self.signs_at(self.places)
+        self.places_changed()
+        self.ask_again()
+        self.pool.loaded(self, record[SHARING_KEY])
+
+    def _count_refusal(self, record: dict[str, Tensor]) -> str | None:
+        return self.pool.refusal(self, record[SHARING_KEY])
+
+
 class Pool:
     """What the layers of one theta have in common.
 
     Args:
         members: the layers, in the order of their pieces.
         names: of the layers, for messages.
-        budgets: with how many connections each started: N_l * p_l, by which "budget" chooses the layer of a newborn.
         number: tells the pools of one network apart in a checkpoint.
     """
 
-    def __init__(self, members: Sequence[KSlots], names: Sequence[str], budgets: Sequence[int], number: int) -> None:
-        self.members, self.names, self.budgets, self.number = list(members), list(names), list(budgets), number
+    def __init__(self, members: Sequence[SharedSlots], names: Sequence[str], number: int) -> None:
+        self.members, self.names, self.number = list(members), list(names), number
         self.counts = [member.count for member in self.members]
-        self.count = sum(self.counts)  # K: theta's length, for good
+        self.count = sum(self.counts)  # K: theta's length, which never changes
         for position, member in enumerate(self.members):
             member.pool, member.position = self, position
         self._reset()
@@ -57,9 +130,14 @@ class Pool:
         self._pieces: tuple[Any, ...] | None = None
         self._geometry: tuple[Any, Geometry] | None = None
 
+    @property
+    def budgets(self) -> list[int]:
+        """With how many connections each layer started, by which "budget" chooses the layer of a newborn."""
+        return [member.budget for member in self.members]
+
     # -- pieces of theta --------------------------------------------------------------------------------------------------
 
-    def piece(self, theta: Tensor, member: KSlots) -> Tensor:
+    def piece(self, theta: Tensor, member: SharedSlots) -> Tensor:
         """A layer's part of theta, a view.
 
         One ``split`` serves all layers, so that the backward pass puts theta's gradient together once, in O(K). It is made anew
@@ -182,9 +260,9 @@ class Pool:
         if moves is None:
             return None
         source = moves.source
-        for value, start in values:
-            where = value.device
-            value.copy_(value[source.to(where)].index_fill_(0, moves.born.to(where), start))
+        for value, _ in values:
+            value.copy_(value[source.to(value.device)])
+        rewiring.start_anew(values, moves.born)
         signs = self.whole("signs")[source]
         exceptions = [member.exceptions for member in self.members]
         signs[moves.born] = shared_rewiring.signs_at(geometry, moves.owners, moves.places, exceptions, signs.dtype)
@@ -192,48 +270,13 @@ class Pool:
         self.put(places, signs, born[source].index_fill_(0, moves.born, step), moves.counts)
         return Tally(moves.births, moves.deaths, moves.newborn_deaths)
 
-    def problem(
-        self, member: KSlots, theta: Tensor, born: Tensor, states: Iterable[tuple[str, Tensor, float]], least: int
-    ) -> str | None:
-        """What of a layer is not as it has to be after every step, or None.
-
-        Args:
-            member: the layer.
-            theta: [K], detached.
-            born: int64, the layer's newborn slots.
-            states: name, tensor and starting value of each of the optimizer's.
-            least: how many connections it has to have, if it can.
-        """
-        sizes = [one.places.numel() for one in self.members]
-        if not (theta.numel() == sum(sizes) == self.count and sizes == self.counts):
-            return f"expected {self.count} slots in all, found theta of {theta.numel()} and places of {sizes}"
-        mine, places = self.piece(theta, member), member.places
-        if places.numel() < min(least, member.total):
-            return f"expected at least {min(least, member.total)} connections, found {places.numel()}"
-        if not bool(torch.isfinite(mine).all()):
-            return "theta is not finite"
-        if bool((mine < 0).any()):
-            return f"expected theta >= 0, found {float(mine.min())}"
-        if bool(((places < 0) | (places >= member.total)).any()):
-            return f"a place lies outside 0 ... {member.total - 1}"
-        if places.unique().numel() != places.numel():
-            return "two slots are at one place"
-        if not torch.equal(member.signs, member.signs_at(places)):
-            return "a sign is not that of its place"
-        if bool((mine[born] != 0).any()):
-            return "a reborn slot does not start at theta = 0"
-        for name, value, start in states:
-            if bool((self.piece(value, member)[born] != start).any()):
-                return f"the optimizer's {name} of a reborn slot is not at its start, {start}"
-        return None
-
     # -- loading ----------------------------------------------------------------------------------------------------------
 
     def record(self, position: int) -> Tensor:
         """What a checkpoint says about a layer beside its connections."""
-        return torch.tensor([self.number, position, len(self.members), self.count, self.budgets[position]])
+        return torch.tensor([self.number, position, len(self.members), self.count, self.members[position].budget])
 
-    def refusal(self, member: KSlots, record: Tensor) -> str | None:
+    def refusal(self, member: SharedSlots, record: Tensor) -> str | None:
         """Why a layer's recorded place in a pool does not fit, or None."""
         _, position, layers, count, _ = record.tolist()
         if count != self.count:
@@ -248,12 +291,12 @@ class Pool:
             )
         return None
 
-    def loaded(self, member: KSlots, record: Tensor) -> None:
+    def loaded(self, member: SharedSlots, record: Tensor) -> None:
         """A layer has been given other connections: its count may be another, too."""
         if not self._unloaded:
             self._unloaded = set(range(len(self.members)))
         self._unloaded.discard(member.position)
-        self.budgets[member.position] = int(record[4])
+        member.budget = int(record[4])
         self.counts[member.position] = member.count
         self._changes += 1
         self._geometry = None
@@ -273,9 +316,9 @@ class Pool:
         found: dict[int, tuple[Pool, Tensor]] = {}
         for member in self.members:
             for holder in member.averages:
-                pool: Pool | None = holder[0].pool  # type: ignore[assignment, union-attr]
-                if pool is not None and len(pool.members) == len(self.members):
-                    found[id(pool)] = pool, holder.original.detach()
+                copied = holder[0]
+                if isinstance(copied, SharedSlots) and len(copied.pool.members) == len(self.members):
+                    found[id(copied.pool)] = copied.pool, holder.original.detach()
         return list(found.values())
 
     def _take(self, other: Pool) -> None:
@@ -308,19 +351,16 @@ class Pool:
             theta.copy_(torch.where(there, theta[slot], 0.0))
             for member, own in zip(average.members, self.members, strict=True):
                 member.sign_seed, member.exceptions = own.sign_seed, own.exceptions.to(member.exceptions.device)
-            average.budgets = list(self.budgets)
+                member.budget = own.budget
             average._geometry = None
             average._take(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
         replica = object.__new__(Pool)
         memo[id(self)] = replica
-        replica.names, replica.budgets, replica.number = list(self.names), list(self.budgets), self.number
+        replica.names, replica.number = list(self.names), self.number
         replica.counts, replica.count = list(self.counts), self.count
         replica._reset()
         replica._unloaded = set(self._unloaded)
         replica.members = [copy.deepcopy(member, memo) for member in self.members]
         return replica
-
-
-# -- making and refusing ------------------------------------------------------------------------------------------------------

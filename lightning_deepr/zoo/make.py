@@ -168,7 +168,7 @@ def train(name: str, seed: int, root: str, runs: Path) -> Path:
     last = folder / "runs" / plan.recipe / "checkpoints" / "last.ckpt"
     arguments = ["fit", *command(plan, seed, root), *(["--ckpt_path", str(last.resolve())] if last.is_file() else [])]
     program = "from lightning_deepr.commands.main import main; main()"
-    with (folder / "train.log").open("a") as log:
+    with (folder / "train.log").open("a", encoding="utf-8") as log:
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments],
             cwd=folder,

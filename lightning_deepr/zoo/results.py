@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(
             f"{number}/{len(names)} {found['name']}: {found['correct']:,} of {found['examples']:,}, recorded {found['recorded']:,}"
         )
-    with out.open("w", newline="") as file:
+    with out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

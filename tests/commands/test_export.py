@@ -33,7 +33,7 @@ def test_command_line_writes_dense_csr_and_c(checkpoint: Path, tmp_path: Path, c
     assert torch.equal(torch.from_numpy(arrays["fc1.weight.data"]), to_csr(net)["fc1.weight"].values())
     assert np.array_equal(arrays["fc1.bias"], net.fc1.bias.detach().numpy())
     main(["export", str(checkpoint), "--to", "c", "--out", str(tmp_path / "net.h"), "--weights", "int8", *network])
-    assert "static inline void predict" in (tmp_path / "net.h").read_text()
+    assert "static inline void predict" in (tmp_path / "net.h").read_text(encoding="utf-8")
     assert "2,682 of 266,200 connections as int8" in capsys.readouterr().out
 
 
@@ -71,4 +71,4 @@ def test_command_line_finds_the_network_or_asks_for_it(checkpoint: Path, tmp_pat
             "lightning_deepr.models.LeNet300100",
         ]
     )
-    assert (tmp_path / "one.h").read_text() == (tmp_path / "other.h").read_text()
+    assert (tmp_path / "one.h").read_text(encoding="utf-8") == (tmp_path / "other.h").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_deepr.commands.main import main
 from lightning_deepr.models import LeNet300100
 from lightning_deepr.recipes.loggers import wandb_mode
 from tests.helpers.command_line import run
@@ -19,19 +20,25 @@ def test_unknown_recipe_lists_the_recipes(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_unknown_command(tmp_path: Path) -> None:
-    done = run("train", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "expected fit" in done.stderr
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command line says before it ends with an error of its own."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    assert stopped.value.code not in (0, None)
+    return f"{stopped.value.code}\n{capsys.readouterr().err}"
 
 
-def test_report_of_what_is_no_checkpoint(tmp_path: Path) -> None:
-    torch.save(LeNet300100().state_dict(), tmp_path / "dense.pt")
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected fit" in refused(capsys, "train")
+
+
+def test_report_of_what_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(LeNet300100().state_dict(), "dense.pt")
     for name, words in (("dense.pt", "expected a sparse checkpoint"), ("nothing.pt", "no checkpoint")):
-        done = run("report", name, cwd=tmp_path)
-        assert done.returncode != 0
-        assert words in done.stderr
-        assert "Traceback" not in done.stderr
+        assert words in refused(capsys, "report", name)
 
 
 def test_wandb_mode(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -294,14 +294,25 @@ class TestDense:
 
     @both_layers
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace")
-    def test_autocast_and_tracing(self, cell: Any, sparse_layers: list[int]) -> None:
+    def test_tracing(self, cell: Any, sparse_layers: list[int]) -> None:
         layer, twin = layer_and_twin(cell, input_size=11, hidden_size=19)
         x = torch.randn(5, 3, 11)
         traced = torch.jit.trace(layer, x, check_trace=False)
         assert sparse_layers == []
         torch.testing.assert_close(traced(x)[0], twin(x)[0])
+
+    @both_layers
+    def test_autocast(self, cell: Any, sparse_layers: list[int]) -> None:
+        layer, twin = layer_and_twin(cell, input_size=11, hidden_size=19)
+        x = torch.randn(5, 3, 11)
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            assert torch.allclose(layer(x)[0].float(), twin(x)[0].float(), atol=0.02)
+            try:
+                expected = twin(x)[0].float()
+            except RuntimeError as error:  # oneDNN has no bf16 LSTM for every CPU
+                with pytest.raises(RuntimeError):
+                    layer(x)
+                pytest.skip(f"PyTorch's own layer: {error}")
+            assert torch.allclose(layer(x)[0].float(), expected, atol=0.02)
         assert sparse_layers == []
 
     @pytest.mark.parametrize(

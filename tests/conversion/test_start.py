@@ -183,10 +183,10 @@ def test_largest_of_weights_that_are_zero() -> None:
 
 
 def test_a_layer_of_a_trillion_weights() -> None:
-    started = time.perf_counter()
+    started = time.process_time()  # of this process alone, whatever else the machine does
     layer = sparsify(nn.Linear(1_000_000, 1_000_000, device="meta"), 1000, device="cpu")
     shape, places, values = connections(layer)["weight"]
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 60  # a look at every weight would take an hour
     assert shape == (1_000_000, 1_000_000) and places.numel() == values.numel() == 1000
     assert int(places.max()) > 2**35 and layer.bias.device.type == "cpu"
     bound = 1 / math.sqrt(1_000_000) * math.sqrt(1e12 / 1000)

@@ -240,7 +240,7 @@ def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
 
 def test_the_reader_in_the_documentation(tmp_path: Path) -> None:
     """30 lines without the package: read by a Python that can't import it."""
-    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "format.md").read_text(), re.DOTALL)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "format.md").read_text(encoding="utf-8"), re.DOTALL)
     assert code is not None and len(code[1].splitlines()) <= 30
     assert set(re.findall(r"^import (\w+)", code[1], re.MULTILINE)) == {"hashlib", "json", "struct", "numpy"}
     for i, net in enumerate((LeNet300100(), CIFAR10CNN(), BLSTMClassifier(hidden=16))):
@@ -488,7 +488,7 @@ def test_twenty_thousand_mutated_files(tmp_path: Path) -> None:
 
 
 def test_the_format_is_read_without_the_safetensors_library() -> None:
-    assert "safetensors" not in Path(container.__file__).read_text().replace("safetensors library", "").split('"""')[2].replace(
-        "(safetensors whose", ""
-    ).replace("safetensors file", "").replace("safetensors.torch.load_file", "")
+    assert "safetensors" not in Path(container.__file__).read_text(encoding="utf-8").replace("safetensors library", "").split(
+        '"""'
+    )[2].replace("(safetensors whose", "").replace("safetensors file", "").replace("safetensors.torch.load_file", "")
     assert lightning_deepr.zoo is zoo

@@ -16,5 +16,5 @@ def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedP
         env={**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": "", **environment},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )

@@ -308,7 +308,7 @@ def main(count: int = 20_000, seed: int = 0) -> None:
             assert outcome(path, True, file, file) == "loaded"
             for _, right, mutant, base in mutants([file], 200, seed=-1):
                 outcome(path, right, mutant, base)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, hard))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

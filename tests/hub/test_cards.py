@@ -138,7 +138,7 @@ def test_picture(tmp_path: Path) -> None:
 def test_cards_are_written_by_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = zoo.save(sparsify(LeNet300100(), 0.01), tmp_path / "lenet300_100.mine.safetensors", metrics={"test_accuracy": 0.5})
     write_cards.main([str(tmp_path / "cards"), str(path)])
-    text = (tmp_path / "cards/lenet300_100.mine.md").read_text()
+    text = (tmp_path / "cards/lenet300_100.mine.md").read_text(encoding="utf-8")
     assert "![connectivity](lenet300_100.mine.png)" in text and "| test accuracy | 0.5 |" in text
     assert "lenet300_100.mine.md" in capsys.readouterr().out
     assert (tmp_path / "cards/lenet300_100.mine.png").read_bytes()[:4] == b"\x89PNG"

@@ -22,10 +22,10 @@ def test_a_class_of_the_user_goes_to_a_folder_and_back(tmp_path: Path) -> None:
     net = sparsify(Net(width=40, depth=2), 0.05, seed=3)
     net.save_pretrained(tmp_path / "net")
     assert sorted(file.name for file in (tmp_path / "net").iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    assert json.loads((tmp_path / "net/config.json").read_text()) == {"width": 40, "depth": 2}
+    assert json.loads((tmp_path / "net/config.json").read_text(encoding="utf-8")) == {"width": 40, "depth": 2}
     again = Net.from_pretrained(tmp_path / "net")
     assert same(net, again) and not again.training
-    readme = (tmp_path / "net/README.md").read_text()
+    readme = (tmp_path / "net/README.md").read_text(encoding="utf-8")
     assert "library_name: lightning-deepr" in readme and "| `body.1.weight` | 40 x 40 | 1,600 | 80 | 5.000% |" in readme
     assert huggingface_hub.ModelCard(readme).data.library_name == "lightning-deepr"
     (tmp_path / "net/model.safetensors").unlink()
@@ -59,7 +59,7 @@ class OwnLayer(nn.Linear, SparseHubMixin):
 def test_a_class_that_is_a_layer(tmp_path: Path) -> None:
     net = sparsify(OwnLayer(40), 0.1)  # torch makes a class of its own for such a module
     net.save_pretrained(tmp_path)
-    assert "# OwnLayer\n" in (tmp_path / "README.md").read_text()
+    assert "# OwnLayer\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
     assert same(net, OwnLayer.from_pretrained(tmp_path))
 
 

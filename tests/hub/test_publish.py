@@ -205,9 +205,10 @@ def run(hub: HubServer, tmp_path: Path, *arguments: str, **environment: str) -> 
         **environment,
     }
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    return subprocess.run([sys.executable, *arguments], env={**kept, **own}, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, *arguments], env={**kept, **own}, capture_output=True, text=True, timeout=1800)
 
 
+@pytest.mark.slow  # a process of its own
 def test_the_endpoint_of_the_environment(hub: HubServer, file: Path, tmp_path: Path) -> None:
     command = ("-m", "lightning_deepr.commands.main", "zoo")
     done = run(hub, tmp_path, *command, "publish", str(file), MODEL, "--private", HF_TOKEN="hf_writer")
@@ -239,6 +240,7 @@ def test_the_command_line(
     assert not (tmp_path / "not").exists()
 
 
+@pytest.mark.slow  # a process of its own
 def test_offline_by_the_environment(writer: HubServer, file: Path, tmp_path: Path) -> None:
     publish(file, MODEL, picture=False)
     zoo.load(MODEL, source="hub")
@@ -259,5 +261,5 @@ except OSError as error:
 
 def test_the_hub_is_imported_when_it_is_asked() -> None:
     code = "import sys, lightning_deepr; from lightning_deepr import zoo; zoo.list_models(); print('huggingface_hub' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
     assert done.stdout.strip() == "False", done.stderr

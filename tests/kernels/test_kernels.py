@@ -382,6 +382,7 @@ def test_a_gradient_with_strides(make: Callable[[int], Tensor]) -> None:
 # -- without kernels ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_oracle_is_met_without_kernels_too() -> None:
     """The essential test of Algorithm 1 again, in a process in which the environment turns the kernels off."""
     names = "odd or a_free_run"
@@ -391,6 +392,7 @@ def test_the_oracle_is_met_without_kernels_too() -> None:
             "-m",
             "pytest",
             "-q",
+            "-n0",
             "-p",
             "no:cacheprovider",
             "tests/algorithm/test_rewiring.py",

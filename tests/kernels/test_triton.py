@@ -34,18 +34,19 @@ def run(*arguments: str, **environment: str) -> str:
 @pytest.mark.parametrize("marked", ["not slow", "slow"])
 def test_in_the_interpreter(marked: str) -> None:
     said = run(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, "tests/kernels/triton_interpreted.py"),
+        *("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", marked, "tests/kernels/triton_interpreted.py"),
         TRITON_INTERPRET="1",
     )
     assert " passed" in said and "failed" not in said and "skipped" not in said
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("targets", "dtypes"),
     [
         ("cuda:90", "fp32"),
-        pytest.param("cuda:80 cuda:90 cuda:100", "fp32 fp64 bf16 fp16", marks=pytest.mark.slow),
+        ("cuda:80 cuda:90 cuda:100", "fp32 fp64 bf16 fp16"),
     ],
 )
 def test_the_kernels_compile_for_gpus_that_are_not_here(targets: str, dtypes: str, tmp_path: Path) -> None:

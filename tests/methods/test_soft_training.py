@@ -262,7 +262,7 @@ def test_statistics_and_loggers(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     trainer(soft(log_every_n_steps=4), logger=logger).fit(Regression(sgd, STEPS))
     logger.save()
-    assert "deepr/net.0.weight/connectivity" in Path(logger.experiment.metrics_file_path).read_text()
+    assert "deepr/net.0.weight/connectivity" in Path(logger.experiment.metrics_file_path).read_text(encoding="utf-8")
 
 
 def test_report() -> None:

@@ -31,7 +31,7 @@ def test_every_recipe_instantiates(name: str, tmp_path: Path, monkeypatch: pytes
     assert made.trainer.callbacks[0].seed == 7  # one seed for all
     callbacks = [c for c in made.trainer.callbacks if isinstance(c, DeepR)]
     assert len(callbacks) == 1
-    head = Path(running.find_recipe(name)).read_text().splitlines()
+    head = Path(running.find_recipe(name)).read_text(encoding="utf-8").splitlines()
     assert head[0].startswith("# ")
     assert f"lightning-deepr fit --config recipes/{name}.yaml" in "\n".join(head[:4])
 
@@ -90,7 +90,7 @@ def test_import_is_light() -> None:
         "import sys, torch, lightning_deepr as d; n = d.sparsify(torch.nn.Linear(50, 9), .1); d.densify(n); "
         f"print([m for m in {heavy} if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
@@ -102,7 +102,7 @@ def test_the_wheel_carries_recipes_and_digits(tmp_path: Path) -> None:
         [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())

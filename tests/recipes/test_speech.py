@@ -355,9 +355,11 @@ def test_recipes_train_on_made_up_data(name: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["lightning-deepr"])
     data = make_sample(tmp_path / "timit") if name == "timit_sample" else make_full(tmp_path / "timit", speakers=5)
     recipe = tmp_path / f"{name}.yaml"
-    text, times = re.subn(r"every_n_train_steps: \d+", "every_n_train_steps: 3", Path(running.find_recipe(name)).read_text())
+    text, times = re.subn(
+        r"every_n_train_steps: \d+", "every_n_train_steps: 3", Path(running.find_recipe(name)).read_text(encoding="utf-8")
+    )
     assert times == 1
-    recipe.write_text(text)
+    recipe.write_text(text, encoding="utf-8")
     arguments = [
         "fit", "--config", str(recipe), "--data.root", str(data), "--data.cache_dir", str(tmp_path / "cache"),
         "--data.allow_incomplete", str(name == "timit").lower(), "--trainer.max_epochs", "-1", "--model.hidden", "64",

@@ -253,17 +253,19 @@ def test_what_is_no_recording(tmp_path: Path) -> None:
 )
 def test_bad_transcriptions(text: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "si1.phn"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(CorpusError, match=words) as caught:
         read_phones(path, 1000)
     assert "si1.phn" in str(caught.value)
-    path.write_text("0 1000 h#\n1000 1160 iy\n")  # one frame is forgiven
+    path.write_text("0 1000 h#\n1000 1160 iy\n", encoding="utf-8")  # one frame is forgiven
     assert read_phones(path, 1000)[1].tolist() == [PHONES61.index("h#"), PHONES61.index("iy")]
 
 
 def test_labels_are_those_of_the_frames_centres(tmp_path: Path) -> None:
     write_phones(tmp_path / "a.phn", 5000, 3, segments=9)
-    text = (tmp_path / "a.phn").read_text().splitlines()[1:-1]  # nothing before the second and after the last but one
+    text = (
+        (tmp_path / "a.phn").read_text(encoding="utf-8").splitlines()[1:-1]
+    )  # nothing before the second and after the last but one
     (tmp_path / "a.phn").write_text("\n".join(text))
     segments = [(int(first), int(end), phone) for first, end, phone in (line.split() for line in text)]
     bounds, phones = read_phones(tmp_path / "a.phn", 5000)
@@ -420,7 +422,7 @@ def test_too_short_an_utterance_is_named(tmp_path: Path) -> None:
     root = make_full(tmp_path / "timit")
     bad = next(root.rglob("SX3.WAV"))
     write_sphere(bad, noise(399, 0))
-    bad.with_suffix(".PHN").write_text("0 399 h#\n")
+    bad.with_suffix(".PHN").write_text("0 399 h#\n", encoding="utf-8")
     with pytest.raises(CorpusError, match=r"SX3\.WAV.*shorter than one window: expected at least 400 samples, found 399"):
         load_timit(root, allow_incomplete=True, cache_dir=tmp_path)
 
@@ -519,7 +521,7 @@ def test_import_is_light() -> None:
         "import sys, lightning_deepr.recipes.timit_data, lightning_deepr.recipes.speech; "
         "print([m for m in ('soundfile', 'kaldi_native_fbank') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 

@@ -121,10 +121,10 @@ torch.save({"state": net.state_dict(), "losses": net.losses}, Path(sys.argv[1]) 
 @pytest.mark.slow
 def test_the_trainer_on_two_ranks(tmp_path: Path) -> None:
     script = tmp_path / "fit.py"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT, encoding="utf-8")
     environment = {**os.environ, **LOOPBACK, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, str(script), str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stderr
     start = sparsify(Net(norm=True), 0.3)

@@ -301,7 +301,7 @@ def test_a_weights_only_checkpoint_is_complete(tmp_path: Path) -> None:
 def test_a_fresh_model_is_tested_on_a_checkpoint(setting: Setting, tmp_path: Path) -> None:
     module, runner = setting.fit(tmp_path)
     (trained,) = runner.test(module, verbose=False)
-    fresh = Crashing(setting.make)
+    fresh = Noting(setting.make)
     other = trainer(setting.callbacks(tmp_path, seed=99)[0])
     (tested,) = other.test(fresh, ckpt_path=last_checkpoint(tmp_path), verbose=False)
     assert tested["loss"] == pytest.approx(trained["loss"], rel=1e-6)

@@ -21,6 +21,7 @@ from lightning_deepr.conversion.sharing import join
 from lightning_deepr.files.checkpoint import report_of_checkpoint, save_sparse
 from lightning_deepr.weights.find import converted_tensors
 from lightning_deepr.weights.k_slots import KSlots
+from lightning_deepr.weights.shared import SharedSlots
 from tests.helpers.global_scope import NETWORKS, OPTIMIZERS, RULES, assert_sound, by_connection, counts, network, shared, small
 from tests.helpers.regression import SEED, Regression, batches, loss_of, plain_mlp, train
 from tests.helpers.state import all_slots, assert_equal_states, state_of
@@ -366,7 +367,7 @@ def test_save_sparse_writes_layers_of_their_own(tmp_path: Path) -> None:
         assert torch.equal(connections(loaded)[name][1], places[order]) and torch.equal(
             connections(loaded)[name][2], values[order]
         )
-    assert all(slots.pool is None for slots in all_slots(loaded))
+    assert all(type(slots) is KSlots for slots in all_slots(loaded))
     assert len({id(c.theta) for c in converted_tensors(loaded)}) == 2
 
 
@@ -499,6 +500,6 @@ def test_join_itself() -> None:
     pool = join(list(converted_tensors(net)))
     assert torch.equal(net(x), expected) and pool.count == 54 and pool.budgets == [36, 18]
     assert join(list(converted_tensors(net))) is pool
-    assert all(isinstance(slots, KSlots) for slots in pool.members)
+    assert pool.members == all_slots(net) and all(isinstance(slots, SharedSlots) for slots in pool.members)
     with pytest.raises(ValueError, match=r"`0\.weight` shares one theta"):
         join(list(converted_tensors(net))[:1])

@@ -74,7 +74,7 @@ def test_names_are_in_the_order_of_their_numbers(monkeypatch: pytest.MonkeyPatch
 
 
 def test_results_are_of_the_models_that_are_there() -> None:
-    with (loading.folder() / "results.csv").open() as file:
+    with (loading.folder() / "results.csv").open(encoding="utf-8") as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert list(rows) == zoo.list_models()
     readme = (loading.folder() / "README.md").read_text(encoding="utf-8")

@@ -48,7 +48,7 @@ def test_a_model_is_trained_collected_and_tested(tmp_path: Path, plans: None, ca
     command_line.main(["zoo", "verify", "--data", str(file)])  # (the file is no folder of data)
     assert f"recorded {metric['correct']:,}" in capsys.readouterr().out
     results.main([str(file), "--out", str(tmp_path / "results.csv")])
-    with (tmp_path / "results.csv").open() as table:
+    with (tmp_path / "results.csv").open(encoding="utf-8") as table:
         (line,) = csv.DictReader(table)
     assert (line["correct"], line["recorded"], line["seeds"]) == (str(metric["correct"]), str(metric["correct"]), "2")
 
@@ -85,7 +85,7 @@ def test_a_failed_training_says_where_its_log_is(tmp_path: Path, plans: None) ->
     make.PLANS[name] = make.Plan("mnist_quickstart", "digits", {"model.no_such_setting": 1})
     with pytest.raises(RuntimeError, match=r"seed 0: the training ended with 2; see .*train.log"):
         make.train(name, 0, "", tmp_path)
-    assert "no_such_setting" in (tmp_path / name / "seed_0" / "train.log").read_text()
+    assert "no_such_setting" in (tmp_path / name / "seed_0" / "train.log").read_text(encoding="utf-8")
 
 
 def test_every_model_of_the_registry_has_a_plan() -> None:

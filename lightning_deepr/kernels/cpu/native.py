@@ -24,6 +24,8 @@ from numba.core import cgutils
 from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
+from lightning_deepr.kernels.cpu.disk_cache import KernelCache, said_why
+
 log = logging.getLogger("lightning_deepr")
 
 _SIGNATURE = types.void(types.intp)
@@ -61,10 +63,7 @@ def _compile(function: Callable[[Any], None]) -> CFunc:
     timer.start()
     try:
         compiled = CFunc(function, (_SIGNATURE.args, _SIGNATURE.return_type), {}, {"nopython": True, "error_model": "numpy"})
-        try:
-            compiled.enable_caching()
-        except RuntimeError:  # nowhere to write: it is compiled in each process
-            log.debug("no folder to keep compiled kernels in")
+        compiled._cache = KernelCache(function)
         compiled.compile()
     finally:
         timer.cancel()
@@ -73,11 +72,9 @@ def _compile(function: Callable[[Any], None]) -> CFunc:
 
 def _announce() -> None:
     global _announced
-    if not _announced:
+    if not _announced and not said_why():
         _announced = True
-        log.warning(
-            "lightning_deepr compiles its CPU kernels (some seconds, once on this machine; NUMBA_CACHE_DIR keeps them)."
-        )
+        log.warning("lightning_deepr compiles its CPU kernels (some seconds, once on this machine).")
 
 
 def _openmp() -> Any:

@@ -1,0 +1,262 @@
+"""Where compiled kernels are kept: one file per kernel, in a cache folder of the user, never in the package.
+
+numba's own cache does not serve here. It lies beside the source, where pip leaves it behind; it looks at the file of the kernel alone,
+not at what the kernel calls in other files; and two processes that compile different kernels of one file at once can write the code of
+one under the name of the other. Here a file is named after everything that its content depends on, is written under another name first
+and states its own checksum. Whatever goes wrong with it, the kernel is compiled in memory and one line says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.resources
+import logging
+import os
+import pickle
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import llvmlite
+import numba
+from numba.core import config
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+from platformdirs import user_cache_dir
+
+from lightning_deepr._version import __version__
+
+log = logging.getLogger("lightning_deepr")
+
+MAGIC = b"lightning_deepr kernel, format 1\n"
+KEPT_FOR = 30 * 24 * 3600
+"""Seconds after which a folder that nobody has used is removed: those of other versions, Pythons and CPUs."""
+AT_MOST = 20
+"""Folders that are kept; every change of the sources makes one."""
+
+_FOLDER = re.compile(r"[\w.+]+-[0-9a-f]{16}")
+_OPTIONS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "ENABLE_AVX", "ENABLE_PROFILING")
+_said: set[str] = set()
+_gave_up = False
+
+
+def root() -> Path | None:
+    """The folder that holds one folder per version, Python and CPU; None where the user has no cache folder.
+
+    ``$NUMBA_CACHE_DIR/lightning-deepr`` where that is set, else ``kernels`` in the user's cache folder.
+    """
+    given = os.environ.get("NUMBA_CACHE_DIR") or getattr(config, "CACHE_DIR", "")
+    if given:
+        return Path(given).absolute() / "lightning-deepr"
+    path = Path(user_cache_dir("lightning-deepr", appauthor=False))
+    return path / "kernels" if path.is_absolute() else None  # without a home folder it begins with "~"
+
+
+def digest_of_sources() -> str:
+    """Of all files that a kernel can be made from; empty where the sources are not there."""
+    package = importlib.resources.files(__package__)
+    sources = sorted((file for file in package.iterdir() if file.name.endswith(".py")), key=lambda file: file.name)
+    digest = hashlib.sha256()
+    for file in sources:
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest() if sources else ""
+
+
+_sources = digest_of_sources()  # now, when the modules are imported: a file that changes later is not what runs here
+
+
+def environment(codegen: Any) -> tuple[Any, ...]:
+    """What all kernels of a process depend on: the sources, the compiler and the CPU that it compiles for."""
+    python = (sys.implementation.cache_tag, getattr(sys, "abiflags", ""))
+    options = tuple(getattr(config, name, None) for name in _OPTIONS)
+    return (__version__, _sources, numba.__version__, llvmlite.__version__, python, options, codegen.magic_tuple())
+
+
+def folder_name(codegen: Any) -> str:
+    """The name of the folder for the kernels of this process."""
+    return f"{__version__}-{_sha256(repr(environment(codegen)).encode()).hex()[:16]}"
+
+
+class KernelCache:
+    """Loads and saves one kernel; takes the place of numba's cache in a ``CFunc``.
+
+    Args:
+        function: the kernel's, before it is compiled.
+    """
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self._function = function
+
+    def load_overload(self, signature: Any, target_context: Any) -> CompileResult | None:
+        """The compiled kernel, or None where it has to be compiled."""
+        target_context.refresh()  # numba's own cache does so, too: it makes the context ready
+        path = None
+        try:
+            path, key = self._place(signature, target_context.codegen())
+            if path is None:
+                return None
+            payload = _unpack(path.read_bytes(), key)
+            compiled = CompileResult._rebuild(target_context, *pickle.loads(payload))
+        except FileNotFoundError:
+            if path is not None:
+                _look_for_others(path.parent)
+            return None
+        except OSError as error:
+            _say("read", f"lightning_deepr cannot read the compiled kernels in {_folder_of(path)} ({error}): it compiles them.")
+            return None
+        except Exception as error:  # whatever a damaged file leads to
+            if path is None:
+                return None  # saving says why
+            reason = f"{type(error).__name__}: {error}"
+            _say("damaged", f"The compiled kernel {path} is damaged ({reason}): lightning_deepr compiles it anew.")
+            return None
+        _mark_as_used(path.parent)
+        return compiled
+
+    def save_overload(self, signature: Any, compiled: Any) -> None:
+        """Keep a compiled kernel, if there is where."""
+        global _gave_up
+        if _gave_up:
+            return
+        path = None
+        try:
+            path, key = self._place(signature, compiled.codegen)
+            if path is None:
+                _gave_up = True
+                _say(
+                    "save",
+                    "lightning_deepr finds no folder to keep compiled kernels in: each process compiles them. " + _ADVICE,
+                )
+                return
+            if compiled.library.has_dynamic_globals or not _sources or digest_of_sources() != _sources:
+                return  # addresses of this process, or sources that are no longer those that were compiled
+            _write(path, _pack(dumps(compiled._reduce()), key))
+        except OSError as error:
+            _gave_up = True
+            _say(
+                "save",
+                f"lightning_deepr cannot keep compiled kernels in {_folder_of(path)} ({error}): each process compiles them. {_ADVICE}",
+            )
+        except Exception as error:  # a numba that packs its results in another way
+            _gave_up = True
+            _say(
+                "save",
+                f"lightning_deepr cannot keep compiled kernels ({type(error).__name__}: {error}): each process compiles them.",
+            )
+
+    def _place(self, signature: Any, codegen: Any) -> tuple[Path | None, bytes]:
+        """The kernel's file and the key that the file has to state."""
+        folder = root()
+        key = _sha256(repr((environment(codegen), str(signature), _facts(self._function))).encode())
+        if folder is None:
+            return None, key
+        name = re.sub(r"[^\w.]", "", self._function.__qualname__.replace("<locals>.", ""))
+        return folder / folder_name(codegen) / f"{name}-{key.hex()[:24]}", key
+
+
+_ADVICE = "NUMBA_CACHE_DIR names another folder."
+
+
+def said_why() -> bool:
+    """Whether a line has said that the kernels that are kept do not serve here, so that all are compiled."""
+    return "others" in _said
+
+
+def _look_for_others(own: Path) -> None:
+    with contextlib.suppress(OSError):
+        if not own.is_dir() and any(_FOLDER.fullmatch(entry.name) for entry in own.parent.iterdir()):
+            _say(
+                "others",
+                f"The compiled kernels in {own.parent} are of another version, Python or CPU: "
+                "lightning_deepr compiles its own (some seconds, once on this machine).",
+            )
+
+
+def _facts(value: Any) -> Any:
+    """What compiled code takes over from a value: code with its constants and closure, a type or a plain value."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    if isinstance(value, tuple):
+        return tuple(_facts(item) for item in value)
+    if isinstance(value, CodeType):
+        return value.co_code.hex(), value.co_names, value.co_varnames, _facts(value.co_consts)
+    if isinstance(value, type):
+        return value.__module__, value.__qualname__
+    function = getattr(value, "py_func", value)  # of numba's compiled functions
+    if not isinstance(function, FunctionType):
+        raise TypeError(f"it closes over a {type(value).__name__}")
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    return function.__module__, function.__qualname__, _facts(function.__code__), _facts(tuple(cells))
+
+
+def _sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _pack(payload: bytes, key: bytes) -> bytes:
+    return MAGIC + key + _sha256(payload) + payload
+
+
+def _unpack(content: bytes, key: bytes) -> bytes:
+    head, payload = content[: len(MAGIC) + 64], content[len(MAGIC) + 64 :]
+    if len(head) < len(MAGIC) + 64 or head[: len(MAGIC)] != MAGIC:
+        raise ValueError("it does not begin as such a file does")
+    if head[len(MAGIC) : len(MAGIC) + 32] != key:
+        raise ValueError("it is of another version, Python or CPU")
+    if head[len(MAGIC) + 32 :] != _sha256(payload):
+        raise ValueError("its checksum is wrong, as after an interrupted copy")
+    return payload
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Under another name first, so that no process ever sees a part of it."""
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unused(path.parent)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")  # (one of tempfile's only its owner may read)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if os.name == "nt" and isinstance(error, PermissionError) and path.exists():
+            return  # another process reads the file that it has just written itself
+        raise
+
+
+def _mark_as_used(folder: Path) -> None:
+    """The folder's date says when it was used; once in a day is enough."""
+    with contextlib.suppress(OSError):
+        if time.time() - folder.stat().st_mtime > 24 * 3600:
+            os.utime(folder)
+
+
+def _remove_unused(own: Path) -> None:
+    """Remove the folders of other versions, Pythons and CPUs that nobody has used for KEPT_FOR, and the oldest beyond AT_MOST."""
+    with contextlib.suppress(OSError):
+        folders = [one for one in own.parent.iterdir() if _FOLDER.fullmatch(one.name) and one.is_dir() and not one.is_symlink()]
+        dates = {folder: folder.stat().st_mtime for folder in folders if folder != own}
+        for count, folder in enumerate(sorted(dates, key=dates.__getitem__, reverse=True), start=2):
+            if count > AT_MOST or time.time() - dates[folder] > KEPT_FOR:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folder_of(path: Path | None) -> str:
+    return "the cache folder" if path is None else str(path.parent)
+
+
+def _say(subject: str, line: str) -> None:
+    """Log a line, once per subject and process."""
+    if subject not in _said:
+        _said.add(subject)
+        log.warning(line)
