@@ -12,6 +12,8 @@ from functools import cache
 
 from numba import njit
 
+from lightning_deepr.kernels.cpu.fields import ProductArguments as A
+from lightning_deepr.kernels.cpu.fields import ProductPhase
 from lightning_deepr.kernels.cpu.linear import CHUNK, from_block, gather_values, scatter_dots, to_tiles
 from lightning_deepr.kernels.cpu.native import (
     Kernel,
@@ -28,11 +30,6 @@ from lightning_deepr.kernels.cpu.native import (
     sum_row,
 )
 
-# Arguments of these kernels, by position. START, INDEX, SLOTS: starts, indices and slots by row or by column.
-TASK, PHASE, COUNT, TILES, SHARES, ROWS, COLUMNS, X, XT, YT, THETA, BIAS, START, INDEX, SLOTS, DX, DTHETA, DBIAS = range(18)
-SKIP, SKIPPED, FIELDS = 18, 19, 20
-TRANSPOSE, MULTIPLY = 0, 1  # phases
-
 
 @cache
 def product_kernel(size: int, lanes: int, vectors: int) -> Kernel:
@@ -40,24 +37,29 @@ def product_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
 
     def product(a):
-        tiles, rows, columns = load_int64(a + 8 * TILES), load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS)
-        x, xt, yt, count = load_int64(a + 8 * X), load_int64(a + 8 * XT), load_int64(a + 8 * YT), load_int64(a + 8 * COUNT)
-        if load_int64(a + 8 * PHASE) == TRANSPOSE:
+        tiles, rows, columns = load_int64(a + 8 * A.TILES), load_int64(a + 8 * A.ROWS), load_int64(a + 8 * A.COLUMNS)
+        x, xt, yt, count = (
+            load_int64(a + 8 * A.X),
+            load_int64(a + 8 * A.XT),
+            load_int64(a + 8 * A.YT),
+            load_int64(a + 8 * A.COUNT),
+        )
+        if load_int64(a + 8 * A.PHASE) == ProductPhase.TRANSPOSE:
             blocks = (columns + 127) // 128
             while True:
-                task = fetch_add(a, 1)
+                task = fetch_add(a + 8 * A.TASK, 1)
                 if task >= blocks * tiles:
                     break
                 first = (task % blocks) * 128
                 to_tiles(x, xt, count, columns, first, min(first + 128, columns), task // blocks, vectors, size, lanes)
             return
-        theta, bias = load_int64(a + 8 * THETA), load_int64(a + 8 * BIAS)
-        start, index, slots = load_int64(a + 8 * START), load_int64(a + 8 * INDEX), load_int64(a + 8 * SLOTS)
-        connected = rows - load_int64(a + 8 * SKIPPED)
+        theta, bias = load_int64(a + 8 * A.THETA), load_int64(a + 8 * A.BIAS)
+        start, index, slots = load_int64(a + 8 * A.START), load_int64(a + 8 * A.INDEX), load_int64(a + 8 * A.SLOTS)
+        connected = rows - load_int64(a + 8 * A.SKIPPED)
         values = stack_space(chunk_bytes)
         groups = (rows + 63) // 64
         while True:
-            task = fetch_add(a, 1)
+            task = fetch_add(a + 8 * A.TASK, 1)
             if task >= groups * tiles:
                 break
             tile, first = task // groups, (task % groups) * 64
@@ -93,15 +95,15 @@ def theta_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
 
     def of_theta(a):
-        tiles, rows, columns = load_int64(a + 8 * TILES), load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS)
-        xt, yt, shares = load_int64(a + 8 * XT), load_int64(a + 8 * YT), load_int64(a + 8 * SHARES)
-        start, index, slots = load_int64(a + 8 * START), load_int64(a + 8 * INDEX), load_int64(a + 8 * SLOTS)
-        dtheta, dbias = load_int64(a + 8 * DTHETA), load_int64(a + 8 * DBIAS)
-        skip, skipped = load_int64(a + 8 * SKIP), load_int64(a + 8 * SKIPPED)
+        tiles, rows, columns = load_int64(a + 8 * A.TILES), load_int64(a + 8 * A.ROWS), load_int64(a + 8 * A.COLUMNS)
+        xt, yt, shares = load_int64(a + 8 * A.XT), load_int64(a + 8 * A.YT), load_int64(a + 8 * A.SHARES)
+        start, index, slots = load_int64(a + 8 * A.START), load_int64(a + 8 * A.INDEX), load_int64(a + 8 * A.SLOTS)
+        dtheta, dbias = load_int64(a + 8 * A.DTHETA), load_int64(a + 8 * A.DBIAS)
+        skip, skipped = load_int64(a + 8 * A.SKIP), load_int64(a + 8 * A.SKIPPED)
         connected = rows - skipped
         dots = stack_space(chunk_bytes)
         while True:
-            share = fetch_add(a, 1)
+            share = fetch_add(a + 8 * A.TASK, 1)
             if share >= shares:
                 break
             for tile in range(tiles):
@@ -130,15 +132,15 @@ def input_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     block_bytes = lanes * row_bytes
 
     def of_input(a):
-        tiles, rows, columns = load_int64(a + 8 * TILES), load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS)
-        xt, yt, shares = load_int64(a + 8 * XT), load_int64(a + 8 * YT), load_int64(a + 8 * SHARES)
-        start, index, slots = load_int64(a + 8 * START), load_int64(a + 8 * INDEX), load_int64(a + 8 * SLOTS)
-        theta, dtheta = load_int64(a + 8 * THETA), load_int64(a + 8 * DTHETA)
-        dx, count = load_int64(a + 8 * DX), load_int64(a + 8 * COUNT)
+        tiles, rows, columns = load_int64(a + 8 * A.TILES), load_int64(a + 8 * A.ROWS), load_int64(a + 8 * A.COLUMNS)
+        xt, yt, shares = load_int64(a + 8 * A.XT), load_int64(a + 8 * A.YT), load_int64(a + 8 * A.SHARES)
+        start, index, slots = load_int64(a + 8 * A.START), load_int64(a + 8 * A.INDEX), load_int64(a + 8 * A.SLOTS)
+        theta, dtheta = load_int64(a + 8 * A.THETA), load_int64(a + 8 * A.DTHETA)
+        dx, count = load_int64(a + 8 * A.DX), load_int64(a + 8 * A.COUNT)
         block, values, dots = stack_space(block_bytes), stack_space(chunk_bytes), stack_space(chunk_bytes)
         groups = (columns + lanes - 1) // lanes
         while True:
-            share = fetch_add(a, 1)
+            share = fetch_add(a + 8 * A.TASK, 1)
             if share >= shares:
                 break
             for tile in range(tiles):

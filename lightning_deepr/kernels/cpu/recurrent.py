@@ -19,11 +19,11 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lightning_deepr.kernels.cpu.fields import RecurrentArguments as A
 from lightning_deepr.kernels.cpu.gru import gru_cell, gru_gradient
 from lightning_deepr.kernels.cpu.linear import from_block, gather_values, to_tiles
 from lightning_deepr.kernels.cpu.lstm import lstm_cell, lstm_gradient
 from lightning_deepr.kernels.cpu.native import Kernel, _Tile, fetch_add, fill_row, load_int32, load_int64, store_float
-from lightning_deepr.kernels.cpu.products import COUNT, FIELDS, INDEX, SLOTS, START, THETA
 
 
 @intrinsic(prefer_literal=True)
@@ -79,10 +79,6 @@ def copy_row(typingctx, source, target, size, lanes, vectors):
     return types.void(types.int64, types.int64, size, lanes, vectors), codegen
 
 
-# Further arguments, of both kernels. V is that of the tiles, W = lanes * vectors that of the parts; COUNT: of the connections.
-STEPS, BATCH, PARTS, HIDDEN, REVERSE, V, VECTORS, VALUES = range(FIELDS, FIELDS + 8)
-GATES, CELLS, CELL_STEP, SCRATCH, H_FIRST, C_FIRST, H_LAST, C_LAST, Y, KEPT = range(FIELDS + 8, FIELDS + 18)
-ARGUMENTS = FIELDS + 18
 LSTM, GRU = 4, 3  # kinds: the blocks of rows of their weights
 
 
@@ -91,10 +87,10 @@ def gather_kernel(size: int) -> Kernel:
     """Signed values in the order of rows or columns, 4096 at a task: every step reads them."""
 
     def gather(a):
-        theta, slots, count = load_int64(a + 8 * THETA), load_int64(a + 8 * SLOTS), load_int64(a + 8 * COUNT)
-        values = load_int64(a + 8 * VALUES)
+        theta, slots, count = load_int64(a + 8 * A.THETA), load_int64(a + 8 * A.SLOTS), load_int64(a + 8 * A.COUNT)
+        values = load_int64(a + 8 * A.VALUES)
         while True:
-            first = 4096 * fetch_add(a, 1)
+            first = 4096 * fetch_add(a + 8 * A.TASK, 1)
             if first >= count:
                 break
             gather_values(theta, slots + first * 4, min(4096, count - first), values + first * size, size)
@@ -105,10 +101,10 @@ def gather_kernel(size: int) -> Kernel:
 @njit(inline="always")
 def common_arguments(a):
     return (
-        load_int64(a + 8 * STEPS), load_int64(a + 8 * BATCH), load_int64(a + 8 * PARTS), load_int64(a + 8 * HIDDEN),
-        load_int64(a + 8 * REVERSE), load_int64(a + 8 * V), load_int64(a + 8 * VECTORS), load_int64(a + 8 * START),
-        load_int64(a + 8 * INDEX), load_int64(a + 8 * VALUES), load_int64(a + 8 * GATES), load_int64(a + 8 * CELLS),
-        load_int64(a + 8 * CELL_STEP), load_int64(a + 8 * SCRATCH), load_int64(a + 8 * KEPT), load_int64(a + 8 * Y),
+        load_int64(a + 8 * A.STEPS), load_int64(a + 8 * A.BATCH), load_int64(a + 8 * A.PARTS), load_int64(a + 8 * A.HIDDEN),
+        load_int64(a + 8 * A.REVERSE), load_int64(a + 8 * A.V), load_int64(a + 8 * A.VECTORS), load_int64(a + 8 * A.START),
+        load_int64(a + 8 * A.INDEX), load_int64(a + 8 * A.VALUES), load_int64(a + 8 * A.GATES), load_int64(a + 8 * A.CELLS),
+        load_int64(a + 8 * A.CELL_STEP), load_int64(a + 8 * A.SCRATCH), load_int64(a + 8 * A.KEPT), load_int64(a + 8 * A.Y),
     )  # fmt: skip
 
 
@@ -154,15 +150,15 @@ def forward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
         ) = common_arguments(a)  # fmt: skip
         stride, state_bytes = wide * size, hidden * row_bytes
         while True:
-            part = fetch_add(a, 1)
+            part = fetch_add(a + 8 * A.TASK, 1)
             if part >= parts:
                 break
             h = scratch + part * 2 * state_bytes
             new_h = h + state_bytes
             c = cells + part * (cell_step * steps + state_bytes)
-            read_part(load_int64(a + 8 * H_FIRST), part, h, batch, hidden, runtime_vectors, size, lanes)
+            read_part(load_int64(a + 8 * A.H_FIRST), part, h, batch, hidden, runtime_vectors, size, lanes)
             if kind == LSTM:
-                read_part(load_int64(a + 8 * C_FIRST), part, c, batch, hidden, runtime_vectors, size, lanes)
+                read_part(load_int64(a + 8 * A.C_FIRST), part, c, batch, hidden, runtime_vectors, size, lanes)
             for step in range(steps):
                 t = steps - 1 - step if reverse != 0 else step
                 n = (t * parts + part) * (lanes * vectors)
@@ -200,9 +196,9 @@ def forward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
                     )
                 c += cell_step
                 h, new_h = new_h, h
-            write_part(h, part, load_int64(a + 8 * H_LAST), batch, hidden, runtime_vectors, size, lanes)
+            write_part(h, part, load_int64(a + 8 * A.H_LAST), batch, hidden, runtime_vectors, size, lanes)
             if kind == LSTM:
-                write_part(c, part, load_int64(a + 8 * C_LAST), batch, hidden, runtime_vectors, size, lanes)
+                write_part(c, part, load_int64(a + 8 * A.C_LAST), batch, hidden, runtime_vectors, size, lanes)
 
     return Kernel(forward)
 
@@ -223,16 +219,16 @@ def backward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
         ) = common_arguments(a)  # fmt: skip
         stride, state_bytes = wide * size, hidden * row_bytes
         while True:
-            part = fetch_add(a, 1)
+            part = fetch_add(a + 8 * A.TASK, 1)
             if part >= parts:
                 break
             dgates = scratch + part * 7 * state_bytes
             dh = dgates + 4 * state_bytes
             dc, dy = dh + state_bytes, dh + 2 * state_bytes
             c = cells + part * (cell_step * steps + state_bytes) + cell_step * steps
-            read_part(load_int64(a + 8 * H_LAST), part, dh, batch, hidden, runtime_vectors, size, lanes)
+            read_part(load_int64(a + 8 * A.H_LAST), part, dh, batch, hidden, runtime_vectors, size, lanes)
             if kind == LSTM:
-                read_part(load_int64(a + 8 * C_LAST), part, dc, batch, hidden, runtime_vectors, size, lanes)
+                read_part(load_int64(a + 8 * A.C_LAST), part, dc, batch, hidden, runtime_vectors, size, lanes)
             for step in range(steps):
                 t = step if reverse != 0 else steps - 1 - step
                 n = (t * parts + part) * (lanes * vectors)
@@ -259,9 +255,9 @@ def backward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
                         fill_row(into, 0.0, size, lanes, vectors)
                     accumulate_near(into, number, index + begin * 4, values + begin * size, dgates, size, lanes, vectors)
                 c -= cell_step
-            write_part(dh, part, load_int64(a + 8 * H_FIRST), batch, hidden, runtime_vectors, size, lanes)
+            write_part(dh, part, load_int64(a + 8 * A.H_FIRST), batch, hidden, runtime_vectors, size, lanes)
             if kind == LSTM:
-                write_part(dc, part, load_int64(a + 8 * C_FIRST), batch, hidden, runtime_vectors, size, lanes)
+                write_part(dc, part, load_int64(a + 8 * A.C_FIRST), batch, hidden, runtime_vectors, size, lanes)
 
     return Kernel(backward)
 
