@@ -82,12 +82,15 @@ def _at(builder: Any, address: Any, i: Any, size: int, kind: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def accumulate_block(typingctx, sums, sums_row, sums_step, count, offsets, values, source, source_row, size, lanes, across, down, step):  # type: ignore[no-untyped-def]  # fmt: skip
+def accumulate_block(
+    typingctx: Any, sums: Any, sums_row: Any, sums_step: Any, count: Any, offsets: Any, values: Any, source: Any,
+    source_row: Any, size: Any, lanes: Any, across: Any, down: Any, step: Any,
+) -> Any:  # fmt: skip
     """sums[block] += sum over i < count of values[i] * (source + offsets[i])[block]; rows and steps in bytes, ``step`` in pixels."""
     shape = [literal.literal_value for literal in (size, lanes, across, down)]
     pixels = step.literal_value
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         into, row, stride, number, offset, value, origin, origin_row = args[:8]
         block = _Block(builder, *shape)
         tile = block.tile
@@ -107,7 +110,10 @@ def accumulate_block(typingctx, sums, sums_row, sums_step, count, offsets, value
 
 
 @intrinsic(prefer_literal=True)
-def differentiate_block(typingctx, sums, sums_row, own, own_row, step, count, offsets, values, dots, source, source_row, size, lanes, across, down, need_x, need_theta):  # type: ignore[no-untyped-def]  # fmt: skip
+def differentiate_block(
+    typingctx: Any, sums: Any, sums_row: Any, own: Any, own_row: Any, step: Any, count: Any, offsets: Any, values: Any,
+    dots: Any, source: Any, source_row: Any, size: Any, lanes: Any, across: Any, down: Any, need_x: Any, need_theta: Any,
+) -> Any:  # fmt: skip
     """As :func:`accumulate_block` where ``need_x``; where ``need_theta``, vectors dots[i] += (source + offsets[i])[block] * own[block].
 
     ``step``, in bytes, is that of sums and own.
@@ -115,7 +121,7 @@ def differentiate_block(typingctx, sums, sums_row, own, own_row, step, count, of
     shape = [literal.literal_value for literal in (size, lanes, across, down)]
     adds, multiplies = need_x.literal_value, need_theta.literal_value
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         into, row, mine, mine_row, stride, number, offset, value, products, origin, origin_row = args[:11]
         block = _Block(builder, *shape)
         tile = block.tile
@@ -153,12 +159,12 @@ def differentiate_block(typingctx, sums, sums_row, own, own_row, step, count, of
 
 
 @intrinsic(prefer_literal=True)
-def move_row(typingctx, source, target, size, lanes, adds):  # type: ignore[no-untyped-def]
+def move_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any, adds: Any) -> Any:
     """Copy one vector, or (``adds``) add it to the one at the target."""
     shape = (size.literal_value, lanes.literal_value, 1)
     is_sum = adds.literal_value
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
         value = tile.load(args[0], 0)
         tile.store(builder.fadd(value, tile.load(args[1], 0)) if is_sum else value, args[1], 0)
@@ -168,11 +174,11 @@ def move_row(typingctx, source, target, size, lanes, adds):  # type: ignore[no-u
 
 
 @intrinsic(prefer_literal=True)
-def sum_of_row(typingctx, source, target, size, lanes):  # type: ignore[no-untyped-def]
+def sum_of_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any) -> Any:
     """The sum of one vector's lanes, stored as one float."""
     shape = (size.literal_value, lanes.literal_value, 1)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
         builder.store(tile.sum(tile.load(args[0], 0)), builder.inttoptr(args[1], tile.scalar.as_pointer()))
         return context.get_dummy_value()
@@ -184,7 +190,10 @@ def sum_of_row(typingctx, source, target, size, lanes):  # type: ignore[no-untyp
 
 
 @njit(inline="never")
-def to_plane(image, features, first, height, width, plane, rows, columns, top, left, batch, start, block, total, size, lanes):  # type: ignore[no-untyped-def]  # fmt: skip
+def to_plane(
+    image: int, features: int, first: int, height: int, width: int, plane: int, rows: int, columns: int, top: int,
+    left: int, batch: int, start: int, block: int, total: int, size: int, lanes: int,
+) -> None:  # fmt: skip
     """One channel of ``lanes`` images, from ``start`` on, -> plane [rows, columns, lanes], its pixel (0, 0) at (top, left), 0 elsewhere.
 
     ``image`` is [batch, features], the channel begins at feature ``first``. What doesn't fit in the plane is left out. The sum of
@@ -214,7 +223,10 @@ def to_plane(image, features, first, height, width, plane, rows, columns, top, l
 
 
 @njit(inline="never")
-def from_plane(plane, columns, image, features, first, width, count, batch, start, block, size, lanes):  # type: ignore[no-untyped-def]
+def from_plane(
+    plane: int, columns: int, image: int, features: int, first: int, width: int, count: int, batch: int, start: int,
+    block: int, size: int, lanes: int,
+) -> None:  # fmt: skip
     """``count`` pixels of a plane, from its (0, 0) on in rows of ``width``, -> image [batch, features] from feature ``first`` on."""
     pixel = lanes * size
     row, column = 0, 0
@@ -241,7 +253,7 @@ def forward_kernel(size: int, lanes: int, across: int, down: int, step: int) -> 
     pixel = lanes * size
     block_bytes, values_bytes, offsets_bytes = lanes * pixel, CHUNK * size, CHUNK * 8
 
-    def forward(a):  # type: ignore[no-untyped-def]
+    def forward(a: int) -> None:
         batch, tiles = load_int64(a + 8 * A.BATCH), load_int64(a + 8 * A.TILES)
         inputs, outputs = load_int64(a + 8 * A.CHANNELS_IN), load_int64(a + 8 * A.CHANNELS_OUT)
         xp, rows, columns = load_int64(a + 8 * A.XP), load_int64(a + 8 * A.X_ROWS), load_int64(a + 8 * A.X_COLUMNS)
@@ -332,7 +344,7 @@ def backward_kernel(size: int, lanes: int, across: int, down: int, need_x: bool,
     pixel = lanes * size
     block_bytes, values_bytes, offsets_bytes, dots_bytes = lanes * pixel, CHUNK * size, CHUNK * 8, CHUNK * lanes * size
 
-    def backward(a):  # type: ignore[no-untyped-def]
+    def backward(a: int) -> None:
         phase, batch, tiles, total = (
             load_int64(a + 8 * A.PHASE),
             load_int64(a + 8 * A.BATCH),

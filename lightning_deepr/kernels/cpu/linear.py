@@ -40,7 +40,9 @@ CACHE = 3 << 19  # bytes
 
 
 @njit(inline="never")
-def to_tiles(x, tiled, batch, features, first, last, tile, vectors, size, lanes):
+def to_tiles(
+    x: int, tiled: int, batch: int, features: int, first: int, last: int, tile: int, vectors: int, size: int, lanes: int,
+) -> None:  # fmt: skip
     """Columns first ... last of one batch tile of x [batch, features] -> tiled [features, W], 0 beyond the batch."""
     width = lanes * vectors
     start = tile * width
@@ -57,7 +59,9 @@ def to_tiles(x, tiled, batch, features, first, last, tile, vectors, size, lanes)
 
 
 @njit(inline="never")
-def from_block(block, y, batch, features, first, count, tile, vectors, size, lanes):
+def from_block(
+    block: int, y: int, batch: int, features: int, first: int, count: int, tile: int, vectors: int, size: int, lanes: int,
+) -> None:  # fmt: skip
     """``count`` finished rows of W floats -> y [batch, features], columns first ... first + count."""
     width = lanes * vectors
     for part in range(vectors):
@@ -82,7 +86,7 @@ def from_block(block, y, batch, features, first, count, tile, vectors, size, lan
 
 
 @njit(inline="always")
-def gather_values(theta, slots, count, values, size):
+def gather_values(theta: int, slots: int, count: int, values: int, size: int) -> None:
     for i in range(count):
         slot = load_int32(slots + i * 4)
         value = load_float(theta + (slot & SLOT) * size, size)
@@ -90,7 +94,7 @@ def gather_values(theta, slots, count, values, size):
 
 
 @njit(inline="always")
-def scatter_dots(dtheta, slots, count, dots, add, size):
+def scatter_dots(dtheta: int, slots: int, count: int, dots: int, add: bool, size: int) -> None:
     for i in range(count):
         slot = load_int32(slots + i * 4)
         value = load_float(dots + i * size, size)
@@ -107,7 +111,7 @@ def forward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     width = lanes * vectors
     block_bytes, chunk_bytes = lanes * width * size, CHUNK * size
 
-    def forward(a):
+    def forward(a: int) -> None:
         phase, batch, tiles = load_int64(a + 8 * A.PHASE), load_int64(a + 8 * A.BATCH), load_int64(a + 8 * A.TILES)
         rows, columns, parts = load_int64(a + 8 * A.ROWS), load_int64(a + 8 * A.COLUMNS), load_int64(a + 8 * A.PARTS)
         xt, y, theta, bias = (
@@ -165,7 +169,10 @@ def forward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
 
 
 @njit
-def dots_by_row(a, counter, batch, tiles, rows, columns, parts, xt, dy, dtheta, dbias, block, dots, size, lanes, vectors):
+def dots_by_row(
+    a: int, counter: int, batch: int, tiles: int, rows: int, columns: int, parts: int, xt: int, dy: int, dtheta: int,
+    dbias: int, block: int, dots: int, size: int, lanes: int, vectors: int,
+) -> None:  # fmt: skip
     """Only dtheta and db, by row: a block of dy at a time is transposed on the stack, and never all of it."""
     row_start, row_column, row_slot = (
         load_int64(a + 8 * A.ROW_START),
@@ -221,7 +228,7 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     width = lanes * vectors
     block_bytes, chunk_bytes = lanes * width * size, CHUNK * size
 
-    def backward(a):
+    def backward(a: int) -> None:
         phase, batch, tiles = load_int64(a + 8 * A.PHASE), load_int64(a + 8 * A.BATCH), load_int64(a + 8 * A.TILES)
         rows, columns, parts = load_int64(a + 8 * A.ROWS), load_int64(a + 8 * A.COLUMNS), load_int64(a + 8 * A.PARTS)
         x, xt, dy, yt = load_int64(a + 8 * A.X), load_int64(a + 8 * A.XT), load_int64(a + 8 * A.Y), load_int64(a + 8 * A.YT)

@@ -33,20 +33,20 @@ _INT32 = ir.IntType(32)
 
 
 @intrinsic
-def count_bits(typingctx, word):
+def count_bits(typingctx: Any, word: Any) -> Any:
     """How many bits of an int64 are set."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ctpop(args[0])
 
     return types.int64(types.int64), codegen
 
 
 @intrinsic
-def move_block(typingctx, source, shift):
+def move_block(typingctx: Any, source: Any, shift: Any) -> Any:
     """Copy ``BLOCK`` int32 to ``shift`` bytes behind; all are read before one is written."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _move(builder, args[0], args[1])
         return context.get_dummy_value()
 
@@ -54,10 +54,10 @@ def move_block(typingctx, source, shift):
 
 
 @intrinsic
-def move_and_compare(typingctx, source, shift, bound):
+def move_and_compare(typingctx: Any, source: Any, shift: Any, bound: Any) -> Any:
     """As :func:`move_block`; how many come after the last that is not above a bound."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values = _move(builder, args[0], args[1])
         undefined = ir.Constant(values.type, ir.Undefined)
         one = builder.insert_element(undefined, args[2], ir.Constant(_INT32, 0))
@@ -78,7 +78,7 @@ def _move(builder: Any, source: Any, shift: Any) -> Any:
 
 
 @njit
-def drop_dead(other, slots, count, reborn, stayed, before):
+def drop_dead(other: int, slots: int, count: int, reborn: int, stayed: int, before: int) -> int:
     """The connections that have stayed move together.
 
     Args:
@@ -105,7 +105,7 @@ def drop_dead(other, slots, count, reborn, stayed, before):
 
 
 @njit
-def move_starts(start, lines, stayed, before, births_before):
+def move_starts(start: int, lines: int, stayed: int, before: int, births_before: int) -> None:
     """Where each line begins.
 
     Args:
@@ -122,7 +122,9 @@ def move_starts(start, lines, stayed, before, births_before):
 
 
 @njit
-def insert(start, other, slots, births_before, stayed, lines_across, born_slots, births):
+def insert(
+    start: int, other: int, slots: int, births_before: int, stayed: int, lines_across: int, born_slots: int, births: int,
+) -> None:  # fmt: skip
     """The births take their positions; from the end, so that nothing is overwritten before it has moved.
 
     Args:
@@ -162,7 +164,7 @@ def insert(start, other, slots, births_before, stayed, lines_across, born_slots,
 
 
 @njit
-def follow(t, side):
+def follow(t: int, side: int) -> None:
     """One order (side 0: by rows, 1: by columns) of a tensor follows its rewiring."""
     count, places = load_int64(t + 8 * Row.COUNT), load_int64(t + 8 * Row.PLACES)
     births, reborn = load_int64(t + 8 * CpuRow.REBORN_COUNT), load_int64(t + 8 * CpuRow.REBORN)
@@ -209,7 +211,7 @@ def follow(t, side):
 
 
 @njit(inline="always")
-def row_of(place, columns, inverse):
+def row_of(place: int, columns: int, inverse: float) -> int:
     """place // columns: a multiplication, which is off by one at most, instead of a division."""
     row = np.int64(np.float64(place) * inverse)
     across = place - row * columns
@@ -217,7 +219,7 @@ def row_of(place, columns, inverse):
 
 
 @njit
-def order_anew(t):
+def order_anew(t: int) -> None:
     """Both orders of a small tensor, or of one that is new altogether, from its places: three stable counting sorts, none of which has to guess where a line ends."""
     count, rows, columns = load_int64(t + 8 * Row.COUNT), load_int64(t + 8 * CpuRow.ROWS), load_int64(t + 8 * CpuRow.COLUMNS)
     signs, size = load_int64(t + 8 * Row.SIGNS), load_int64(t + 8 * CpuRow.SIZE)
@@ -267,7 +269,7 @@ def order_anew(t):
 
 
 @njit(inline="always")
-def take_next(counters, line):
+def take_next(counters: int, line: int) -> int:
     value = load_int32(counters + 4 * line)
     store_int32(counters + 4 * line, value + np.int32(1))
     return value
@@ -277,7 +279,7 @@ def take_next(counters, line):
 def update_kernel() -> Kernel:
     """The orders of all tensors in the table follow their rewiring; a task is one side of one tensor."""
 
-    def update(a):
+    def update(a: int) -> None:
         tensors, table = load_int64(a + 8 * A.TENSORS), load_int64(a + 8 * A.TABLE)
         while True:
             task = fetch_add(a + 8 * A.TASK, 1)

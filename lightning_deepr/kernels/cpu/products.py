@@ -36,7 +36,7 @@ def product_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     """x W^T + b by row, for x [COUNT, COLUMNS]; x and the result stay in tiles of V = lanes * vectors rows."""
     row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
 
-    def product(a):
+    def product(a: int) -> None:
         tiles, rows, columns = load_int64(a + 8 * A.TILES), load_int64(a + 8 * A.ROWS), load_int64(a + 8 * A.COLUMNS)
         x, xt, yt, count = (
             load_int64(a + 8 * A.X),
@@ -80,7 +80,7 @@ def product_kernel(size: int, lanes: int, vectors: int) -> Kernel:
 
 
 @njit(inline="always")
-def add_sum(row, where, add, size, lanes, vectors):
+def add_sum(row: int, where: int, add: bool, size: int, lanes: int, vectors: int) -> None:
     total = sum_row(row, size, lanes, vectors)
     store_float(where, total + load_float(where, size) if add else total, size)
 
@@ -94,7 +94,7 @@ def theta_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     """dtheta = s * (dy^T x) at the places and, where asked for, db = sum of dy, both in tiles; by row."""
     row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
 
-    def of_theta(a):
+    def of_theta(a: int) -> None:
         tiles, rows, columns = load_int64(a + 8 * A.TILES), load_int64(a + 8 * A.ROWS), load_int64(a + 8 * A.COLUMNS)
         xt, yt, shares = load_int64(a + 8 * A.XT), load_int64(a + 8 * A.YT), load_int64(a + 8 * A.SHARES)
         start, index, slots = load_int64(a + 8 * A.START), load_int64(a + 8 * A.INDEX), load_int64(a + 8 * A.SLOTS)
@@ -131,7 +131,7 @@ def input_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
     block_bytes = lanes * row_bytes
 
-    def of_input(a):
+    def of_input(a: int) -> None:
         tiles, rows, columns = load_int64(a + 8 * A.TILES), load_int64(a + 8 * A.ROWS), load_int64(a + 8 * A.COLUMNS)
         xt, yt, shares = load_int64(a + 8 * A.XT), load_int64(a + 8 * A.YT), load_int64(a + 8 * A.SHARES)
         start, index, slots = load_int64(a + 8 * A.START), load_int64(a + 8 * A.INDEX), load_int64(a + 8 * A.SLOTS)

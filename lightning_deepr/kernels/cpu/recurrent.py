@@ -27,12 +27,14 @@ from lightning_deepr.kernels.cpu.native import Kernel, _Tile, fetch_add, fill_ro
 
 
 @intrinsic(prefer_literal=True)
-def accumulate_near(typingctx, sums, count, indices, values, source, size, lanes, vectors):
+def accumulate_near(
+    typingctx: Any, sums: Any, count: Any, indices: Any, values: Any, source: Any, size: Any, lanes: Any, vectors: Any,
+) -> Any:  # fmt: skip
     """As :func:`.native.accumulate_rows` for a source in a near cache: nothing is asked for ahead (which takes as many loads as
     the work itself), and every other connection goes to a second sum (a multiplication need not wait for the one before)."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         into, number, index, value, origin = args[:5]
         tile, int32, int64 = _Tile(builder, *shape), ir.IntType(32), ir.IntType(64)
         zero = ir.Constant(tile.vector, [0.0] * tile.lanes)
@@ -66,11 +68,11 @@ def accumulate_near(typingctx, sums, count, indices, values, source, size, lanes
 
 
 @intrinsic(prefer_literal=True)
-def copy_row(typingctx, source, target, size, lanes, vectors):
+def copy_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any, vectors: Any) -> Any:
     """W floats from one address to another."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
         for v in range(tile.vectors):
             tile.store(tile.load(args[0], v), args[1], v)
@@ -86,7 +88,7 @@ LSTM, GRU = 4, 3  # kinds: the blocks of rows of their weights
 def gather_kernel(size: int) -> Kernel:
     """Signed values in the order of rows or columns, 4096 at a task: every step reads them."""
 
-    def gather(a):
+    def gather(a: int) -> None:
         theta, slots, count = load_int64(a + 8 * A.THETA), load_int64(a + 8 * A.SLOTS), load_int64(a + 8 * A.COUNT)
         values = load_int64(a + 8 * A.VALUES)
         while True:
@@ -99,7 +101,7 @@ def gather_kernel(size: int) -> Kernel:
 
 
 @njit(inline="always")
-def common_arguments(a):
+def common_arguments(a: int) -> tuple[int, ...]:
     return (
         load_int64(a + 8 * A.STEPS), load_int64(a + 8 * A.BATCH), load_int64(a + 8 * A.PARTS), load_int64(a + 8 * A.HIDDEN),
         load_int64(a + 8 * A.REVERSE), load_int64(a + 8 * A.V), load_int64(a + 8 * A.VECTORS), load_int64(a + 8 * A.START),
@@ -109,13 +111,13 @@ def common_arguments(a):
 
 
 @njit(inline="always")
-def in_tiles(n, features, wide):
+def in_tiles(n: int, features: int, wide: int) -> int:
     """Where row n begins in tiles [features, V], in floats."""
     return (n // wide) * features * wide + n % wide
 
 
 @njit(inline="never")
-def read_part(x, part, tiled, batch, features, vectors, size, lanes):
+def read_part(x: int, part: int, tiled: int, batch: int, features: int, vectors: int, size: int, lanes: int) -> None:
     """One part of x [batch, features] -> [features, W]; zeros where there is no x."""
     width = lanes * vectors
     if x != 0:
@@ -126,7 +128,7 @@ def read_part(x, part, tiled, batch, features, vectors, size, lanes):
 
 
 @njit(inline="never")
-def write_part(tiled, part, y, batch, features, vectors, size, lanes):
+def write_part(tiled: int, part: int, y: int, batch: int, features: int, vectors: int, size: int, lanes: int) -> None:
     """The opposite; nowhere where there is no y."""
     if y != 0:
         for first in range(0, features, lanes):
@@ -143,7 +145,7 @@ def forward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
     """
     row_bytes = lanes * vectors * size
 
-    def forward(a):
+    def forward(a: int) -> None:
         (
             steps, batch, parts, hidden, reverse, wide, runtime_vectors, start, index, values,
             gates, cells, cell_step, scratch, kept_all, y,
@@ -212,7 +214,7 @@ def backward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
     """
     row_bytes = lanes * vectors * size
 
-    def backward(a):
+    def backward(a: int) -> None:
         (
             steps, batch, parts, hidden, reverse, wide, runtime_vectors, start, index, values,
             gates, cells, cell_step, scratch, kept_all, y,

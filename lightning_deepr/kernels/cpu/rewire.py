@@ -60,13 +60,13 @@ BATCH = 32  # draws whose cells are asked for before they are looked at
 
 
 @njit
-def birth_stream(seed, step):
+def birth_stream(seed: int, step: int) -> np.uint64:
     """The key of a step's births but for its last coordinate, the attempt."""
     return extend(extend(extend(np.uint64(4), np.uint64(seed)), BIRTH), np.uint64(step))
 
 
 @njit(inline="always")
-def find(table, mask, shift, place):
+def find(table: int, mask: int, shift: np.uint64, place: int) -> int:
     """The cell of a place in the table, or the empty one where it belongs."""
     cell = np.int64((np.uint64(place) * GOLDEN) >> shift)
     while load_int64(table + cell * 8) != -1 and load_int64(table + cell * 8) != place:
@@ -75,7 +75,7 @@ def find(table, mask, shift, place):
 
 
 @njit
-def look_for_active(t, size):
+def look_for_active(t: int, size: int) -> None:
     """Mark the draws in a tensor's hash table that active connections have; a task is a piece of its places."""
     count, places, theta = load_int64(t + 8 * Row.COUNT), load_int64(t + 8 * Row.PLACES), load_int64(t + 8 * Row.THETA)
     table, status, filter_at = (
@@ -109,7 +109,7 @@ def look_for_active(t, size):
 
 
 @njit
-def mark_active(table, mask, shift, places, count, status):
+def mark_active(table: int, mask: int, shift: np.uint64, places: np.ndarray, count: int, status: int) -> None:
     for i in range(count):
         cell = find(table, mask, shift, places[i])
         if load_int64(table + cell * 8) == places[i]:
@@ -117,7 +117,7 @@ def mark_active(table, mask, shift, places, count, status):
 
 
 @njit
-def help_others(a, size):
+def help_others(a: int, size: int) -> None:
     """A thread without a tensor takes part in the passes of the others until all are done."""
     tensors, table = load_int64(a + 8 * A.TENSORS), load_int64(a + 8 * A.TABLE)
     while fetch_add(a + 8 * A.FINISHED, 0) < tensors:
@@ -132,7 +132,7 @@ def help_others(a, size):
 
 
 @njit
-def is_active(place, columns, order, row_column, row_slot, theta, size):
+def is_active(place: int, columns: int, order: int, row_column: int, row_slot: int, theta: int, size: int) -> bool:
     """Whether an active connection is at a place, by the order of the rows from before the step."""
     row = np.int64(np.uint64(place) // np.uint64(columns))
     across = place - row * columns
@@ -150,7 +150,10 @@ def is_active(place, columns, order, row_column, row_slot, theta, size):
 
 
 @njit
-def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counter, stream, chosen, t):
+def draw_by_rejection(
+    theta: int, size: int, places: int, count: int, total: int, dormant: np.ndarray, reborn: int, counter: int,
+    stream: np.uint64, chosen: np.ndarray, t: int,
+) -> None:  # fmt: skip
     """New places for the dormant slots of a tensor that is at most half full; see ``rewiring.first_free`` for the rule.
 
     Args:
@@ -278,7 +281,10 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
 
 
 @njit
-def draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen):
+def draw_from_list(
+    theta: int, size: int, places: int, count: int, total: int, reborn: int, counter: int, seed: int, step: int,
+    chosen: np.ndarray,
+) -> None:  # fmt: skip
     """New places in a tensor more than half full: its dormant places in a random order, the first R."""
     taken = np.zeros(total, np.uint8)
     active = 0
@@ -300,7 +306,7 @@ def draw_from_list(theta, size, places, count, total, reborn, counter, seed, ste
 
 
 @njit(inline="always")
-def negative_at(place, sign_seed, exceptions, exception_count):
+def negative_at(place: int, sign_seed: int, exceptions: int, exception_count: int) -> bool:
     """Whether the constant sign of a place is -1 (``KSlots.signs_at``)."""
     negative = np.int64(bits(np.uint64(sign_seed), np.uint64(place))) < 0
     if exception_count > 0:
@@ -321,7 +327,7 @@ def rewire_kernel(size: int) -> Kernel:
     """One step of all tensors in the table; a task is a tensor. ``size`` is that of theta's floats in bytes."""
     real = np.float32 if size == 4 else np.float64
 
-    def rewire(a):
+    def rewire(a: int) -> None:
         tensors, table = load_int64(a + 8 * A.TENSORS), load_int64(a + 8 * A.TABLE)
         step, seed = load_int64(a + 8 * A.STEP), load_int64(a + 8 * A.SEED)
         working = False
@@ -403,7 +409,7 @@ def rewire_kernel(size: int) -> Kernel:
 def start_kernel() -> Kernel:
     """K places where nothing is connected yet (``rewiring.random_places``): all slots are reborn."""
 
-    def start(a):
+    def start(a: int) -> None:
         count, seed = load_int64(a + 8 * StartArguments.COUNT), load_int64(a + 8 * StartArguments.SEED)
         total, counter = load_int64(a + 8 * StartArguments.TOTAL), load_int64(a + 8 * StartArguments.COUNTER)
         chosen = carray(pointer(load_int64(a + 8 * StartArguments.RESULT)), count, np.int64)
@@ -421,7 +427,7 @@ def start_kernel() -> Kernel:
 def finite_kernel() -> Kernel:
     """Whether all values of the tensors in the table are finite."""
 
-    def finite(a):
+    def finite(a: int) -> None:
         number, table = load_int64(a + 8 * FiniteArguments.NUMBER), load_int64(a + 8 * FiniteArguments.TABLE)
         fine = np.int64(1)
         for i in range(number):

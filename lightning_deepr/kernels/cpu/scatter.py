@@ -19,7 +19,7 @@ _fill = filler(A)
 def scatter_kernel(size: int) -> Kernel:
     """weight[places[k]] = signs[k] * theta[k]; the rest of the weight is not touched."""
 
-    def scatter(a):
+    def scatter(a: int) -> None:
         own, signs, places = load_int64(a + 8 * A.OWN), load_int64(a + 8 * A.SIGNS), load_int64(a + 8 * A.PLACES)
         weight, count = load_int64(a + 8 * A.WEIGHT), load_int64(a + 8 * A.COUNT)
         task = fetch_add(a + 8 * A.TASK, 1)
@@ -36,7 +36,7 @@ def scatter_kernel(size: int) -> Kernel:
 def gather_kernel(size: int) -> Kernel:
     """gradient of theta[k] = signs[k] * gradient of weight[places[k]]."""
 
-    def gather(a):
+    def gather(a: int) -> None:
         own, signs, places = load_int64(a + 8 * A.OWN), load_int64(a + 8 * A.SIGNS), load_int64(a + 8 * A.PLACES)
         weight, count = load_int64(a + 8 * A.WEIGHT), load_int64(a + 8 * A.COUNT)
         task = fetch_add(a + 8 * A.TASK, 1)

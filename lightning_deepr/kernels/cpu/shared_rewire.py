@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from lightning_deepr.kernels.cpu.hashing import LARGEST, bits, extend
 from lightning_deepr.kernels.cpu.native import Kernel, load_float, load_int64, pointer, store_float, store_int64
 from lightning_deepr.kernels.cpu.rewire import SIGN_BIT, birth_stream, find, negative_at
 from lightning_deepr.kernels.cpu.sorting import sort_with
+from lightning_deepr.kernels.slots import Slots
 
 LAYER = np.uint64(randomness.LAYER)
 BY_BUDGET = RULES.index("budget")
@@ -32,12 +32,12 @@ _fill, _pack_layer, _pack_state = filler(A), packer(L), packer(StateRow, floats=
 
 
 @njit(inline="always")
-def layer_stream(seed, step):
+def layer_stream(seed: int, step: int) -> np.uint64:
     return extend(extend(extend(np.uint64(4), np.uint64(seed)), LAYER), np.uint64(step))
 
 
 @njit(inline="always")
-def draw_place(key, counter, total):
+def draw_place(key: np.uint64, counter: int, total: int) -> int:
     """``randomness.uniform_places``."""
     draw, n = bits(key, np.uint64(counter)) & LARGEST, np.uint64(total)
     rest = (LARGEST % n + np.uint64(1)) % n
@@ -45,7 +45,7 @@ def draw_place(key, counter, total):
 
 
 @njit
-def draw_layers(t, layers, first, count, seed, step, chosen):
+def draw_layers(t: np.ndarray, layers: int, first: int, count: int, seed: int, step: int, chosen: np.ndarray) -> None:
     """A layer for each of so many births, in proportion to the budgets; ``chosen[first:]``, and room shrinks."""
     pending = np.arange(count)
     left, attempt = count, np.uint64(0)
@@ -77,7 +77,10 @@ def draw_layers(t, layers, first, count, seed, step, chosen):
 
 
 @njit
-def draw_free(table, mask, shift, key_base, counter, total, start, count, chosen, first):
+def draw_free(
+    table: int, mask: int, shift: np.uint64, key_base: np.uint64, counter: int, total: int, start: int, count: int,
+    chosen: np.ndarray, first: int,
+) -> None:  # fmt: skip
     """For each of some counters the first of its draws that is free, judged in the order (attempt, counter)."""
     pending = np.arange(count)
     left, attempt = count, np.uint64(0)
@@ -97,7 +100,10 @@ def draw_free(table, mask, shift, key_base, counter, total, start, count, chosen
 
 
 @njit
-def draw_listed(table, mask, shift, key, counter, total, start, count, chosen, first):
+def draw_listed(
+    table: int, mask: int, shift: np.uint64, key: np.uint64, counter: int, total: int, start: int, count: int,
+    chosen: np.ndarray, first: int,
+) -> None:  # fmt: skip
     """The first of the dormant places in a random order."""
     numbers, keys = np.empty(total, np.int32), np.empty(total, np.uint64)
     n = 0
@@ -115,7 +121,9 @@ def draw_listed(table, mask, shift, key, counter, total, start, count, chosen, f
 
 
 @njit
-def draw_within(t, layers, table, mask, shift, seed, step, chosen):
+def draw_within(
+    t: np.ndarray, layers: int, table: int, mask: int, shift: np.uint64, seed: int, step: int, chosen: np.ndarray,
+) -> None:  # fmt: skip
     """Places for ``BIRTHS`` births of each layer, layer by layer, in ``chosen``."""
     base, first = birth_stream(seed, step), np.int64(0)
     for i in range(layers):
@@ -132,7 +140,7 @@ def draw_within(t, layers, table, mask, shift, seed, step, chosen):
 
 
 @njit(inline="always")
-def owner_of(t, layers, place):
+def owner_of(t: np.ndarray, layers: int, place: int) -> int:
     layer = 0
     while layer + 1 < layers and place >= t[layer + 1, L.START]:
         layer += 1
@@ -143,7 +151,7 @@ def owner_of(t, layers, place):
 def rewire_kernel(size: int) -> Kernel:
     """``size`` is that of theta's floats in bytes."""
 
-    def rewire(a):
+    def rewire(a: int) -> None:
         count, layers, theta = load_int64(a + 8 * A.COUNT), load_int64(a + 8 * A.LAYERS), load_int64(a + 8 * A.THETA)
         t = carray(pointer(load_int64(a + 8 * A.TABLE)), (layers, LAYER_WORDS), np.int64)
         seed, step, since = load_int64(a + 8 * A.SEED), load_int64(a + 8 * A.STEP), load_int64(a + 8 * A.NEWBORN_SINCE)
@@ -268,7 +276,7 @@ class Result:
 
 
 def rewire(
-    members: Sequence[Any], budgets: Sequence[int], theta: Tensor, values: Sequence[tuple[Tensor, float]], *, rule: int, least: int,
+    members: Sequence[Slots], budgets: Sequence[int], theta: Tensor, values: Sequence[tuple[Tensor, float]], *, rule: int, least: int,
     newborn_since: int, seed: int, step: int,
 ) -> Result | None:  # fmt: skip
     """One step; ``values`` (theta among them) are written in place, places, signs and births are not.
