@@ -22,6 +22,7 @@ from lightning_deepr import kernels
 from lightning_deepr.compute.eager import is_plain
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses
+from lightning_deepr.compute.slots import SparseSlots
 from lightning_deepr.kernels.cpu.fields import ConvArguments, ConvPhase, filler, pack_order
 
 CACHE = 1 << 20  # bytes of planes that a band may go through: what the second-level cache is sure to keep
@@ -389,7 +390,7 @@ def _around(padding: str | int | Sequence[int], kernel: Sequence[int], dilation:
 
 
 def conv2d(
-    x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any, stride: int | Sequence[int] = 1,
+    x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots, stride: int | Sequence[int] = 1,
     padding: str | int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
 ) -> Tensor:  # fmt: skip
     """``F.conv2d`` with a converted weight of K connections. Where there is no kernel for theta, the dense weight is built.

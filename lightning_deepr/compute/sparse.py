@@ -20,6 +20,7 @@ from lightning_deepr.compute import gpu_check
 from lightning_deepr.compute.eager import dispatch_modes, is_plain, transforms
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses
+from lightning_deepr.compute.slots import SparseSlots
 from lightning_deepr.kernels.cpu.buffers import LARGE, empty
 from lightning_deepr.kernels.cpu.fields import LinearArguments, LinearPhase, pack_order, packer, writable
 
@@ -238,7 +239,7 @@ linear_op.register_autograd(_differentiate, setup_context=_setup)
 linear_backward_op.register_autograd(_refuse_twice)
 
 
-def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor | None:
+def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) -> Tensor | None:
     """:func:`linear` of an everyday call, with no more questions than it needs; None: ask them all.
 
     (A small layer takes some 10 microseconds: every attribute counts.)
@@ -275,7 +276,7 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> T
     return _forward(x, theta, bias, order.packed, order.rows, order.columns)[0]
 
 
-def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
+def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) -> Tensor:
     """``F.linear`` with a converted weight of K connections.
 
     Args:

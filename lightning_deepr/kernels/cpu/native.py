@@ -1,9 +1,9 @@
 """What lets numba kernels be called in a fraction of a microsecond, on PyTorch's own threads, with vectors held in registers.
 
-A kernel is a C function of one argument: the address of an array of int64 that holds its arguments (addresses of tensors, sizes).
-numba compiles it with the LLVM that it brings, so that no compiler has to be installed, and keeps the result on disk. The calls go
-through ctypes, which releases Python's lock. A second pool of threads beside PyTorch's would fight with it for the cores; so
-a kernel that is worth several threads runs on the OpenMP runtime that PyTorch has loaded.
+A kernel is a C function of one argument: the address of an array of int64 that holds its arguments, addresses of tensors and sizes
+(:mod:`lightning_deepr.kernels.cpu.fields` lists them). numba compiles it with the LLVM that it brings, so that no compiler has to be
+installed, and keeps the result on disk. The calls go through ctypes, which releases Python's lock. A second pool of threads beside
+PyTorch's would fight with it for the cores; so a kernel that is worth several threads runs on the OpenMP runtime that PyTorch has loaded.
 """
 
 from __future__ import annotations
