@@ -9,7 +9,6 @@ dense compute, whose error messages are those of ``nn.Conv2d``.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -23,6 +22,8 @@ from lightning_deepr import kernels
 from lightning_deepr.compute.eager import is_plain
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses
+from lightning_deepr.compute.slots import SparseSlots
+from lightning_deepr.kernels.cpu.fields import ConvArguments, ConvPhase, filler, pack_order
 
 CACHE = 1 << 20  # bytes of planes that a band may go through: what the second-level cache is sure to keep
 MOST_BANDS = 8  # in the backward pass, where each band has its own K sums
@@ -112,31 +113,27 @@ class Geometry:
         self._meets = (torch.tensor(phases[0]).view(-1, 1) * stride[1] + torch.tensor(phases[1])).flatten().contiguous()
 
         self.planes = inputs * x_rows * x_columns * lanes, outputs * y_rows * y_columns * lanes  # floats of one tile
-        sizes = [
-            height,
-            width,
-            x_rows,
-            x_columns,
-            top,
-            left,
-            self.out_height,
-            self.out_width,
-            y_rows,
-            y_columns,
-            -least[0],
-            -least[1],
-        ]
-        sizes += [math.prod(kernel), *stride]
-        # (sums of a band: columns, bytes), rows and bands
+        sizes = {
+            "HEIGHT": height, "WIDTH": width, "X_ROWS": x_rows, "X_COLUMNS": x_columns, "TOP": top, "LEFT": left,
+            "OUT_HEIGHT": self.out_height, "OUT_WIDTH": self.out_width, "Y_ROWS": y_rows, "Y_COLUMNS": y_columns,
+            "OUT_TOP": -least[0], "OUT_LEFT": -least[1],
+            "KERNEL": math.prod(kernel), "STRIDE_DOWN": stride[0], "STRIDE_ACROSS": stride[1],
+            "CHANNELS_IN": inputs, "CHANNELS_OUT": outputs,
+        }  # fmt: skip
         band = _band(last, down, inputs * stride[0] * x_columns * pixel, last)
         self.scratch = band * columns * lanes
-        self.forward_sizes = sizes, [columns, self.scratch * size, last, band, -(-last // band)]
+        self.forward_words = {
+            **sizes, "SCRATCH_COLUMNS": columns, "SCRATCH_BYTES": self.scratch * size,
+            "LAST_ROW": last, "BAND": band, "BANDS": -(-last // band), "SHIFT": self._forward_shift.data_ptr(),
+        }  # fmt: skip
         band = _band(back_last, back_down, outputs * y_columns * pixel, MOST_BANDS)
         self.bands = -(-back_last // band)
         self.back_scratch = band * stride[0] * back_columns * stride[1] * lanes
-        self.backward_sizes = sizes, [back_columns * stride[1], self.back_scratch * size, back_last, band, self.bands]
-        self.forward_shift, self.backward_shift = self._forward_shift.data_ptr(), self._backward_shift.data_ptr()
-        self.meets = self._meets.data_ptr()
+        self.backward_words = {
+            **sizes, "SCRATCH_COLUMNS": back_columns * stride[1], "SCRATCH_BYTES": self.back_scratch * size,
+            "LAST_ROW": back_last, "BAND": band, "BANDS": self.bands,
+            "SHIFT": self._backward_shift.data_ptr(), "MEETS": self._meets.data_ptr(),
+        }  # fmt: skip
 
 
 def _band(rows: int, step: int, row_bytes: int, most: int) -> int:
@@ -165,7 +162,7 @@ def _lanes_of(batch: int, size: int) -> int:
 
 # -- kernels --------------------------------------------------------------------------------------------------------------
 
-_ARGUMENTS = ctypes.c_int64 * 48
+_fill = filler(ConvArguments)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -174,12 +171,12 @@ def _address(tensor: Tensor | None) -> int:
 
 def _run(kernel: Any, arguments: Any, phases: Sequence[int], threads: int) -> None:
     for phase in phases:
-        arguments[0], arguments[1], arguments[2] = 0, 0, phase
+        arguments[ConvArguments.TASK], arguments[ConvArguments.WORKER], arguments[ConvArguments.PHASE] = 0, 0, phase
         kernel(arguments, threads)
 
 
 def _forward(
-    x: Tensor, theta: Tensor, bias: Tensor | None, order: list[int], weight: tuple[int, ...], how: tuple[tuple[int, ...], ...]
+    x: Tensor, theta: Tensor, bias: Tensor | None, order: bytes, weight: tuple[int, ...], how: tuple[tuple[int, ...], ...]
 ) -> tuple[Tensor, Tensor]:
     """y [B, O, H', W'] and x in planes; x is [B, C, H, W] and contiguous."""
     conv = _kernels()
@@ -192,18 +189,17 @@ def _forward(
     work = theta.numel() * geometry.out_height * geometry.out_width + x.numel() // batch + y.numel() // batch
     threads = _native().threads_for(work * tiles * lanes, 1 << 18)
     scratch = x.new_empty(threads * geometry.scratch)
-    sizes, bands = geometry.forward_sizes
-    arguments = _ARGUMENTS(
-        0, 0, 0, batch, tiles, theta.numel(), weight[1], weight[0], x.data_ptr(), planes.data_ptr(), y.data_ptr(), 0, theta.data_ptr(),
-        _address(bias), *order, 0, 0, 0, *sizes, scratch.data_ptr(), *bands, geometry.forward_shift, 0, 0, 0
+    arguments = _fill(
+        BATCH=batch, TILES=tiles, COUNT=theta.numel(), X=x.data_ptr(), XP=planes.data_ptr(), Y=y.data_ptr(), THETA=theta.data_ptr(),
+        BIAS=_address(bias), SCRATCH=scratch.data_ptr(), order=order, **geometry.forward_words,
     )  # fmt: skip
     kernel = conv.forward_kernel(size, lanes, *geometry.forward_block, how[0][1])
-    _run(kernel, arguments, (conv.LAYOUT, conv.MULTIPLY), threads)
+    _run(kernel, arguments, (ConvPhase.LAYOUT, ConvPhase.MULTIPLY), threads)
     return y, planes
 
 
 def _backward(
-    dy: Tensor, planes: Tensor | None, theta: Tensor, order: list[int], image: tuple[int, ...], weight: tuple[int, ...],
+    dy: Tensor, planes: Tensor | None, theta: Tensor, order: bytes, image: tuple[int, ...], weight: tuple[int, ...],
     how: tuple[tuple[int, ...], ...], need_x: bool, need_theta: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     conv = _kernels()
@@ -222,14 +218,13 @@ def _backward(
     work = 2 * theta.numel() * geometry.out_height * geometry.out_width + math.prod(image) + dy.numel() // batch
     threads = _native().threads_for(work * tiles * lanes, 1 << 18)
     scratch = dy.new_empty(threads * geometry.back_scratch)
-    sizes, bands = geometry.backward_sizes
-    arguments = _ARGUMENTS(
-        0, 0, 0, batch, tiles, theta.numel(), weight[1], weight[0], 0, _address(planes), dy.data_ptr(), dy_planes.data_ptr(),
-        theta.data_ptr(), 0, *order, _address(dx), _address(dtheta), _address(dbias), *sizes, scratch.data_ptr(), *bands,
-        geometry.backward_shift, geometry.meets, _address(partial), _address(partial_bias)
+    arguments = _fill(
+        BATCH=batch, TILES=tiles, COUNT=theta.numel(), XP=_address(planes), Y=dy.data_ptr(), YP=dy_planes.data_ptr(),
+        THETA=theta.data_ptr(), DX=_address(dx), DTHETA=_address(dtheta), DBIAS=_address(dbias), SCRATCH=scratch.data_ptr(),
+        PARTIAL=_address(partial), PARTIAL_BIAS=_address(partial_bias), order=order, **geometry.backward_words,
     )  # fmt: skip
     kernel = conv.backward_kernel(size, lanes, *geometry.backward_block, need_x, need_theta)
-    _run(kernel, arguments, (conv.LAYOUT, conv.MULTIPLY, conv.REDUCE), threads)
+    _run(kernel, arguments, (ConvPhase.LAYOUT, ConvPhase.MULTIPLY, ConvPhase.REDUCE), threads)
     return dx, dtheta, dbias
 
 
@@ -240,7 +235,7 @@ class ConvFunction(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, theta: Tensor, bias: Tensor | None, buffer: Tensor, order: Any, weight: tuple[int, ...], how: Any
     ) -> Tensor:
-        y, planes = _forward(x, theta, bias, order.addresses, weight, how)
+        y, planes = _forward(x, theta, bias, order.packed, weight, how)
         ctx.save_for_backward(planes, theta, buffer)
         ctx.order, ctx.image, ctx.weight, ctx.how = order, tuple(x.shape[1:]), weight, how
         return y
@@ -251,15 +246,15 @@ class ConvFunction(torch.autograd.Function):
             raise RuntimeError(TWICE)
         planes, theta, _ = ctx.saved_tensors  # raises if connections were rewired since
         need = ctx.needs_input_grad[:3]
-        found = _backward(dy.contiguous(), planes, theta, ctx.order.addresses, ctx.image, ctx.weight, ctx.how, *need)
+        found = _backward(dy.contiguous(), planes, theta, ctx.order.packed, ctx.image, ctx.weight, ctx.how, *need)
         return *found, None, None, None, None
 
 
 # -- operators ------------------------------------------------------------------------------------------------------------
 
 
-def _places(order: Tensor, theta: Tensor, weight: Sequence[int]) -> list[int]:
-    return addresses(order, weight[0], math.prod(weight[1:]), theta.numel())
+def _places(order: Tensor, theta: Tensor, weight: Sequence[int]) -> bytes:
+    return pack_order(*addresses(order, weight[0], math.prod(weight[1:]), theta.numel()))
 
 
 @torch.library.custom_op("lightning_deepr::conv2d", mutates_args=())
@@ -311,12 +306,9 @@ def _planes(x: Tensor, weight: tuple[int, ...], how: tuple[tuple[int, ...], ...]
     tiles = -(-batch // lanes)
     geometry = _geometry(tuple(x.shape[1:]), weight, *how, lanes, size)
     planes = x.new_empty(tiles * geometry.planes[0])
-    sizes, bands = geometry.forward_sizes
-    arguments = _ARGUMENTS(
-        0, 0, 0, batch, tiles, 0, weight[1], weight[0], x.data_ptr(), planes.data_ptr(), 0, 0, 0, 0, *[0] * 9, *sizes, 0, *bands, 0, 0, 0, 0
-    )  # fmt: skip
+    arguments = _fill(BATCH=batch, TILES=tiles, X=x.data_ptr(), XP=planes.data_ptr(), **geometry.forward_words)
     kernel = conv.forward_kernel(size, lanes, *geometry.forward_block, how[0][1])
-    _run(kernel, arguments, (conv.LAYOUT,), _native().threads_for(planes.numel(), 1 << 18))
+    _run(kernel, arguments, (ConvPhase.LAYOUT,), _native().threads_for(planes.numel(), 1 << 18))
     return planes
 
 
@@ -398,7 +390,7 @@ def _around(padding: str | int | Sequence[int], kernel: Sequence[int], dilation:
 
 
 def conv2d(
-    x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any, stride: int | Sequence[int] = 1,
+    x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots, stride: int | Sequence[int] = 1,
     padding: str | int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
 ) -> Tensor:  # fmt: skip
     """``F.conv2d`` with a converted weight of K connections. Where there is no kernel for theta, the dense weight is built.
@@ -448,5 +440,5 @@ def conv2d(
     elif torch.is_grad_enabled():
         y = ConvFunction.apply(x.contiguous(), theta, bias, order.buffer, order, weight, (stride, around, dilation))
     else:
-        y = _forward(x.contiguous(), theta, bias, order.addresses, weight, (stride, around, dilation))[0]
+        y = _forward(x.contiguous(), theta, bias, order.packed, weight, (stride, around, dilation))[0]
     return y if cast is None else y.to(cast)

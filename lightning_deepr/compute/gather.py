@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_deepr.compute.slots import Connections
+
 TWICE = 'Sparse compute has no double backward: expected a first derivative. Use compute="dense" for second derivatives.'
 LARGEST = 1 << 24  # entries of a transient tensor
 
 
-def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
+def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Connections) -> Tensor:
     """x [B, columns] -> [B, rows] with the connections of ``slots``."""
     y: Tensor = _Product.apply(x, theta, slots.signs, slots.places, slots.rows, slots.columns)
     return y if bias is None else y + bias

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_deepr.algorithm import rewiring
 from lightning_deepr.algorithm.randomness import signs_of
+from lightning_deepr.compute.slots import SparseSlots
 from lightning_deepr.kernels.gpu import gate
 
 # rows, columns, connections, batch
@@ -27,7 +27,7 @@ class Layer:
     signs: Tensor  # [K]
 
 
-def multiplies(theta: Tensor, slots: Any) -> bool:
+def multiplies(theta: Tensor, slots: SparseSlots) -> bool:
     """Whether the Triton kernels compute a linear layer from the connections of its weight."""
     return gate.admits("sparse linear layers", theta, slots, linear_differs)
 

@@ -10,13 +10,15 @@ The order is a function of the places alone (by row, then by column), however it
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_deepr.kernels.cpu.fields import ORDER, ROW_WORDS, CpuRow, Row, StepArguments, filler, pack_order
+
+_fill = filler(StepArguments)
 _PAD = 32  # entries after each part that may be read (not used) by kernels that look ahead
 
 
@@ -37,11 +39,12 @@ class Order:
         ):  # a validation may be the first to need it, and training saves it for its backward pass
             self.buffer = torch.zeros(size_of(self.rows, self.columns, self.count), dtype=torch.int32)
         self.addresses = addresses(self.buffer, self.rows, self.columns, self.count)
+        self.packed = pack_order(*self.addresses)  # as kernels of whole layers take them
         self.build(places, signs)
 
     def build(self, places: Tensor, signs: Tensor) -> None:
         """Put all connections in order anew. O(K + rows + columns)."""
-        from lightning_deepr.kernels.cpu import orders, rewire
+        from lightning_deepr.kernels.cpu import orders
 
         self.buffer.zero_()  # empty orders, into which every connection is born
         self.note(places)
@@ -50,13 +53,13 @@ class Order:
             return
         signs = signs if signs.element_size() >= 4 else signs.float()  # the kernel reads the sign bit of a float32 or float64
         everything = torch.arange(self.count)
-        table = np.zeros(rewire.FIELDS, np.int64)
-        table[rewire.COUNT], table[rewire.PLACES] = self.count, places.data_ptr()
-        table[rewire.REBORN], table[rewire.REBORN_COUNT] = everything.data_ptr(), self.count
-        table[rewire.SIGNS], table[rewire.SIZE] = signs.data_ptr(), signs.element_size()
-        table[rewire.ROWS], table[rewire.COLUMNS] = self.rows, self.columns
-        table[rewire.ROW_START : rewire.ROW_START + 6] = self.addresses
-        arguments = (ctypes.c_int64 * 6)(0, 1, table.ctypes.data, 0, 0, 0)
+        row = np.zeros(ROW_WORDS, np.int64)
+        row[Row.COUNT], row[Row.PLACES] = self.count, places.data_ptr()
+        row[CpuRow.REBORN], row[CpuRow.REBORN_COUNT] = everything.data_ptr(), self.count
+        row[Row.SIGNS], row[CpuRow.SIZE] = signs.data_ptr(), signs.element_size()
+        row[CpuRow.ROWS], row[CpuRow.COLUMNS] = self.rows, self.columns
+        row[ORDER] = self.addresses
+        arguments = _fill(TENSORS=1, TABLE=row.ctypes.data)
         orders.update_kernel()(arguments, 2 if self.count > 20_000 and torch.get_num_threads() > 1 else 1)
 
     def is_stale(self, places: Tensor) -> bool:

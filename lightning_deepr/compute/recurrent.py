@@ -6,7 +6,6 @@ layout of the dense library.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
@@ -21,6 +20,7 @@ from lightning_deepr import kernels
 from lightning_deepr.compute.eager import is_plain
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.layer import Shape
+from lightning_deepr.kernels.cpu.fields import ProductArguments, ProductPhase, RecurrentArguments, filler
 
 
 class _Plan(NamedTuple):
@@ -62,59 +62,45 @@ def _kernels() -> tuple[Any, Any]:
     return products, recurrent
 
 
-@cache
-def _arguments() -> Any:
-    return ctypes.c_int64 * _kernels()[1].ARGUMENTS
-
-
-def _run(kernel: Any, fields: dict[int, int], threads: int) -> None:
-    arguments = _arguments()()
-    for position, value in fields.items():
-        arguments[position] = value
-    kernel(arguments, threads)
+_fill_product, _fill_steps = filler(ProductArguments), filler(RecurrentArguments)
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _ordered(where: list[int]) -> dict[int, int]:
-    products, _ = _kernels()
-    return {products.START: where[0], products.INDEX: where[1], products.SLOTS: where[2]}
+def _ordered(where: list[int]) -> dict[str, int]:
+    return {"START": where[0], "INDEX": where[1], "SLOTS": where[2]}
 
 
-def _of_products(plan: _Plan, steps: int, sums: Tensor, tiled: Tensor, weight: Any, hidden: int, skip: int) -> dict[int, int]:
+def _of_products(plan: _Plan, steps: int, sums: Tensor, tiled: Tensor, weight: Any, hidden: int, skip: int) -> dict[str, int]:
     """Sums of the gates, in 4 blocks, and what they are a product of; a GRU's weight has no rows for the block ``skip``."""
-    products, _ = _kernels()
     return {
-        products.COUNT: steps * plan.padded, products.TILES: plan.tiles, products.SHARES: plan.threads, products.ROWS: 4 * hidden,
-        products.COLUMNS: weight.columns, products.XT: tiled.data_ptr(), products.YT: sums.data_ptr(),
-        products.SKIP: skip * hidden, products.SKIPPED: 4 * hidden - weight.rows,
+        "COUNT": steps * plan.padded, "TILES": plan.tiles, "SHARES": plan.threads, "ROWS": 4 * hidden,
+        "COLUMNS": weight.columns, "XT": tiled.data_ptr(), "YT": sums.data_ptr(),
+        "SKIP": skip * hidden, "SKIPPED": 4 * hidden - weight.rows,
     }  # fmt: skip
 
 
 def _of_steps(
     plan: _Plan, steps: int, batch: int, hidden: int, reverse: bool, cell_step: int,
     first: Sequence[Tensor | None], last: Sequence[Tensor | None],
-) -> dict[int, int]:  # fmt: skip
+) -> dict[str, int]:  # fmt: skip
     """``first`` and ``last``: hidden state and, of an LSTM, cell state; or their gradients."""
-    _, recurrent = _kernels()
     fields = {
-        recurrent.STEPS: steps, recurrent.BATCH: batch, recurrent.PARTS: plan.parts, recurrent.HIDDEN: hidden,
-        recurrent.REVERSE: int(reverse), recurrent.V: plan.tile_width, recurrent.VECTORS: plan.part[2], recurrent.CELL_STEP: cell_step,
-        recurrent.H_FIRST: _address(first[0]), recurrent.H_LAST: _address(last[0]),
+        "STEPS": steps, "BATCH": batch, "PARTS": plan.parts, "HIDDEN": hidden, "REVERSE": int(reverse), "V": plan.tile_width,
+        "VECTORS": plan.part[2], "CELL_STEP": cell_step, "H_FIRST": _address(first[0]), "H_LAST": _address(last[0]),
     }  # fmt: skip
     if len(first) > 1:
-        fields |= {recurrent.C_FIRST: _address(first[1]), recurrent.C_LAST: _address(last[1])}
+        fields |= {"C_FIRST": _address(first[1]), "C_LAST": _address(last[1])}
     return fields
 
 
-def _gather(theta: Tensor, values: Tensor, where: list[int], threads: int) -> dict[int, int]:
+def _gather(theta: Tensor, values: Tensor, where: list[int], threads: int) -> dict[str, int]:
     """The connections' signed values to ``values``, in the order of starts, indices and slots at ``where``; the fields that say so."""
-    products, recurrent = _kernels()
-    fields = {products.COUNT: theta.numel(), recurrent.VALUES: values.data_ptr(), products.THETA: theta.data_ptr()}
-    fields |= _ordered(where)
-    _run(recurrent.gather_kernel(theta.element_size()), fields, threads if theta.numel() > 20_000 else 1)
+    _, recurrent = _kernels()
+    fields = {"COUNT": theta.numel(), "VALUES": values.data_ptr(), "THETA": theta.data_ptr(), **_ordered(where)}
+    recurrent.gather_kernel(theta.element_size())(_fill_steps(**fields), threads if theta.numel() > 20_000 else 1)
     return fields
 
 
@@ -133,9 +119,9 @@ def _forward(
     x = x.contiguous()
     tiled, gates = x.new_empty(plan.tiles * columns * wide), x.new_empty(plan.tiles * 4 * hidden * wide)
     product = _of_products(plan, steps, gates, tiled, ih, hidden, 3) | _ordered(ih.addresses[:3])
-    product |= {products.X: x.data_ptr(), products.THETA: theta_ih.data_ptr(), products.BIAS: _address(bias)}
-    for phase in (products.TRANSPOSE, products.MULTIPLY):
-        _run(products.product_kernel(*plan.tile), {**product, products.PHASE: phase}, plan.threads)
+    product |= {"X": x.data_ptr(), "THETA": theta_ih.data_ptr(), "BIAS": _address(bias)}
+    for phase in (ProductPhase.TRANSPOSE, ProductPhase.MULTIPLY):
+        products.product_kernel(*plan.tile)(_fill_product(**product, PHASE=phase), plan.threads)
 
     values = torch.empty_like(theta_hh)
     fields = _gather(theta_hh, values, hh.addresses[:3], plan.threads)
@@ -150,10 +136,9 @@ def _forward(
         plan, steps, batch, hidden, reverse, state * size if keep and kind == recurrent.LSTM else 0, states, last
     )
     fields |= {
-        recurrent.GATES: gates.data_ptr(), recurrent.CELLS: _address(cells), recurrent.SCRATCH: scratch.data_ptr(),
-        recurrent.Y: y.data_ptr(), recurrent.KEPT: _address(kept),
+        "GATES": gates.data_ptr(), "CELLS": _address(cells), "SCRATCH": scratch.data_ptr(), "Y": y.data_ptr(), "KEPT": _address(kept),
     }  # fmt: skip
-    _run(recurrent.forward_kernel(kind, *plan.part), fields, min(plan.threads, plan.parts))
+    recurrent.forward_kernel(kind, *plan.part)(_fill_steps(**fields), min(plan.threads, plan.parts))
     return (y, *last), tuple(one for one in (tiled, gates, kept, cells) if one is not None) if keep else ()
 
 
@@ -182,10 +167,10 @@ def _backward(
     first = [dy.new_empty((batch, hidden)) if needed else None for needed in need[4:]]
     fields |= _of_steps(plan, steps, batch, hidden, reverse, state * size if cells else 0, first, last)
     fields |= {
-        recurrent.GATES: gates.data_ptr(), recurrent.CELLS: (cells[0] if cells else kept).data_ptr(),
-        recurrent.SCRATCH: scratch.data_ptr(), recurrent.Y: dy.data_ptr(), recurrent.KEPT: dgates.data_ptr(),
+        "GATES": gates.data_ptr(), "CELLS": (cells[0] if cells else kept).data_ptr(),
+        "SCRATCH": scratch.data_ptr(), "Y": dy.data_ptr(), "KEPT": dgates.data_ptr(),
     }  # fmt: skip
-    _run(recurrent.backward_kernel(kind, *plan.part), fields, min(plan.threads, plan.parts))
+    recurrent.backward_kernel(kind, *plan.part)(_fill_steps(**fields), min(plan.threads, plan.parts))
 
     dtheta_ih, dtheta_hh = (
         torch.empty_like(one) if needed else None for one, needed in zip((theta_ih, theta_hh), need[1:3], strict=True)
@@ -194,15 +179,15 @@ def _backward(
     dsums = dy.new_empty(4 * hidden) if need[3] else None
     if dtheta_hh is not None or dsums is not None:
         of_hidden = _of_products(plan, steps, dgates, kept, hh, hidden, 2) | _ordered(hh.addresses[:3])
-        of_hidden |= {products.DTHETA: _address(dtheta_hh), products.DBIAS: _address(dsums)}
-        _run(products.theta_kernel(*plan.tile), of_hidden, plan.threads)
+        of_hidden |= {"DTHETA": _address(dtheta_hh), "DBIAS": _address(dsums)}
+        products.theta_kernel(*plan.tile)(_fill_product(**of_hidden), plan.threads)
     of_input = _of_products(plan, steps, dgates, tiled, ih, hidden, 3)
-    of_input |= {products.THETA: theta_ih.data_ptr(), products.DTHETA: _address(dtheta_ih), products.DX: _address(dx)}
+    of_input |= {"THETA": theta_ih.data_ptr(), "DTHETA": _address(dtheta_ih), "DX": _address(dx)}
     if dx is not None:
-        _run(products.input_kernel(*plan.tile), of_input | _ordered(ih.addresses[3:]), plan.threads)
+        products.input_kernel(*plan.tile)(_fill_product(**of_input, **_ordered(ih.addresses[3:])), plan.threads)
         dx = dx[:, :batch]
     elif dtheta_ih is not None:
-        _run(products.theta_kernel(*plan.tile), of_input | _ordered(ih.addresses[:3]), plan.threads)
+        products.theta_kernel(*plan.tile)(_fill_product(**of_input, **_ordered(ih.addresses[:3])), plan.threads)
     return [dx, dtheta_ih, dtheta_hh, dsums, *first]
 
 

@@ -9,8 +9,6 @@ Where there is no kernel (another device or dtype, no numba), :mod:`lightning_de
 
 from __future__ import annotations
 
-import ctypes
-import struct
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,7 +20,9 @@ from lightning_deepr.compute import gpu_check
 from lightning_deepr.compute.eager import dispatch_modes, is_plain, transforms
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses
+from lightning_deepr.compute.slots import SparseSlots
 from lightning_deepr.kernels.cpu.buffers import LARGE, empty
+from lightning_deepr.kernels.cpu.fields import LinearArguments, LinearPhase, pack_order, packer, writable
 
 
 class _Plan(NamedTuple):
@@ -61,8 +61,10 @@ def _plan(batch: int, rows: int, columns: int, count: int, size: int, backward: 
     )
 
 
-_ARGUMENTS, _pack = ctypes.c_int64 * 22, struct.Struct("22q").pack
-_ALL, _TRANSPOSE, _MULTIPLY, _TILE = 0, 1, 2, 11  # the kernels' phases; the argument that says which tile
+_pack = packer(LinearArguments)  # (PHASE is ALL where it is not given)
+# (a member of an enumeration takes longer to look up)
+_TASK, _PHASE, _TILE = int(LinearArguments.TASK), int(LinearArguments.PHASE), int(LinearArguments.TILE)
+_TRANSPOSE, _MULTIPLY = int(LinearPhase.TRANSPOSE), int(LinearPhase.MULTIPLY)
 _KERNEL_TYPES = (torch.float32, torch.float64)
 _SMALL = 1 << 18  # multiplications that one thread does
 
@@ -71,22 +73,22 @@ def _small(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return like.new_empty(shape)
 
 
-def _forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: list[int], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: bytes, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """y [B, rows] and x in tiles; x is [B, columns] and contiguous."""
     batch = x.shape[0]
     plan = _plan(batch, rows, columns, theta.shape[0], x.element_size(), False)
     make = empty if plan.large else _small
     y, tiled = make((batch, rows), x), make((plan.tiled_x,), x)
-    arguments = (
-        0, _ALL, batch, plan.tiles, rows, columns, x.data_ptr(), tiled.data_ptr(), y.data_ptr(), 0, theta.data_ptr(),
-        0 if bias is None else bias.data_ptr(), *order, 0, 0, 0, plan.vectors
+    packed = _pack(
+        BATCH=batch, TILES=plan.tiles, ROWS=rows, COLUMNS=columns, X=x.data_ptr(), XT=tiled.data_ptr(), Y=y.data_ptr(),
+        THETA=theta.data_ptr(), BIAS=0 if bias is None else bias.data_ptr(), PARTS=plan.vectors, order=order,
     )  # fmt: skip
-    _run(plan, arguments)
+    _run(plan, packed)
     return y, tiled
 
 
 def _backward(
-    dy: Tensor, x: Tensor | None, tiled: Tensor | None, theta: Tensor, order: list[int], rows: int, columns: int,
+    dy: Tensor, x: Tensor | None, tiled: Tensor | None, theta: Tensor, order: bytes, rows: int, columns: int,
     need_x: bool, need_theta: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of x, theta and bias, where needed; of x as it was or in tiles."""
@@ -103,32 +105,31 @@ def _backward(
     dx = make((batch, columns), dy) if need_x else None
     dtheta = torch.empty_like(theta) if need_theta else None
     dbias = dy.new_empty(rows) if need_bias else None
-    arguments = (
-        0, _ALL, batch, plan.tiles, rows, columns, source, tiled.data_ptr(), dy.data_ptr(), dy_tiled.data_ptr(), theta.data_ptr(),
-        0, *order, 0 if dx is None else dx.data_ptr(), 0 if dtheta is None else dtheta.data_ptr(),
-        0 if dbias is None else dbias.data_ptr(), plan.vectors
+    packed = _pack(
+        BATCH=batch, TILES=plan.tiles, ROWS=rows, COLUMNS=columns, X=source, XT=tiled.data_ptr(), Y=dy.data_ptr(),
+        YT=dy_tiled.data_ptr(), THETA=theta.data_ptr(), DX=0 if dx is None else dx.data_ptr(),
+        DTHETA=0 if dtheta is None else dtheta.data_ptr(), DBIAS=0 if dbias is None else dbias.data_ptr(),
+        PARTS=plan.vectors, order=order,
     )  # fmt: skip
-    _run(plan, arguments, plan.tiles if need_x else 1)
+    _run(plan, packed, plan.tiles if need_x else 1)
     return dx, dtheta, dbias
 
 
-def _run(plan: _Plan, arguments: tuple[int, ...], passes: int = 1) -> None:
+def _run(plan: _Plan, packed: bytes, passes: int = 1) -> None:
     threads = 1
     if plan.work > _SMALL:
         from lightning_deepr.kernels.cpu.native import threads_for
 
         threads = threads_for(plan.work, _SMALL)
     if threads == 1:
-        plan.kernel.alone(_pack(*arguments))
+        plan.kernel.alone(packed)
         return
-    several = _ARGUMENTS(*arguments)
-    several[1] = _TRANSPOSE
+    several = writable(packed)
+    several[_PHASE] = _TRANSPOSE
     plan.kernel(several, threads)
-    several[1] = _MULTIPLY
+    several[_PHASE] = _MULTIPLY
     for tile in range(passes):
-        several[0] = 0
-        if passes > 1:
-            several[_TILE] = tile
+        several[_TASK], several[_TILE] = 0, tile
         plan.kernel(several, threads)
 
 
@@ -137,7 +138,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, theta: Tensor, bias: Tensor | None, buffer: Tensor, order: Any) -> Tensor:  # type: ignore[override]
-        y, tiled = _forward(x, theta, bias, order.addresses, order.rows, order.columns)
+        y, tiled = _forward(x, theta, bias, order.packed, order.rows, order.columns)
         # x itself costs nothing where its maker keeps it too; its tiles save the time to make them again
         ctx.tiled = tiled.nbytes < LARGE
         ctx.save_for_backward(tiled if ctx.tiled else x, theta, buffer)
@@ -152,7 +153,7 @@ class LinearFunction(torch.autograd.Function):
         x, tiled = (None, kept) if ctx.tiled else (kept, None)
         order, need = ctx.order, ctx.needs_input_grad
         dx, dtheta, dbias = _backward(
-            dy.contiguous(), x, tiled, theta, order.addresses, order.rows, order.columns, need[0], need[1], need[2]
+            dy.contiguous(), x, tiled, theta, order.packed, order.rows, order.columns, need[0], need[1], need[2]
         )
         return dx, dtheta, dbias, None, None
 
@@ -163,7 +164,7 @@ def linear_op(x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, rows
     x = x.contiguous()
     if x.shape[0] == 0:
         return x.new_empty((0, rows))
-    return _forward(x, theta, bias, addresses(order, rows, columns, theta.numel()), rows, columns)[0]
+    return _forward(x, theta, bias, pack_order(*addresses(order, rows, columns, theta.numel())), rows, columns)[0]
 
 
 @linear_op.register_fake
@@ -190,7 +191,7 @@ def linear_backward_op(
             dy.new_zeros(theta.shape if need_theta else (0,)),
             dy.new_zeros(rows if need_bias else 0),
         )
-    places = addresses(order, rows, columns, theta.numel())
+    places = pack_order(*addresses(order, rows, columns, theta.numel()))
     found = _backward(dy.contiguous(), x.contiguous(), None, theta, places, rows, columns, need_x, need_theta, need_bias)
     dx, dtheta, dbias = (dy.new_empty(0) if gradient is None else gradient for gradient in found)
     return dx, dtheta, dbias
@@ -238,7 +239,7 @@ linear_op.register_autograd(_differentiate, setup_context=_setup)
 linear_backward_op.register_autograd(_refuse_twice)
 
 
-def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor | None:
+def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) -> Tensor | None:
     """:func:`linear` of an everyday call, with no more questions than it needs; None: ask them all.
 
     (A small layer takes some 10 microseconds: every attribute counts.)
@@ -272,10 +273,10 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> T
         return None
     if torch.is_grad_enabled():
         return LinearFunction.apply(x, theta, bias, order.buffer, order)  # type: ignore[no-any-return]
-    return _forward(x, theta, bias, order.addresses, order.rows, order.columns)[0]
+    return _forward(x, theta, bias, order.packed, order.rows, order.columns)[0]
 
 
-def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
+def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) -> Tensor:
     """``F.linear`` with a converted weight of K connections.
 
     Args:
@@ -338,7 +339,7 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
         if torch.is_grad_enabled():
             y = LinearFunction.apply(flat, theta, bias, order.buffer, order)
         else:
-            y = _forward(flat, theta, bias, order.addresses, rows, columns)[0]
+            y = _forward(flat, theta, bias, order.packed, rows, columns)[0]
     if cast is not None:
         y = y.to(cast)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import _version_of
+from lightning_deepr.compute.slots import Connections
 from lightning_deepr.kernels.gpu import linear as triton_linear
 
 CONNECTIONS, LARGEST_BATCH = 32, 64  # a program's tile
@@ -62,7 +63,7 @@ def _starts(line: Tensor, lines: int) -> Tensor:
 _orders: weakref.WeakKeyDictionary[Any, GpuOrder] = weakref.WeakKeyDictionary()
 
 
-def order_of(slots: Any) -> GpuOrder:
+def order_of(slots: Connections) -> GpuOrder:
     """The order of a :class:`lightning_deepr.weights.k_slots.KSlots`, up to date."""
     order = _orders.get(slots)
     if order is None or not order.is_of(slots.places):
@@ -71,7 +72,7 @@ def order_of(slots: Any) -> GpuOrder:
     return order
 
 
-def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Any) -> Tensor:
+def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Connections) -> Tensor:
     """x [B, columns] -> [B, rows] with the connections of ``slots``; x, theta and bias of one dtype, on one device.
 
     Raises:

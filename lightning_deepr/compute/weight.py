@@ -10,6 +10,7 @@ from torch.nn.functional import linear as torch_linear
 from torch.utils._pytree import tree_map
 
 from lightning_deepr.compute import sparse
+from lightning_deepr.compute.slots import SparseSlots
 
 # What can be told without the values.
 _FREE = {
@@ -29,10 +30,10 @@ class SparseWeight(torch.Tensor):
     """
 
     _theta: Tensor
-    _slots: Any
+    _slots: SparseSlots
 
     @staticmethod
-    def __new__(cls, theta: Tensor, slots: Any) -> SparseWeight:
+    def __new__(cls, theta: Tensor, slots: SparseSlots) -> SparseWeight:
         weight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, slots.shape, dtype=theta.dtype, device=theta.device, requires_grad=theta.requires_grad
         )

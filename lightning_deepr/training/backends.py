@@ -16,12 +16,11 @@ from torch import Tensor
 
 from lightning_deepr import kernels
 from lightning_deepr.algorithm import rewiring
+from lightning_deepr.kernels.cpu.fields import MOST_STATES
 from lightning_deepr.training import gpu_check
 from lightning_deepr.training.tracked import Reborn, Stepped
 from lightning_deepr.weights.averages import restart_averages
 from lightning_deepr.weights.shared import Pool
-
-MOST_STATES = 4  # state tensors of an optimizer that the kernel resets; more are reset in PyTorch
 
 
 @dataclass(slots=True)

@@ -144,7 +144,7 @@ def test_planes_that_are_computed_in_bands(how: dict[str, Any], threads: int, mo
         around = conv._around(how.get("padding", 0), (3, 3), (1, 1))
         geometry = conv._geometry(image, (3, 2, 3, 3), stride, around, (1, 1), 8, 8)
         assert geometry.bands > 1  # or this has tested nothing
-        assert geometry.forward_sizes[1][-1] > 1
+        assert geometry.forward_words["BANDS"] > 1
     finally:
         conv._geometry.cache_clear()
 

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_deepr import DeepR, kernels, sparsify
+from lightning_deepr.kernels.cpu.fields import GPU_ROW_WORDS, MOST_STATES, GpuHeader, GpuRow, Row, StateRow
 from lightning_deepr.kernels.gpu import gate
 from tests.helpers.kernel_steps import (
     LR,
@@ -75,6 +76,14 @@ def pytorch(monkeypatch: pytest.MonkeyPatch) -> Run:
             return function()
 
     return run
+
+
+def test_constants_are_those_of_the_lists() -> None:
+    """The kernels' names are written out, one by one: each stands for the word of that name."""
+    words = {name: position for kind in (GpuHeader, Row, GpuRow, StateRow) for name, position in kind.__members__.items()}
+    assert {name: getattr(triton_rewire, name).value for name in words} == words
+    assert (triton_rewire.HEADER.value, triton_rewire.FIELDS.value) == (len(GpuHeader), GPU_ROW_WORDS)
+    assert (triton_rewire.STATE_WORDS.value, triton_rewire.MOST_STATES.value) == (len(StateRow), MOST_STATES)
 
 
 def direct(function: Callable[[], Any]) -> Any:

@@ -25,6 +25,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lightning_deepr.kernels.cpu.fields import ConvArguments as A
+from lightning_deepr.kernels.cpu.fields import ConvPhase
 from lightning_deepr.kernels.cpu.linear import SLOT
 from lightning_deepr.kernels.cpu.native import (
     Kernel,
@@ -80,12 +82,15 @@ def _at(builder: Any, address: Any, i: Any, size: int, kind: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def accumulate_block(typingctx, sums, sums_row, sums_step, count, offsets, values, source, source_row, size, lanes, across, down, step):  # type: ignore[no-untyped-def]  # fmt: skip
+def accumulate_block(
+    typingctx: Any, sums: Any, sums_row: Any, sums_step: Any, count: Any, offsets: Any, values: Any, source: Any,
+    source_row: Any, size: Any, lanes: Any, across: Any, down: Any, step: Any,
+) -> Any:  # fmt: skip
     """sums[block] += sum over i < count of values[i] * (source + offsets[i])[block]; rows and steps in bytes, ``step`` in pixels."""
     shape = [literal.literal_value for literal in (size, lanes, across, down)]
     pixels = step.literal_value
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         into, row, stride, number, offset, value, origin, origin_row = args[:8]
         block = _Block(builder, *shape)
         tile = block.tile
@@ -105,7 +110,10 @@ def accumulate_block(typingctx, sums, sums_row, sums_step, count, offsets, value
 
 
 @intrinsic(prefer_literal=True)
-def differentiate_block(typingctx, sums, sums_row, own, own_row, step, count, offsets, values, dots, source, source_row, size, lanes, across, down, need_x, need_theta):  # type: ignore[no-untyped-def]  # fmt: skip
+def differentiate_block(
+    typingctx: Any, sums: Any, sums_row: Any, own: Any, own_row: Any, step: Any, count: Any, offsets: Any, values: Any,
+    dots: Any, source: Any, source_row: Any, size: Any, lanes: Any, across: Any, down: Any, need_x: Any, need_theta: Any,
+) -> Any:  # fmt: skip
     """As :func:`accumulate_block` where ``need_x``; where ``need_theta``, vectors dots[i] += (source + offsets[i])[block] * own[block].
 
     ``step``, in bytes, is that of sums and own.
@@ -113,7 +121,7 @@ def differentiate_block(typingctx, sums, sums_row, own, own_row, step, count, of
     shape = [literal.literal_value for literal in (size, lanes, across, down)]
     adds, multiplies = need_x.literal_value, need_theta.literal_value
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         into, row, mine, mine_row, stride, number, offset, value, products, origin, origin_row = args[:11]
         block = _Block(builder, *shape)
         tile = block.tile
@@ -151,12 +159,12 @@ def differentiate_block(typingctx, sums, sums_row, own, own_row, step, count, of
 
 
 @intrinsic(prefer_literal=True)
-def move_row(typingctx, source, target, size, lanes, adds):  # type: ignore[no-untyped-def]
+def move_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any, adds: Any) -> Any:
     """Copy one vector, or (``adds``) add it to the one at the target."""
     shape = (size.literal_value, lanes.literal_value, 1)
     is_sum = adds.literal_value
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
         value = tile.load(args[0], 0)
         tile.store(builder.fadd(value, tile.load(args[1], 0)) if is_sum else value, args[1], 0)
@@ -166,11 +174,11 @@ def move_row(typingctx, source, target, size, lanes, adds):  # type: ignore[no-u
 
 
 @intrinsic(prefer_literal=True)
-def sum_of_row(typingctx, source, target, size, lanes):  # type: ignore[no-untyped-def]
+def sum_of_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any) -> Any:
     """The sum of one vector's lanes, stored as one float."""
     shape = (size.literal_value, lanes.literal_value, 1)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
         builder.store(tile.sum(tile.load(args[0], 0)), builder.inttoptr(args[1], tile.scalar.as_pointer()))
         return context.get_dummy_value()
@@ -182,7 +190,10 @@ def sum_of_row(typingctx, source, target, size, lanes):  # type: ignore[no-untyp
 
 
 @njit(inline="never")
-def to_plane(image, features, first, height, width, plane, rows, columns, top, left, batch, start, block, total, size, lanes):  # type: ignore[no-untyped-def]  # fmt: skip
+def to_plane(
+    image: int, features: int, first: int, height: int, width: int, plane: int, rows: int, columns: int, top: int,
+    left: int, batch: int, start: int, block: int, total: int, size: int, lanes: int,
+) -> None:  # fmt: skip
     """One channel of ``lanes`` images, from ``start`` on, -> plane [rows, columns, lanes], its pixel (0, 0) at (top, left), 0 elsewhere.
 
     ``image`` is [batch, features], the channel begins at feature ``first``. What doesn't fit in the plane is left out. The sum of
@@ -212,7 +223,10 @@ def to_plane(image, features, first, height, width, plane, rows, columns, top, l
 
 
 @njit(inline="never")
-def from_plane(plane, columns, image, features, first, width, count, batch, start, block, size, lanes):  # type: ignore[no-untyped-def]
+def from_plane(
+    plane: int, columns: int, image: int, features: int, first: int, width: int, count: int, batch: int, start: int,
+    block: int, size: int, lanes: int,
+) -> None:  # fmt: skip
     """``count`` pixels of a plane, from its (0, 0) on in rows of ``width``, -> image [batch, features] from feature ``first`` on."""
     pixel = lanes * size
     row, column = 0, 0
@@ -231,19 +245,6 @@ def from_plane(plane, columns, image, features, first, width, count, batch, star
 
 
 # -- kernels --------------------------------------------------------------------------------------------------------------
-# Arguments of both kernels, by position in the array. "In" is x's side, "out" is y's.
-TASK, WORKER, PHASE, BATCH, TILES, COUNT, CHANNELS_IN, CHANNELS_OUT, X, XP, Y, YP, THETA, BIAS = range(14)
-ROW_START, ROW_COLUMN, ROW_SLOT, COLUMN_START, COLUMN_ROW, COLUMN_SLOT, DX, DTHETA, DBIAS = range(14, 23)
-HEIGHT, WIDTH, X_ROWS, X_COLUMNS, TOP, LEFT = range(23, 29)  # x, its planes, and where it begins in them
-OUT_HEIGHT, OUT_WIDTH, Y_ROWS, Y_COLUMNS, OUT_TOP, OUT_LEFT = range(29, 35)  # the same of dy
-KERNEL, STRIDE_DOWN, STRIDE_ACROSS = range(35, 38)  # kernel positions
-SCRATCH, SCRATCH_COLUMNS, SCRATCH_BYTES = range(38, 41)  # a worker's sums of one band, before they are transposed
-LAST_ROW, BAND, BANDS = range(41, 44)  # rows to compute (a multiple of `down`), rows of a band, bands
-SHIFT, MEETS, PARTIAL, PARTIAL_BIAS = range(
-    44, 48
-)  # see compute/conv.py; sums of each tile and band for dtheta, of each tile for db
-ARGUMENTS = 48
-LAYOUT, MULTIPLY, REDUCE = 0, 1, 2  # phases
 
 
 @cache
@@ -252,16 +253,16 @@ def forward_kernel(size: int, lanes: int, across: int, down: int, step: int) -> 
     pixel = lanes * size
     block_bytes, values_bytes, offsets_bytes = lanes * pixel, CHUNK * size, CHUNK * 8
 
-    def forward(a):  # type: ignore[no-untyped-def]
-        batch, tiles = load_int64(a + 8 * BATCH), load_int64(a + 8 * TILES)
-        inputs, outputs = load_int64(a + 8 * CHANNELS_IN), load_int64(a + 8 * CHANNELS_OUT)
-        xp, rows, columns = load_int64(a + 8 * XP), load_int64(a + 8 * X_ROWS), load_int64(a + 8 * X_COLUMNS)
+    def forward(a: int) -> None:
+        batch, tiles = load_int64(a + 8 * A.BATCH), load_int64(a + 8 * A.TILES)
+        inputs, outputs = load_int64(a + 8 * A.CHANNELS_IN), load_int64(a + 8 * A.CHANNELS_OUT)
+        xp, rows, columns = load_int64(a + 8 * A.XP), load_int64(a + 8 * A.X_ROWS), load_int64(a + 8 * A.X_COLUMNS)
         block = stack_space(block_bytes)
-        if load_int64(a + 8 * PHASE) == LAYOUT:
-            x, height, width = load_int64(a + 8 * X), load_int64(a + 8 * HEIGHT), load_int64(a + 8 * WIDTH)
-            top, left, pixels = load_int64(a + 8 * TOP), load_int64(a + 8 * LEFT), height * width
+        if load_int64(a + 8 * A.PHASE) == ConvPhase.LAYOUT:
+            x, height, width = load_int64(a + 8 * A.X), load_int64(a + 8 * A.HEIGHT), load_int64(a + 8 * A.WIDTH)
+            top, left, pixels = load_int64(a + 8 * A.TOP), load_int64(a + 8 * A.LEFT), height * width
             while True:
-                task = fetch_add(a, 1)
+                task = fetch_add(a + 8 * A.TASK, 1)
                 if task >= tiles * inputs:
                     return
                 plane, first = xp + task * rows * columns * pixel, (task % inputs) * pixels
@@ -285,24 +286,28 @@ def forward_kernel(size: int, lanes: int, across: int, down: int, step: int) -> 
                     lanes,
                 )
         y, theta, bias, shift = (
-            load_int64(a + 8 * Y),
-            load_int64(a + 8 * THETA),
-            load_int64(a + 8 * BIAS),
-            load_int64(a + 8 * SHIFT),
+            load_int64(a + 8 * A.Y),
+            load_int64(a + 8 * A.THETA),
+            load_int64(a + 8 * A.BIAS),
+            load_int64(a + 8 * A.SHIFT),
         )
         row_start, row_column, row_slot = (
-            load_int64(a + 8 * ROW_START),
-            load_int64(a + 8 * ROW_COLUMN),
-            load_int64(a + 8 * ROW_SLOT),
+            load_int64(a + 8 * A.ROW_START),
+            load_int64(a + 8 * A.ROW_COLUMN),
+            load_int64(a + 8 * A.ROW_SLOT),
         )
-        height, width, stride = load_int64(a + 8 * OUT_HEIGHT), load_int64(a + 8 * OUT_WIDTH), load_int64(a + 8 * STRIDE_DOWN)
-        last, band, bands = load_int64(a + 8 * LAST_ROW), load_int64(a + 8 * BAND), load_int64(a + 8 * BANDS)
-        sums_columns = load_int64(a + 8 * SCRATCH_COLUMNS)
-        sums = load_int64(a + 8 * SCRATCH) + fetch_add(a + 8 * WORKER, 1) * load_int64(a + 8 * SCRATCH_BYTES)
+        height, width, stride = (
+            load_int64(a + 8 * A.OUT_HEIGHT),
+            load_int64(a + 8 * A.OUT_WIDTH),
+            load_int64(a + 8 * A.STRIDE_DOWN),
+        )
+        last, band, bands = load_int64(a + 8 * A.LAST_ROW), load_int64(a + 8 * A.BAND), load_int64(a + 8 * A.BANDS)
+        sums_columns = load_int64(a + 8 * A.SCRATCH_COLUMNS)
+        sums = load_int64(a + 8 * A.SCRATCH) + fetch_add(a + 8 * A.WORKER, 1) * load_int64(a + 8 * A.SCRATCH_BYTES)
         values, offsets = stack_space(values_bytes), stack_space(offsets_bytes)
         features = outputs * height * width
         while True:
-            task = fetch_add(a, 1)
+            task = fetch_add(a + 8 * A.TASK, 1)
             if task >= tiles * bands * outputs:
                 return
             tile, part, o = task // (bands * outputs), task // outputs % bands, task % outputs
@@ -339,28 +344,32 @@ def backward_kernel(size: int, lanes: int, across: int, down: int, need_x: bool,
     pixel = lanes * size
     block_bytes, values_bytes, offsets_bytes, dots_bytes = lanes * pixel, CHUNK * size, CHUNK * 8, CHUNK * lanes * size
 
-    def backward(a):  # type: ignore[no-untyped-def]
+    def backward(a: int) -> None:
         phase, batch, tiles, total = (
-            load_int64(a + 8 * PHASE),
-            load_int64(a + 8 * BATCH),
-            load_int64(a + 8 * TILES),
-            load_int64(a + 8 * COUNT),
+            load_int64(a + 8 * A.PHASE),
+            load_int64(a + 8 * A.BATCH),
+            load_int64(a + 8 * A.TILES),
+            load_int64(a + 8 * A.COUNT),
         )
-        inputs, outputs = load_int64(a + 8 * CHANNELS_IN), load_int64(a + 8 * CHANNELS_OUT)
-        yp, rows, columns = load_int64(a + 8 * YP), load_int64(a + 8 * Y_ROWS), load_int64(a + 8 * Y_COLUMNS)
-        partial, bands = load_int64(a + 8 * PARTIAL), load_int64(a + 8 * BANDS)
-        dtheta, dbias, partial_bias = load_int64(a + 8 * DTHETA), load_int64(a + 8 * DBIAS), load_int64(a + 8 * PARTIAL_BIAS)
+        inputs, outputs = load_int64(a + 8 * A.CHANNELS_IN), load_int64(a + 8 * A.CHANNELS_OUT)
+        yp, rows, columns = load_int64(a + 8 * A.YP), load_int64(a + 8 * A.Y_ROWS), load_int64(a + 8 * A.Y_COLUMNS)
+        partial, bands = load_int64(a + 8 * A.PARTIAL), load_int64(a + 8 * A.BANDS)
+        dtheta, dbias, partial_bias = (
+            load_int64(a + 8 * A.DTHETA),
+            load_int64(a + 8 * A.DBIAS),
+            load_int64(a + 8 * A.PARTIAL_BIAS),
+        )
         column_start, column_row, column_slot = (
-            load_int64(a + 8 * COLUMN_START),
-            load_int64(a + 8 * COLUMN_ROW),
-            load_int64(a + 8 * COLUMN_SLOT),
+            load_int64(a + 8 * A.COLUMN_START),
+            load_int64(a + 8 * A.COLUMN_ROW),
+            load_int64(a + 8 * A.COLUMN_SLOT),
         )
         block, vector = stack_space(block_bytes), stack_space(64)
-        if phase == LAYOUT:
-            dy, height, width = load_int64(a + 8 * Y), load_int64(a + 8 * OUT_HEIGHT), load_int64(a + 8 * OUT_WIDTH)
-            top, left, pixels = load_int64(a + 8 * OUT_TOP), load_int64(a + 8 * OUT_LEFT), height * width
+        if phase == ConvPhase.LAYOUT:
+            dy, height, width = load_int64(a + 8 * A.Y), load_int64(a + 8 * A.OUT_HEIGHT), load_int64(a + 8 * A.OUT_WIDTH)
+            top, left, pixels = load_int64(a + 8 * A.OUT_TOP), load_int64(a + 8 * A.OUT_LEFT), height * width
             while True:
-                task = fetch_add(a, 1)
+                task = fetch_add(a + 8 * A.TASK, 1)
                 if task >= tiles * outputs:
                     return
                 plane, first = yp + task * rows * columns * pixel, (task % outputs) * pixels
@@ -371,10 +380,10 @@ def backward_kernel(size: int, lanes: int, across: int, down: int, need_x: bool,
                 )  # fmt: skip
                 if dbias != 0:
                     sum_of_row(vector, partial_bias + task * size, size, lanes)
-        if phase == REDUCE:
+        if phase == ConvPhase.REDUCE:
             tasks = (total + 1023) // 1024 if need_theta else 0
             while True:
-                task = fetch_add(a, 1)
+                task = fetch_add(a + 8 * A.TASK, 1)
                 if task > tasks:
                     return
                 if task == tasks:
@@ -391,24 +400,24 @@ def backward_kernel(size: int, lanes: int, across: int, down: int, need_x: bool,
                         value += load_float(partial + (part * total + i) * size, size)
                     slot = load_int32(column_slot + i * 4)
                     store_float(dtheta + (slot & SLOT) * size, -value if slot < 0 else value, size)
-        xp, x_rows, x_columns = load_int64(a + 8 * XP), load_int64(a + 8 * X_ROWS), load_int64(a + 8 * X_COLUMNS)
+        xp, x_rows, x_columns = load_int64(a + 8 * A.XP), load_int64(a + 8 * A.X_ROWS), load_int64(a + 8 * A.X_COLUMNS)
         theta, dx, shift, meets = (
-            load_int64(a + 8 * THETA),
-            load_int64(a + 8 * DX),
-            load_int64(a + 8 * SHIFT),
-            load_int64(a + 8 * MEETS),
+            load_int64(a + 8 * A.THETA),
+            load_int64(a + 8 * A.DX),
+            load_int64(a + 8 * A.SHIFT),
+            load_int64(a + 8 * A.MEETS),
         )
-        height, width, positions = load_int64(a + 8 * HEIGHT), load_int64(a + 8 * WIDTH), load_int64(a + 8 * KERNEL)
-        down_stride, across_stride = load_int64(a + 8 * STRIDE_DOWN), load_int64(a + 8 * STRIDE_ACROSS)
-        top, left = load_int64(a + 8 * TOP), load_int64(a + 8 * LEFT)
-        last, band = load_int64(a + 8 * LAST_ROW), load_int64(a + 8 * BAND)
-        sums_columns = load_int64(a + 8 * SCRATCH_COLUMNS)
-        sums = load_int64(a + 8 * SCRATCH) + fetch_add(a + 8 * WORKER, 1) * load_int64(a + 8 * SCRATCH_BYTES)
+        height, width, positions = load_int64(a + 8 * A.HEIGHT), load_int64(a + 8 * A.WIDTH), load_int64(a + 8 * A.KERNEL)
+        down_stride, across_stride = load_int64(a + 8 * A.STRIDE_DOWN), load_int64(a + 8 * A.STRIDE_ACROSS)
+        top, left = load_int64(a + 8 * A.TOP), load_int64(a + 8 * A.LEFT)
+        last, band = load_int64(a + 8 * A.LAST_ROW), load_int64(a + 8 * A.BAND)
+        sums_columns = load_int64(a + 8 * A.SCRATCH_COLUMNS)
+        sums = load_int64(a + 8 * A.SCRATCH) + fetch_add(a + 8 * A.WORKER, 1) * load_int64(a + 8 * A.SCRATCH_BYTES)
         values, offsets, numbers = stack_space(values_bytes), stack_space(offsets_bytes), stack_space(offsets_bytes)
         dots = stack_space(dots_bytes)
         features, own_step = inputs * height * width, across_stride * pixel
         while True:
-            task = fetch_add(a, 1)
+            task = fetch_add(a + 8 * A.TASK, 1)
             if task >= tiles * bands * inputs:
                 return
             tile, part, channel = task // (bands * inputs), task // inputs % bands, task % inputs

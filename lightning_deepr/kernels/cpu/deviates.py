@@ -7,6 +7,7 @@ vectorized; they agree with the library's to a few units in the last place of a 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -19,20 +20,20 @@ BLOCK = 1 << 9  # deviates at a time
 
 
 @intrinsic
-def as_float(typingctx, word):
+def as_float(typingctx: Any, word: Any) -> Any:
     """The float64 with these bits."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.DoubleType())
 
     return types.float64(types.uint64), codegen
 
 
 @intrinsic
-def as_word(typingctx, value):
+def as_word(typingctx: Any, value: Any) -> Any:
     """The bits of a float64."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(64))
 
     return types.uint64(types.float64), codegen
@@ -47,13 +48,13 @@ L1, L3, L5, L7, L9, L11, L13, L15, L17, L19, L21 = (2.0 / (2 * i + 1) for i in r
 
 
 @njit(inline="always")
-def small(word):
+def small(word: np.uint64) -> float:
     """An integer below 2**52 as a float64 (the conversion of a uint64 would not be vectorized)."""
     return as_float(word | _EXPONENT_OF_2_52) - 2.0**52
 
 
 @njit(inline="always")
-def log(x):
+def log(x: float) -> float:
     """Of a positive, normal float64."""
     word = as_word(x)
     mantissa, exponent = as_float((word & _MANTISSA) | _ONE), small(word >> np.uint64(52)) - 1023.0
@@ -67,7 +68,7 @@ def log(x):
 
 
 @njit(inline="always")
-def normal(word):
+def normal(word: np.uint64) -> float:
     """A standard normal deviate from 64 bits (``randomness.normal``)."""
     first = (small(word >> np.uint64(32)) + 0.5) * 2.0**-32
     turn = (small(word & _HALF_WORD) + 0.5) * 2.0**-32
@@ -79,7 +80,7 @@ def normal(word):
 
 
 @njit
-def deviates(key, counter, count, noise):
+def deviates(key: np.uint64, counter: int, count: int, noise: np.ndarray) -> None:
     """``noise[k]`` becomes the deviate of counter + k."""
     start = np.uint64(counter)
     for k in range(count):

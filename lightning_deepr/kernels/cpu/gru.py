@@ -6,6 +6,8 @@ the hidden state adds: a reset gate that works behind the product (as in PyTorch
 
 from __future__ import annotations
 
+from typing import Any
+
 from numba import types
 from numba.extending import intrinsic
 
@@ -14,11 +16,13 @@ from lightning_deepr.kernels.cpu.native import _Tile
 
 
 @intrinsic(prefer_literal=True)
-def gru_cell(typingctx, gates, stride, h, new_h, kept_h, size, lanes, vectors):
+def gru_cell(
+    typingctx: Any, gates: Any, stride: Any, h: Any, new_h: Any, kept_h: Any, size: Any, lanes: Any, vectors: Any,
+) -> Any:  # fmt: skip
     """r, z and n (``stride`` bytes apart) from their sums, in place, b is behind them; the new hidden state, to two places."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
         m = Math(builder, tile)
         places = blocks(builder, args[0], args[1])
@@ -36,14 +40,17 @@ def gru_cell(typingctx, gates, stride, h, new_h, kept_h, size, lanes, vectors):
 
 
 @intrinsic(prefer_literal=True)
-def gru_gradient(typingctx, gates, stride, h, dy, dh, dgates, dstride, kept, size, lanes, vectors):
+def gru_gradient(
+    typingctx: Any, gates: Any, stride: Any, h: Any, dy: Any, dh: Any, dgates: Any, dstride: Any, kept: Any, size: Any,
+    lanes: Any, vectors: Any,
+) -> Any:  # fmt: skip
     """The gradients of one unit's sums: those of r, z and b to ``dgates`` (``dstride`` bytes apart), of r, z, a and b to ``kept``.
 
     dh becomes what reaches the hidden state ``h`` of the step before past the gates.
     """
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
         m = Math(builder, tile)
         places = blocks(builder, args[0], args[1])

@@ -14,18 +14,18 @@ LARGEST = np.uint64(randomness.LARGEST)
 
 
 @njit(inline="always")
-def mix(word):
+def mix(word: np.uint64) -> np.uint64:
     word = (word ^ (word >> np.uint64(30))) * FIRST
     word = (word ^ (word >> np.uint64(27))) * SECOND
     return word ^ (word >> np.uint64(31))
 
 
 @njit(inline="always")
-def extend(state, coordinate):
+def extend(state: np.uint64, coordinate: np.uint64) -> np.uint64:
     """One more coordinate of a key. ``randomness.key`` starts with the number of coordinates."""
     return mix(state + GOLDEN + mix(coordinate))
 
 
 @njit(inline="always")
-def bits(key, counter):
+def bits(key: np.uint64, counter: np.uint64) -> np.uint64:
     return mix(counter * GOLDEN + key)

@@ -14,6 +14,8 @@ from functools import cache
 
 from numba import njit
 
+from lightning_deepr.kernels.cpu.fields import LinearArguments as A
+from lightning_deepr.kernels.cpu.fields import LinearPhase
 from lightning_deepr.kernels.cpu.native import (
     Kernel,
     accumulate_and_dot,
@@ -38,7 +40,9 @@ CACHE = 3 << 19  # bytes
 
 
 @njit(inline="never")
-def to_tiles(x, tiled, batch, features, first, last, tile, vectors, size, lanes):
+def to_tiles(
+    x: int, tiled: int, batch: int, features: int, first: int, last: int, tile: int, vectors: int, size: int, lanes: int,
+) -> None:  # fmt: skip
     """Columns first ... last of one batch tile of x [batch, features] -> tiled [features, W], 0 beyond the batch."""
     width = lanes * vectors
     start = tile * width
@@ -55,7 +59,9 @@ def to_tiles(x, tiled, batch, features, first, last, tile, vectors, size, lanes)
 
 
 @njit(inline="never")
-def from_block(block, y, batch, features, first, count, tile, vectors, size, lanes):
+def from_block(
+    block: int, y: int, batch: int, features: int, first: int, count: int, tile: int, vectors: int, size: int, lanes: int,
+) -> None:  # fmt: skip
     """``count`` finished rows of W floats -> y [batch, features], columns first ... first + count."""
     width = lanes * vectors
     for part in range(vectors):
@@ -80,7 +86,7 @@ def from_block(block, y, batch, features, first, count, tile, vectors, size, lan
 
 
 @njit(inline="always")
-def gather_values(theta, slots, count, values, size):
+def gather_values(theta: int, slots: int, count: int, values: int, size: int) -> None:
     for i in range(count):
         slot = load_int32(slots + i * 4)
         value = load_float(theta + (slot & SLOT) * size, size)
@@ -88,7 +94,7 @@ def gather_values(theta, slots, count, values, size):
 
 
 @njit(inline="always")
-def scatter_dots(dtheta, slots, count, dots, add, size):
+def scatter_dots(dtheta: int, slots: int, count: int, dots: int, add: bool, size: int) -> None:
     for i in range(count):
         slot = load_int32(slots + i * 4)
         value = load_float(dots + i * size, size)
@@ -99,31 +105,27 @@ def scatter_dots(dtheta, slots, count, dots, add, size):
         store_float(where, value, size)
 
 
-# The number of vectors in a tile is PARTS where a constant would only make the compiler unroll what need not be unrolled.
-# Arguments of both kernels, by position in the array.
-TASK, PHASE, BATCH, TILES, ROWS, COLUMNS, X, XT, Y, YT, THETA, BIAS = range(12)
-ROW_START, ROW_COLUMN, ROW_SLOT, COLUMN_START, COLUMN_ROW, COLUMN_SLOT, DX, DTHETA, DBIAS, PARTS = range(12, 22)
-ARGUMENTS = 22
-TILE = BIAS  # in the backward pass: the tile to multiply (the first of all, for one thread)
-ALL, TRANSPOSE, MULTIPLY = 0, 1, 2  # phases; ALL: one thread does everything in one call
-
-
 @cache
 def forward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     """y [B, rows] = x [B, columns] W^T + b, by row."""
     width = lanes * vectors
     block_bytes, chunk_bytes = lanes * width * size, CHUNK * size
 
-    def forward(a):
-        phase, batch, tiles = load_int64(a + 8 * PHASE), load_int64(a + 8 * BATCH), load_int64(a + 8 * TILES)
-        rows, columns, parts = load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS), load_int64(a + 8 * PARTS)
-        xt, y, theta, bias = load_int64(a + 8 * XT), load_int64(a + 8 * Y), load_int64(a + 8 * THETA), load_int64(a + 8 * BIAS)
-        counter = a
-        if phase == ALL:  # the caller is alone, and its arguments may be constants
+    def forward(a: int) -> None:
+        phase, batch, tiles = load_int64(a + 8 * A.PHASE), load_int64(a + 8 * A.BATCH), load_int64(a + 8 * A.TILES)
+        rows, columns, parts = load_int64(a + 8 * A.ROWS), load_int64(a + 8 * A.COLUMNS), load_int64(a + 8 * A.PARTS)
+        xt, y, theta, bias = (
+            load_int64(a + 8 * A.XT),
+            load_int64(a + 8 * A.Y),
+            load_int64(a + 8 * A.THETA),
+            load_int64(a + 8 * A.BIAS),
+        )
+        counter = a + 8 * A.TASK
+        if phase == LinearPhase.ALL:  # the caller is alone, and its arguments may be constants
             counter = stack_space(8)
             store_int64(counter, 0)
-        if phase != MULTIPLY:
-            x = load_int64(a + 8 * X)
+        if phase != LinearPhase.MULTIPLY:
+            x = load_int64(a + 8 * A.X)
             blocks = (columns + 127) // 128
             while True:
                 task = fetch_add(counter, 1)
@@ -131,14 +133,14 @@ def forward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
                     break
                 first = (task % blocks) * 128
                 to_tiles(x, xt, batch, columns, first, min(first + 128, columns), task // blocks, parts, size, lanes)
-        if phase == TRANSPOSE:
+        if phase == LinearPhase.TRANSPOSE:
             return
-        if phase == ALL:
+        if phase == LinearPhase.ALL:
             store_int64(counter, 0)
         row_start, row_column, row_slot = (
-            load_int64(a + 8 * ROW_START),
-            load_int64(a + 8 * ROW_COLUMN),
-            load_int64(a + 8 * ROW_SLOT),
+            load_int64(a + 8 * A.ROW_START),
+            load_int64(a + 8 * A.ROW_COLUMN),
+            load_int64(a + 8 * A.ROW_SLOT),
         )
         block, values = stack_space(block_bytes), stack_space(chunk_bytes)
         groups = (rows + lanes - 1) // lanes
@@ -167,12 +169,15 @@ def forward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
 
 
 @njit
-def dots_by_row(a, counter, batch, tiles, rows, columns, parts, xt, dy, dtheta, dbias, block, dots, size, lanes, vectors):
+def dots_by_row(
+    a: int, counter: int, batch: int, tiles: int, rows: int, columns: int, parts: int, xt: int, dy: int, dtheta: int,
+    dbias: int, block: int, dots: int, size: int, lanes: int, vectors: int,
+) -> None:  # fmt: skip
     """Only dtheta and db, by row: a block of dy at a time is transposed on the stack, and never all of it."""
     row_start, row_column, row_slot = (
-        load_int64(a + 8 * ROW_START),
-        load_int64(a + 8 * ROW_COLUMN),
-        load_int64(a + 8 * ROW_SLOT),
+        load_int64(a + 8 * A.ROW_START),
+        load_int64(a + 8 * A.ROW_COLUMN),
+        load_int64(a + 8 * A.ROW_SLOT),
     )
     width = lanes * vectors
     groups = (rows + lanes - 1) // lanes
@@ -223,17 +228,17 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     width = lanes * vectors
     block_bytes, chunk_bytes = lanes * width * size, CHUNK * size
 
-    def backward(a):
-        phase, batch, tiles = load_int64(a + 8 * PHASE), load_int64(a + 8 * BATCH), load_int64(a + 8 * TILES)
-        rows, columns, parts = load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS), load_int64(a + 8 * PARTS)
-        x, xt, dy, yt = load_int64(a + 8 * X), load_int64(a + 8 * XT), load_int64(a + 8 * Y), load_int64(a + 8 * YT)
-        theta, dx = load_int64(a + 8 * THETA), load_int64(a + 8 * DX)
-        dtheta, dbias = load_int64(a + 8 * DTHETA), load_int64(a + 8 * DBIAS)
-        counter = a
-        if phase == ALL:
+    def backward(a: int) -> None:
+        phase, batch, tiles = load_int64(a + 8 * A.PHASE), load_int64(a + 8 * A.BATCH), load_int64(a + 8 * A.TILES)
+        rows, columns, parts = load_int64(a + 8 * A.ROWS), load_int64(a + 8 * A.COLUMNS), load_int64(a + 8 * A.PARTS)
+        x, xt, dy, yt = load_int64(a + 8 * A.X), load_int64(a + 8 * A.XT), load_int64(a + 8 * A.Y), load_int64(a + 8 * A.YT)
+        theta, dx = load_int64(a + 8 * A.THETA), load_int64(a + 8 * A.DX)
+        dtheta, dbias = load_int64(a + 8 * A.DTHETA), load_int64(a + 8 * A.DBIAS)
+        counter = a + 8 * A.TASK
+        if phase == LinearPhase.ALL:
             counter = stack_space(8)
             store_int64(counter, 0)
-        if phase != MULTIPLY:
+        if phase != LinearPhase.MULTIPLY:
             blocks = (rows + 127) // 128 if dx != 0 else 0
             more = ((columns + 127) // 128) * tiles if x != 0 else 0
             while True:
@@ -255,9 +260,9 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
                         for tile in range(1, tiles):
                             total += sum_row(yt + (tile * rows + r) * width * size, size, lanes, vectors)
                         store_float(dbias + r * size, total, size)
-        if phase == TRANSPOSE:
+        if phase == LinearPhase.TRANSPOSE:
             return
-        if phase == ALL:
+        if phase == LinearPhase.ALL:
             store_int64(counter, 0)
         block, values, dots = stack_space(block_bytes), stack_space(chunk_bytes), stack_space(chunk_bytes)
         if dx == 0:
@@ -265,12 +270,12 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
                 a, counter, batch, tiles, rows, columns, parts, xt, dy, dtheta, dbias, block, dots, size, lanes, vectors
             )
             return
-        column_start, column_row = load_int64(a + 8 * COLUMN_START), load_int64(a + 8 * COLUMN_ROW)
-        column_slot = load_int64(a + 8 * COLUMN_SLOT)
+        column_start, column_row = load_int64(a + 8 * A.COLUMN_START), load_int64(a + 8 * A.COLUMN_ROW)
+        column_slot = load_int64(a + 8 * A.COLUMN_SLOT)
         groups = (columns + lanes - 1) // lanes
         # One tile after the other: a tile of dy fits a nearer cache than all, and no two threads add to one dtheta.
-        for tile in range(load_int64(a + 8 * TILE), tiles if phase == ALL else load_int64(a + 8 * TILE) + 1):
-            if phase == ALL:
+        for tile in range(load_int64(a + 8 * A.TILE), tiles if phase == LinearPhase.ALL else load_int64(a + 8 * A.TILE) + 1):
+            if phase == LinearPhase.ALL:
                 store_int64(counter, 0)
             source = yt + tile * rows * width * size
             while True:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from numba import types
 from numba.extending import intrinsic
 
@@ -10,11 +12,13 @@ from lightning_deepr.kernels.cpu.native import _Tile
 
 
 @intrinsic(prefer_literal=True)
-def lstm_cell(typingctx, gates, stride, c, new_c, h, kept_h, size, lanes, vectors):
+def lstm_cell(
+    typingctx: Any, gates: Any, stride: Any, c: Any, new_c: Any, h: Any, kept_h: Any, size: Any, lanes: Any, vectors: Any,
+) -> Any:  # fmt: skip
     """One unit of W batch elements: its four gates (``stride`` bytes apart) from their sums, in place; the new cell and hidden state."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
         m = Math(builder, tile)
         places = blocks(builder, args[0], args[1])
@@ -32,11 +36,14 @@ def lstm_cell(typingctx, gates, stride, c, new_c, h, kept_h, size, lanes, vector
 
 
 @intrinsic(prefer_literal=True)
-def lstm_gradient(typingctx, gates, stride, c, new_c, dy, dh, dc, dgates, dstride, kept, size, lanes, vectors):
+def lstm_gradient(
+    typingctx: Any, gates: Any, stride: Any, c: Any, new_c: Any, dy: Any, dh: Any, dc: Any, dgates: Any, dstride: Any,
+    kept: Any, size: Any, lanes: Any, vectors: Any,
+) -> Any:  # fmt: skip
     """The gradients of one unit's sums, to ``dgates`` (``dstride`` bytes apart) and ``kept``; dc becomes that of the step before."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
         m = Math(builder, tile)
         places, first, second = (

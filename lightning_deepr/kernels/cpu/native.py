@@ -1,9 +1,9 @@
 """What lets numba kernels be called in a fraction of a microsecond, on PyTorch's own threads, with vectors held in registers.
 
-A kernel is a C function of one argument: the address of an array of int64 that holds its arguments (addresses of tensors, sizes).
-numba compiles it with the LLVM that it brings, so that no compiler has to be installed, and keeps the result on disk. The calls go
-through ctypes, which releases Python's lock. A second pool of threads beside PyTorch's would fight with it for the cores; so
-a kernel that is worth several threads runs on the OpenMP runtime that PyTorch has loaded.
+A kernel is a C function of one argument: the address of an array of int64 that holds its arguments, addresses of tensors and sizes
+(:mod:`lightning_deepr.kernels.cpu.fields` lists them). numba compiles it with the LLVM that it brings, so that no compiler has to be
+installed, and keeps the result on disk. The calls go through ctypes, which releases Python's lock. A second pool of threads beside
+PyTorch's would fight with it for the cores; so a kernel that is worth several threads runs on the OpenMP runtime that PyTorch has loaded.
 """
 
 from __future__ import annotations
@@ -142,22 +142,22 @@ def _scalar(size: int) -> tuple[Any, Any]:
 
 
 @intrinsic(prefer_literal=True)
-def load_float(typingctx, address, size):
+def load_float(typingctx: Any, address: Any, size: Any) -> Any:
     """The float of ``size`` bytes (a literal, 4 or 8) at an address."""
     value_type, kind = _scalar(size.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load(builder.inttoptr(args[0], value_type.as_pointer()))
 
     return kind(types.int64, size), codegen
 
 
 @intrinsic(prefer_literal=True)
-def store_float(typingctx, address, value, size):
+def store_float(typingctx: Any, address: Any, value: Any, size: Any) -> Any:
     """Store a float of ``size`` bytes (a literal) at an address."""
     value_type, kind = _scalar(size.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.store(args[1], builder.inttoptr(args[0], value_type.as_pointer()))
         return context.get_dummy_value()
 
@@ -165,20 +165,20 @@ def store_float(typingctx, address, value, size):
 
 
 @intrinsic
-def pointer(typingctx, address):
+def pointer(typingctx: Any, address: Any) -> Any:
     """An address as what ``numba.carray`` takes."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), codegen
 
 
 @intrinsic
-def fetch_add(typingctx, address, value):
+def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
     """Add to the int64 at an address in one indivisible step; the value before. It hands out tasks to threads."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", builder.inttoptr(args[0], _INT64.as_pointer()), args[1], "seq_cst")
 
     return types.int64(types.int64, types.int64), codegen
@@ -188,7 +188,7 @@ if sys.platform.startswith("linux"):
     _madvise = types.ExternalFunction("madvise", types.int32(types.int64, types.int64, types.int32))
 
     @njit
-    def advise_huge_pages(address, size):
+    def advise_huge_pages(address: int, size: int) -> None:
         """Large pages for a large array that is about to be accessed at random: most of its cost is looking pages up."""
         if size >= 1 << 22:
             start = (address + 4095) & ~np.int64(4095)
@@ -197,7 +197,7 @@ if sys.platform.startswith("linux"):
 else:
 
     @njit
-    def advise_huge_pages(address, size):
+    def advise_huge_pages(address: int, size: int) -> None:
         pass
 
 
@@ -212,10 +212,10 @@ def _prefetch(builder: Any, address: Any) -> None:
 
 
 @intrinsic
-def prefetch(typingctx, address):
+def prefetch(typingctx: Any, address: Any) -> Any:
     """Ask for the cache line at an address."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _prefetch(builder, args[0])
         return context.get_dummy_value()
 
@@ -223,11 +223,11 @@ def prefetch(typingctx, address):
 
 
 @intrinsic(prefer_literal=True)
-def stack_space(typingctx, size):
+def stack_space(typingctx: Any, size: Any) -> Any:
     """The address of ``size`` bytes (a literal) on the stack, aligned to a cache line; valid until the function returns."""
     count = size.literal_value
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         with builder.goto_entry_block():  # (cgutils.alloca_once would fill it with zeros, byte by byte)
             space = builder.alloca(ir.ArrayType(ir.IntType(8), count))
         space.align = 64
@@ -283,11 +283,13 @@ class _Tile:
 
 
 @intrinsic(prefer_literal=True)
-def accumulate_rows(typingctx, sums, count, indices, values, source, size, lanes, vectors):
+def accumulate_rows(
+    typingctx: Any, sums: Any, count: Any, indices: Any, values: Any, source: Any, size: Any, lanes: Any, vectors: Any,
+) -> Any:  # fmt: skip
     """sums[:] += sum over i < count of values[i] * source[indices[i], :], rows of W floats."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         into, number, index, value, origin = args[:5]
         tile = _Tile(builder, *shape)
         held = [cgutils.alloca_once_value(builder, tile.load(into, i)) for i in range(tile.vectors)]
@@ -304,11 +306,14 @@ def accumulate_rows(typingctx, sums, count, indices, values, source, size, lanes
 
 
 @intrinsic(prefer_literal=True)
-def accumulate_and_dot(typingctx, sums, count, indices, values, source, own, dots, size, lanes, vectors):
+def accumulate_and_dot(
+    typingctx: Any, sums: Any, count: Any, indices: Any, values: Any, source: Any, own: Any, dots: Any, size: Any,
+    lanes: Any, vectors: Any,
+) -> Any:  # fmt: skip
     """As :func:`accumulate_rows`, and dots[i] = source[indices[i], :] . own[:] in the same pass."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         into, number, index, value, origin, mine, products = args[:7]
         tile = _Tile(builder, *shape)
         held = [cgutils.alloca_once_value(builder, tile.load(into, i)) for i in range(tile.vectors)]
@@ -337,11 +342,13 @@ def accumulate_and_dot(typingctx, sums, count, indices, values, source, own, dot
 
 
 @intrinsic(prefer_literal=True)
-def dot_rows(typingctx, count, indices, source, own, dots, size, lanes, vectors):
+def dot_rows(
+    typingctx: Any, count: Any, indices: Any, source: Any, own: Any, dots: Any, size: Any, lanes: Any, vectors: Any,
+) -> Any:  # fmt: skip
     """dots[i] = source[indices[i], :] . own[:] for i < count."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         number, index, origin, mine, products = args[:5]
         tile = _Tile(builder, *shape)
         held = [tile.load(mine, i) for i in range(tile.vectors)]
@@ -418,11 +425,11 @@ def _entry(builder: Any, tile: _Tile, i: Any, index: Any, value: Any, origin: An
 
 
 @intrinsic(prefer_literal=True)
-def fill_row(typingctx, address, value, size, lanes, vectors):
+def fill_row(typingctx: Any, address: Any, value: Any, size: Any, lanes: Any, vectors: Any) -> Any:
     """W floats at an address become ``value``."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
         vector = tile.broadcast(args[1])
         for i in range(tile.vectors):
@@ -433,11 +440,11 @@ def fill_row(typingctx, address, value, size, lanes, vectors):
 
 
 @intrinsic(prefer_literal=True)
-def sum_row(typingctx, address, size, lanes, vectors):
+def sum_row(typingctx: Any, address: Any, size: Any, lanes: Any, vectors: Any) -> Any:
     """The sum of the W floats at an address."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
         total = tile.load(args[0], 0)
         for i in range(1, tile.vectors):
@@ -463,11 +470,13 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
 
 
 @intrinsic(prefer_literal=True)
-def transpose_block(typingctx, source, source_stride, target, target_stride, size, lanes):
+def transpose_block(
+    typingctx: Any, source: Any, source_stride: Any, target: Any, target_stride: Any, size: Any, lanes: Any,
+) -> Any:  # fmt: skip
     """Transpose a block of lanes x lanes floats; strides between rows in bytes. The block is in registers in between."""
     shape = (size.literal_value, lanes.literal_value, 1)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
 
         def row(base: Any, stride: Any, i: int) -> Any:
@@ -483,11 +492,14 @@ def transpose_block(typingctx, source, source_stride, target, target_stride, siz
 
 
 @intrinsic(prefer_literal=True)
-def transpose_edge(typingctx, source, source_stride, rows_in, columns_in, target, target_stride, rows_out, columns_out, size, lanes):  # fmt: skip
+def transpose_edge(
+    typingctx: Any, source: Any, source_stride: Any, rows_in: Any, columns_in: Any, target: Any, target_stride: Any,
+    rows_out: Any, columns_out: Any, size: Any, lanes: Any,
+) -> Any:  # fmt: skip
     """As :func:`transpose_block` at an edge: reads rows_in x columns_in floats (0 beyond them), writes rows_out x columns_out."""
     shape = (size.literal_value, lanes.literal_value, 1)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
         count, bit = tile.lanes, ir.IntType(1)
         lane = ir.Constant(ir.VectorType(_INT64, count), list(range(count)))

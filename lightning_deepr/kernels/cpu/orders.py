@@ -21,27 +21,10 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from lightning_deepr.kernels.cpu.fields import ROW_WORDS, CpuRow, Row
+from lightning_deepr.kernels.cpu.fields import StepArguments as A
 from lightning_deepr.kernels.cpu.native import Kernel, fetch_add, load_int32, load_int64, pointer, store_int32, store_int64
-from lightning_deepr.kernels.cpu.rewire import (
-    COLUMN_ROW,
-    COLUMN_SLOT,
-    COLUMN_START,
-    COLUMNS,
-    COUNT,
-    FIELDS,
-    PLACES,
-    REBORN,
-    REBORN_COUNT,
-    ROW_COLUMN,
-    ROW_SLOT,
-    ROW_START,
-    ROWS,
-    SIGNS,
-    SIZE,
-    SLOT,
-    TABLE,
-    TENSORS,
-)
+from lightning_deepr.kernels.cpu.rewire import SLOT
 from lightning_deepr.kernels.cpu.sorting import sort_with
 
 SMALL, BASE, PER_BIRTH = 1 << 12, 700, 11  # connections; measured
@@ -50,20 +33,20 @@ _INT32 = ir.IntType(32)
 
 
 @intrinsic
-def count_bits(typingctx, word):
+def count_bits(typingctx: Any, word: Any) -> Any:
     """How many bits of an int64 are set."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ctpop(args[0])
 
     return types.int64(types.int64), codegen
 
 
 @intrinsic
-def move_block(typingctx, source, shift):
+def move_block(typingctx: Any, source: Any, shift: Any) -> Any:
     """Copy ``BLOCK`` int32 to ``shift`` bytes behind; all are read before one is written."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _move(builder, args[0], args[1])
         return context.get_dummy_value()
 
@@ -71,10 +54,10 @@ def move_block(typingctx, source, shift):
 
 
 @intrinsic
-def move_and_compare(typingctx, source, shift, bound):
+def move_and_compare(typingctx: Any, source: Any, shift: Any, bound: Any) -> Any:
     """As :func:`move_block`; how many come after the last that is not above a bound."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values = _move(builder, args[0], args[1])
         undefined = ir.Constant(values.type, ir.Undefined)
         one = builder.insert_element(undefined, args[2], ir.Constant(_INT32, 0))
@@ -95,7 +78,7 @@ def _move(builder: Any, source: Any, shift: Any) -> Any:
 
 
 @njit
-def drop_dead(other, slots, count, reborn, stayed, before):
+def drop_dead(other: int, slots: int, count: int, reborn: int, stayed: int, before: int) -> int:
     """The connections that have stayed move together.
 
     Args:
@@ -122,7 +105,7 @@ def drop_dead(other, slots, count, reborn, stayed, before):
 
 
 @njit
-def move_starts(start, lines, stayed, before, births_before):
+def move_starts(start: int, lines: int, stayed: int, before: int, births_before: int) -> None:
     """Where each line begins.
 
     Args:
@@ -139,7 +122,9 @@ def move_starts(start, lines, stayed, before, births_before):
 
 
 @njit
-def insert(start, other, slots, births_before, stayed, lines_across, born_slots, births):
+def insert(
+    start: int, other: int, slots: int, births_before: int, stayed: int, lines_across: int, born_slots: int, births: int,
+) -> None:  # fmt: skip
     """The births take their positions; from the end, so that nothing is overwritten before it has moved.
 
     Args:
@@ -179,12 +164,12 @@ def insert(start, other, slots, births_before, stayed, lines_across, born_slots,
 
 
 @njit
-def follow(t, side):
+def follow(t: int, side: int) -> None:
     """One order (side 0: by rows, 1: by columns) of a tensor follows its rewiring."""
-    count, places = load_int64(t + 8 * COUNT), load_int64(t + 8 * PLACES)
-    births, reborn = load_int64(t + 8 * REBORN_COUNT), load_int64(t + 8 * REBORN)
-    rows, columns = load_int64(t + 8 * ROWS), load_int64(t + 8 * COLUMNS)
-    signs, size = load_int64(t + 8 * SIGNS), load_int64(t + 8 * SIZE)
+    count, places = load_int64(t + 8 * Row.COUNT), load_int64(t + 8 * Row.PLACES)
+    births, reborn = load_int64(t + 8 * CpuRow.REBORN_COUNT), load_int64(t + 8 * CpuRow.REBORN)
+    rows, columns = load_int64(t + 8 * CpuRow.ROWS), load_int64(t + 8 * CpuRow.COLUMNS)
+    signs, size = load_int64(t + 8 * Row.SIGNS), load_int64(t + 8 * CpuRow.SIZE)
     inverse = 1.0 / columns
     keys, born_slots = np.empty(births, np.uint64), np.empty(births, np.int32)
     flags = np.zeros(count // 32 + 1, np.int32)
@@ -202,9 +187,9 @@ def follow(t, side):
     keys, born_slots = sort_with(keys, born_slots, np.uint64(rows * columns - 1))
 
     lines, width = (rows, columns) if side == 0 else (columns, rows)
-    start = load_int64(t + 8 * (ROW_START if side == 0 else COLUMN_START))
-    other = load_int64(t + 8 * (ROW_COLUMN if side == 0 else COLUMN_ROW))
-    slots = load_int64(t + 8 * (ROW_SLOT if side == 0 else COLUMN_SLOT))
+    start = load_int64(t + 8 * (CpuRow.ROW_START if side == 0 else CpuRow.COLUMN_START))
+    other = load_int64(t + 8 * (CpuRow.ROW_COLUMN if side == 0 else CpuRow.COLUMN_ROW))
+    slots = load_int64(t + 8 * (CpuRow.ROW_SLOT if side == 0 else CpuRow.COLUMN_SLOT))
     births_before = np.zeros(lines + 1, np.int32)
     inverse = 1.0 / width
     for i in range(births):
@@ -226,7 +211,7 @@ def follow(t, side):
 
 
 @njit(inline="always")
-def row_of(place, columns, inverse):
+def row_of(place: int, columns: int, inverse: float) -> int:
     """place // columns: a multiplication, which is off by one at most, instead of a division."""
     row = np.int64(np.float64(place) * inverse)
     across = place - row * columns
@@ -234,11 +219,11 @@ def row_of(place, columns, inverse):
 
 
 @njit
-def order_anew(t):
+def order_anew(t: int) -> None:
     """Both orders of a small tensor, or of one that is new altogether, from its places: three stable counting sorts, none of which has to guess where a line ends."""
-    count, rows, columns = load_int64(t + 8 * COUNT), load_int64(t + 8 * ROWS), load_int64(t + 8 * COLUMNS)
-    signs, size = load_int64(t + 8 * SIGNS), load_int64(t + 8 * SIZE)
-    places = carray(pointer(load_int64(t + 8 * PLACES)), count, np.int64)
+    count, rows, columns = load_int64(t + 8 * Row.COUNT), load_int64(t + 8 * CpuRow.ROWS), load_int64(t + 8 * CpuRow.COLUMNS)
+    signs, size = load_int64(t + 8 * Row.SIGNS), load_int64(t + 8 * CpuRow.SIZE)
+    places = carray(pointer(load_int64(t + 8 * Row.PLACES)), count, np.int64)
     row_of, column_of, by_column = np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, np.int32)
     inverse = 1.0 / columns
     for k in range(count):  # a division, by a multiplication that is off by one at most
@@ -247,7 +232,7 @@ def order_anew(t):
         row += np.int64(across >= columns) - np.int64(across < 0)
         row_of[k] = row
         column_of[k] = places[k] - row * columns
-    row_start, column_start = load_int64(t + 8 * ROW_START), load_int64(t + 8 * COLUMN_START)
+    row_start, column_start = load_int64(t + 8 * CpuRow.ROW_START), load_int64(t + 8 * CpuRow.COLUMN_START)
     row_next, column_next = np.zeros(rows + 1, np.int32), np.zeros(columns + 1, np.int32)
     rows_at, columns_at = np.int64(row_next.ctypes.data), np.int64(column_next.ctypes.data)
     row_at, column_at = np.int64(row_of.ctypes.data), np.int64(column_of.ctypes.data)
@@ -265,7 +250,7 @@ def order_anew(t):
     sorted_at = np.int64(by_column.ctypes.data)
     for k in range(count):
         store_int32(sorted_at + 4 * take_next(columns_at, load_int32(column_at + 4 * k)), np.int32(k))
-    other, order = load_int64(t + 8 * ROW_COLUMN), load_int64(t + 8 * ROW_SLOT)
+    other, order = load_int64(t + 8 * CpuRow.ROW_COLUMN), load_int64(t + 8 * CpuRow.ROW_SLOT)
     for i in range(count):
         k = load_int32(sorted_at + 4 * i)
         position = take_next(rows_at, load_int32(row_at + 4 * k))
@@ -274,7 +259,7 @@ def order_anew(t):
         store_int32(order + 4 * position, np.int32(k - (SLOT + 1)) if negative else np.int32(k))
     for line in range(columns + 1):
         column_next[line] = load_int32(column_start + 4 * line)
-    across_at, across_order = load_int64(t + 8 * COLUMN_ROW), load_int64(t + 8 * COLUMN_SLOT)
+    across_at, across_order = load_int64(t + 8 * CpuRow.COLUMN_ROW), load_int64(t + 8 * CpuRow.COLUMN_SLOT)
     for i in range(count):
         slot = load_int32(order + 4 * i)
         position = take_next(columns_at, load_int32(other + 4 * i))
@@ -284,7 +269,7 @@ def order_anew(t):
 
 
 @njit(inline="always")
-def take_next(counters, line):
+def take_next(counters: int, line: int) -> int:
     value = load_int32(counters + 4 * line)
     store_int32(counters + 4 * line, value + np.int32(1))
     return value
@@ -294,18 +279,18 @@ def take_next(counters, line):
 def update_kernel() -> Kernel:
     """The orders of all tensors in the table follow their rewiring; a task is one side of one tensor."""
 
-    def update(a):
-        tensors, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
+    def update(a: int) -> None:
+        tensors, table = load_int64(a + 8 * A.TENSORS), load_int64(a + 8 * A.TABLE)
         while True:
-            task = fetch_add(a, 1)
+            task = fetch_add(a + 8 * A.TASK, 1)
             if task >= 2 * tensors:
                 break
-            t = table + (task // 2) * FIELDS * 8
-            births, start = load_int64(t + 8 * REBORN_COUNT), load_int64(t + 8 * ROW_START)
+            t = table + (task // 2) * ROW_WORDS * 8
+            births, start = load_int64(t + 8 * CpuRow.REBORN_COUNT), load_int64(t + 8 * CpuRow.ROW_START)
             if births == 0 or start == 0:
                 continue
-            lines = load_int64(t + 8 * ROWS) + load_int64(t + 8 * COLUMNS)
-            count = load_int64(t + 8 * COUNT)
+            lines = load_int64(t + 8 * CpuRow.ROWS) + load_int64(t + 8 * CpuRow.COLUMNS)
+            count = load_int64(t + 8 * Row.COUNT)
             if births == count or (count <= min(SMALL, BASE + PER_BIRTH * births) and lines <= SMALL):
                 if task % 2 == 0:
                     order_anew(t)

@@ -12,6 +12,8 @@ from functools import cache
 
 from numba import njit
 
+from lightning_deepr.kernels.cpu.fields import ProductArguments as A
+from lightning_deepr.kernels.cpu.fields import ProductPhase
 from lightning_deepr.kernels.cpu.linear import CHUNK, from_block, gather_values, scatter_dots, to_tiles
 from lightning_deepr.kernels.cpu.native import (
     Kernel,
@@ -28,36 +30,36 @@ from lightning_deepr.kernels.cpu.native import (
     sum_row,
 )
 
-# Arguments of these kernels, by position. START, INDEX, SLOTS: starts, indices and slots by row or by column.
-TASK, PHASE, COUNT, TILES, SHARES, ROWS, COLUMNS, X, XT, YT, THETA, BIAS, START, INDEX, SLOTS, DX, DTHETA, DBIAS = range(18)
-SKIP, SKIPPED, FIELDS = 18, 19, 20
-TRANSPOSE, MULTIPLY = 0, 1  # phases
-
 
 @cache
 def product_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     """x W^T + b by row, for x [COUNT, COLUMNS]; x and the result stay in tiles of V = lanes * vectors rows."""
     row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
 
-    def product(a):
-        tiles, rows, columns = load_int64(a + 8 * TILES), load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS)
-        x, xt, yt, count = load_int64(a + 8 * X), load_int64(a + 8 * XT), load_int64(a + 8 * YT), load_int64(a + 8 * COUNT)
-        if load_int64(a + 8 * PHASE) == TRANSPOSE:
+    def product(a: int) -> None:
+        tiles, rows, columns = load_int64(a + 8 * A.TILES), load_int64(a + 8 * A.ROWS), load_int64(a + 8 * A.COLUMNS)
+        x, xt, yt, count = (
+            load_int64(a + 8 * A.X),
+            load_int64(a + 8 * A.XT),
+            load_int64(a + 8 * A.YT),
+            load_int64(a + 8 * A.COUNT),
+        )
+        if load_int64(a + 8 * A.PHASE) == ProductPhase.TRANSPOSE:
             blocks = (columns + 127) // 128
             while True:
-                task = fetch_add(a, 1)
+                task = fetch_add(a + 8 * A.TASK, 1)
                 if task >= blocks * tiles:
                     break
                 first = (task % blocks) * 128
                 to_tiles(x, xt, count, columns, first, min(first + 128, columns), task // blocks, vectors, size, lanes)
             return
-        theta, bias = load_int64(a + 8 * THETA), load_int64(a + 8 * BIAS)
-        start, index, slots = load_int64(a + 8 * START), load_int64(a + 8 * INDEX), load_int64(a + 8 * SLOTS)
-        connected = rows - load_int64(a + 8 * SKIPPED)
+        theta, bias = load_int64(a + 8 * A.THETA), load_int64(a + 8 * A.BIAS)
+        start, index, slots = load_int64(a + 8 * A.START), load_int64(a + 8 * A.INDEX), load_int64(a + 8 * A.SLOTS)
+        connected = rows - load_int64(a + 8 * A.SKIPPED)
         values = stack_space(chunk_bytes)
         groups = (rows + 63) // 64
         while True:
-            task = fetch_add(a, 1)
+            task = fetch_add(a + 8 * A.TASK, 1)
             if task >= groups * tiles:
                 break
             tile, first = task // groups, (task % groups) * 64
@@ -78,7 +80,7 @@ def product_kernel(size: int, lanes: int, vectors: int) -> Kernel:
 
 
 @njit(inline="always")
-def add_sum(row, where, add, size, lanes, vectors):
+def add_sum(row: int, where: int, add: bool, size: int, lanes: int, vectors: int) -> None:
     total = sum_row(row, size, lanes, vectors)
     store_float(where, total + load_float(where, size) if add else total, size)
 
@@ -92,16 +94,16 @@ def theta_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     """dtheta = s * (dy^T x) at the places and, where asked for, db = sum of dy, both in tiles; by row."""
     row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
 
-    def of_theta(a):
-        tiles, rows, columns = load_int64(a + 8 * TILES), load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS)
-        xt, yt, shares = load_int64(a + 8 * XT), load_int64(a + 8 * YT), load_int64(a + 8 * SHARES)
-        start, index, slots = load_int64(a + 8 * START), load_int64(a + 8 * INDEX), load_int64(a + 8 * SLOTS)
-        dtheta, dbias = load_int64(a + 8 * DTHETA), load_int64(a + 8 * DBIAS)
-        skip, skipped = load_int64(a + 8 * SKIP), load_int64(a + 8 * SKIPPED)
+    def of_theta(a: int) -> None:
+        tiles, rows, columns = load_int64(a + 8 * A.TILES), load_int64(a + 8 * A.ROWS), load_int64(a + 8 * A.COLUMNS)
+        xt, yt, shares = load_int64(a + 8 * A.XT), load_int64(a + 8 * A.YT), load_int64(a + 8 * A.SHARES)
+        start, index, slots = load_int64(a + 8 * A.START), load_int64(a + 8 * A.INDEX), load_int64(a + 8 * A.SLOTS)
+        dtheta, dbias = load_int64(a + 8 * A.DTHETA), load_int64(a + 8 * A.DBIAS)
+        skip, skipped = load_int64(a + 8 * A.SKIP), load_int64(a + 8 * A.SKIPPED)
         connected = rows - skipped
         dots = stack_space(chunk_bytes)
         while True:
-            share = fetch_add(a, 1)
+            share = fetch_add(a + 8 * A.TASK, 1)
             if share >= shares:
                 break
             for tile in range(tiles):
@@ -129,16 +131,16 @@ def input_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
     block_bytes = lanes * row_bytes
 
-    def of_input(a):
-        tiles, rows, columns = load_int64(a + 8 * TILES), load_int64(a + 8 * ROWS), load_int64(a + 8 * COLUMNS)
-        xt, yt, shares = load_int64(a + 8 * XT), load_int64(a + 8 * YT), load_int64(a + 8 * SHARES)
-        start, index, slots = load_int64(a + 8 * START), load_int64(a + 8 * INDEX), load_int64(a + 8 * SLOTS)
-        theta, dtheta = load_int64(a + 8 * THETA), load_int64(a + 8 * DTHETA)
-        dx, count = load_int64(a + 8 * DX), load_int64(a + 8 * COUNT)
+    def of_input(a: int) -> None:
+        tiles, rows, columns = load_int64(a + 8 * A.TILES), load_int64(a + 8 * A.ROWS), load_int64(a + 8 * A.COLUMNS)
+        xt, yt, shares = load_int64(a + 8 * A.XT), load_int64(a + 8 * A.YT), load_int64(a + 8 * A.SHARES)
+        start, index, slots = load_int64(a + 8 * A.START), load_int64(a + 8 * A.INDEX), load_int64(a + 8 * A.SLOTS)
+        theta, dtheta = load_int64(a + 8 * A.THETA), load_int64(a + 8 * A.DTHETA)
+        dx, count = load_int64(a + 8 * A.DX), load_int64(a + 8 * A.COUNT)
         block, values, dots = stack_space(block_bytes), stack_space(chunk_bytes), stack_space(chunk_bytes)
         groups = (columns + lanes - 1) // lanes
         while True:
-            share = fetch_add(a, 1)
+            share = fetch_add(a + 8 * A.TASK, 1)
             if share >= shares:
                 break
             for tile in range(tiles):

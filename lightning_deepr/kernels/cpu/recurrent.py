@@ -19,20 +19,22 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from lightning_deepr.kernels.cpu.fields import RecurrentArguments as A
 from lightning_deepr.kernels.cpu.gru import gru_cell, gru_gradient
 from lightning_deepr.kernels.cpu.linear import from_block, gather_values, to_tiles
 from lightning_deepr.kernels.cpu.lstm import lstm_cell, lstm_gradient
 from lightning_deepr.kernels.cpu.native import Kernel, _Tile, fetch_add, fill_row, load_int32, load_int64, store_float
-from lightning_deepr.kernels.cpu.products import COUNT, FIELDS, INDEX, SLOTS, START, THETA
 
 
 @intrinsic(prefer_literal=True)
-def accumulate_near(typingctx, sums, count, indices, values, source, size, lanes, vectors):
+def accumulate_near(
+    typingctx: Any, sums: Any, count: Any, indices: Any, values: Any, source: Any, size: Any, lanes: Any, vectors: Any,
+) -> Any:  # fmt: skip
     """As :func:`.native.accumulate_rows` for a source in a near cache: nothing is asked for ahead (which takes as many loads as
     the work itself), and every other connection goes to a second sum (a multiplication need not wait for the one before)."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         into, number, index, value, origin = args[:5]
         tile, int32, int64 = _Tile(builder, *shape), ir.IntType(32), ir.IntType(64)
         zero = ir.Constant(tile.vector, [0.0] * tile.lanes)
@@ -66,11 +68,11 @@ def accumulate_near(typingctx, sums, count, indices, values, source, size, lanes
 
 
 @intrinsic(prefer_literal=True)
-def copy_row(typingctx, source, target, size, lanes, vectors):
+def copy_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any, vectors: Any) -> Any:
     """W floats from one address to another."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         tile = _Tile(builder, *shape)
         for v in range(tile.vectors):
             tile.store(tile.load(args[0], v), args[1], v)
@@ -79,10 +81,6 @@ def copy_row(typingctx, source, target, size, lanes, vectors):
     return types.void(types.int64, types.int64, size, lanes, vectors), codegen
 
 
-# Further arguments, of both kernels. V is that of the tiles, W = lanes * vectors that of the parts; COUNT: of the connections.
-STEPS, BATCH, PARTS, HIDDEN, REVERSE, V, VECTORS, VALUES = range(FIELDS, FIELDS + 8)
-GATES, CELLS, CELL_STEP, SCRATCH, H_FIRST, C_FIRST, H_LAST, C_LAST, Y, KEPT = range(FIELDS + 8, FIELDS + 18)
-ARGUMENTS = FIELDS + 18
 LSTM, GRU = 4, 3  # kinds: the blocks of rows of their weights
 
 
@@ -90,11 +88,11 @@ LSTM, GRU = 4, 3  # kinds: the blocks of rows of their weights
 def gather_kernel(size: int) -> Kernel:
     """Signed values in the order of rows or columns, 4096 at a task: every step reads them."""
 
-    def gather(a):
-        theta, slots, count = load_int64(a + 8 * THETA), load_int64(a + 8 * SLOTS), load_int64(a + 8 * COUNT)
-        values = load_int64(a + 8 * VALUES)
+    def gather(a: int) -> None:
+        theta, slots, count = load_int64(a + 8 * A.THETA), load_int64(a + 8 * A.SLOTS), load_int64(a + 8 * A.COUNT)
+        values = load_int64(a + 8 * A.VALUES)
         while True:
-            first = 4096 * fetch_add(a, 1)
+            first = 4096 * fetch_add(a + 8 * A.TASK, 1)
             if first >= count:
                 break
             gather_values(theta, slots + first * 4, min(4096, count - first), values + first * size, size)
@@ -103,23 +101,23 @@ def gather_kernel(size: int) -> Kernel:
 
 
 @njit(inline="always")
-def common_arguments(a):
+def common_arguments(a: int) -> tuple[int, ...]:
     return (
-        load_int64(a + 8 * STEPS), load_int64(a + 8 * BATCH), load_int64(a + 8 * PARTS), load_int64(a + 8 * HIDDEN),
-        load_int64(a + 8 * REVERSE), load_int64(a + 8 * V), load_int64(a + 8 * VECTORS), load_int64(a + 8 * START),
-        load_int64(a + 8 * INDEX), load_int64(a + 8 * VALUES), load_int64(a + 8 * GATES), load_int64(a + 8 * CELLS),
-        load_int64(a + 8 * CELL_STEP), load_int64(a + 8 * SCRATCH), load_int64(a + 8 * KEPT), load_int64(a + 8 * Y),
+        load_int64(a + 8 * A.STEPS), load_int64(a + 8 * A.BATCH), load_int64(a + 8 * A.PARTS), load_int64(a + 8 * A.HIDDEN),
+        load_int64(a + 8 * A.REVERSE), load_int64(a + 8 * A.V), load_int64(a + 8 * A.VECTORS), load_int64(a + 8 * A.START),
+        load_int64(a + 8 * A.INDEX), load_int64(a + 8 * A.VALUES), load_int64(a + 8 * A.GATES), load_int64(a + 8 * A.CELLS),
+        load_int64(a + 8 * A.CELL_STEP), load_int64(a + 8 * A.SCRATCH), load_int64(a + 8 * A.KEPT), load_int64(a + 8 * A.Y),
     )  # fmt: skip
 
 
 @njit(inline="always")
-def in_tiles(n, features, wide):
+def in_tiles(n: int, features: int, wide: int) -> int:
     """Where row n begins in tiles [features, V], in floats."""
     return (n // wide) * features * wide + n % wide
 
 
 @njit(inline="never")
-def read_part(x, part, tiled, batch, features, vectors, size, lanes):
+def read_part(x: int, part: int, tiled: int, batch: int, features: int, vectors: int, size: int, lanes: int) -> None:
     """One part of x [batch, features] -> [features, W]; zeros where there is no x."""
     width = lanes * vectors
     if x != 0:
@@ -130,7 +128,7 @@ def read_part(x, part, tiled, batch, features, vectors, size, lanes):
 
 
 @njit(inline="never")
-def write_part(tiled, part, y, batch, features, vectors, size, lanes):
+def write_part(tiled: int, part: int, y: int, batch: int, features: int, vectors: int, size: int, lanes: int) -> None:
     """The opposite; nowhere where there is no y."""
     if y != 0:
         for first in range(0, features, lanes):
@@ -147,22 +145,22 @@ def forward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
     """
     row_bytes = lanes * vectors * size
 
-    def forward(a):
+    def forward(a: int) -> None:
         (
             steps, batch, parts, hidden, reverse, wide, runtime_vectors, start, index, values,
             gates, cells, cell_step, scratch, kept_all, y,
         ) = common_arguments(a)  # fmt: skip
         stride, state_bytes = wide * size, hidden * row_bytes
         while True:
-            part = fetch_add(a, 1)
+            part = fetch_add(a + 8 * A.TASK, 1)
             if part >= parts:
                 break
             h = scratch + part * 2 * state_bytes
             new_h = h + state_bytes
             c = cells + part * (cell_step * steps + state_bytes)
-            read_part(load_int64(a + 8 * H_FIRST), part, h, batch, hidden, runtime_vectors, size, lanes)
+            read_part(load_int64(a + 8 * A.H_FIRST), part, h, batch, hidden, runtime_vectors, size, lanes)
             if kind == LSTM:
-                read_part(load_int64(a + 8 * C_FIRST), part, c, batch, hidden, runtime_vectors, size, lanes)
+                read_part(load_int64(a + 8 * A.C_FIRST), part, c, batch, hidden, runtime_vectors, size, lanes)
             for step in range(steps):
                 t = steps - 1 - step if reverse != 0 else step
                 n = (t * parts + part) * (lanes * vectors)
@@ -200,9 +198,9 @@ def forward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
                     )
                 c += cell_step
                 h, new_h = new_h, h
-            write_part(h, part, load_int64(a + 8 * H_LAST), batch, hidden, runtime_vectors, size, lanes)
+            write_part(h, part, load_int64(a + 8 * A.H_LAST), batch, hidden, runtime_vectors, size, lanes)
             if kind == LSTM:
-                write_part(c, part, load_int64(a + 8 * C_LAST), batch, hidden, runtime_vectors, size, lanes)
+                write_part(c, part, load_int64(a + 8 * A.C_LAST), batch, hidden, runtime_vectors, size, lanes)
 
     return Kernel(forward)
 
@@ -216,23 +214,23 @@ def backward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
     """
     row_bytes = lanes * vectors * size
 
-    def backward(a):
+    def backward(a: int) -> None:
         (
             steps, batch, parts, hidden, reverse, wide, runtime_vectors, start, index, values,
             gates, cells, cell_step, scratch, kept_all, y,
         ) = common_arguments(a)  # fmt: skip
         stride, state_bytes = wide * size, hidden * row_bytes
         while True:
-            part = fetch_add(a, 1)
+            part = fetch_add(a + 8 * A.TASK, 1)
             if part >= parts:
                 break
             dgates = scratch + part * 7 * state_bytes
             dh = dgates + 4 * state_bytes
             dc, dy = dh + state_bytes, dh + 2 * state_bytes
             c = cells + part * (cell_step * steps + state_bytes) + cell_step * steps
-            read_part(load_int64(a + 8 * H_LAST), part, dh, batch, hidden, runtime_vectors, size, lanes)
+            read_part(load_int64(a + 8 * A.H_LAST), part, dh, batch, hidden, runtime_vectors, size, lanes)
             if kind == LSTM:
-                read_part(load_int64(a + 8 * C_LAST), part, dc, batch, hidden, runtime_vectors, size, lanes)
+                read_part(load_int64(a + 8 * A.C_LAST), part, dc, batch, hidden, runtime_vectors, size, lanes)
             for step in range(steps):
                 t = step if reverse != 0 else steps - 1 - step
                 n = (t * parts + part) * (lanes * vectors)
@@ -259,9 +257,9 @@ def backward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
                         fill_row(into, 0.0, size, lanes, vectors)
                     accumulate_near(into, number, index + begin * 4, values + begin * size, dgates, size, lanes, vectors)
                 c -= cell_step
-            write_part(dh, part, load_int64(a + 8 * H_FIRST), batch, hidden, runtime_vectors, size, lanes)
+            write_part(dh, part, load_int64(a + 8 * A.H_FIRST), batch, hidden, runtime_vectors, size, lanes)
             if kind == LSTM:
-                write_part(dc, part, load_int64(a + 8 * C_FIRST), batch, hidden, runtime_vectors, size, lanes)
+                write_part(dc, part, load_int64(a + 8 * A.C_FIRST), batch, hidden, runtime_vectors, size, lanes)
 
     return Kernel(backward)
 

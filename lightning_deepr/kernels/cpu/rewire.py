@@ -21,6 +21,18 @@ from numba import carray, njit
 
 from lightning_deepr.algorithm import randomness
 from lightning_deepr.kernels.cpu.deviates import BLOCK, deviates
+from lightning_deepr.kernels.cpu.fields import (
+    ROW_WORDS,
+    STATE_WORDS,
+    VALUES_WORDS,
+    CpuRow,
+    FiniteArguments,
+    Row,
+    StartArguments,
+    StateRow,
+    ValuesRow,
+)
+from lightning_deepr.kernels.cpu.fields import StepArguments as A
 from lightning_deepr.kernels.cpu.hashing import GOLDEN, LARGEST, bits, extend
 from lightning_deepr.kernels.cpu.native import (
     Kernel,
@@ -37,20 +49,7 @@ from lightning_deepr.kernels.cpu.native import (
 )
 from lightning_deepr.kernels.cpu.sorting import sort_with
 
-# Arguments
-TASK, TENSORS, TABLE, STEP, SEED, NEWBORN_SINCE, FINISHED = range(7)
-# Fields of a tensor in the table
-THETA, PLACES, BORN, SIGNS, EXCEPTIONS, EXCEPTION_COUNT, COUNT, TOTAL, COUNTER, SIGN_SEED = range(10)
-DECREMENT, NOISE, REWIRES, STATES, REBORN, REBORN_COUNT, NEWBORN_DEATHS = range(10, 17)
-SIZE, ROWS, COLUMNS, ROW_START, ROW_COLUMN, ROW_SLOT, COLUMN_START, COLUMN_ROW, COLUMN_SLOT = range(17, 26)
-STATE = 26  # address, bytes per entry and starting value of each state tensor
-MOST_STATES = 4
-# A pass over the places of a large tensor, in which threads without a tensor help
-PASS_OPEN, PASS_CHUNK, PASS_BUSY, PASS_CELLS, PASS_STATUS, PASS_BITS, PASS_FILTER, PASS_FILTER_BITS = range(
-    STATE + 3 * MOST_STATES, STATE + 3 * MOST_STATES + 8
-)
-FIELDS = PASS_FILTER_BITS + 1
-PASS_SIZE = 1 << 15  # slots that a thread takes at a time
+PASS_SIZE = 1 << 15  # slots of a large tensor that a thread takes at a time
 
 FREE, ACTIVE, CLAIMED = 0, 1, 2
 BIRTH, NOISE_STREAM = np.uint64(randomness.BIRTH), np.uint64(randomness.NOISE)
@@ -61,13 +60,13 @@ BATCH = 32  # draws whose cells are asked for before they are looked at
 
 
 @njit
-def birth_stream(seed, step):
+def birth_stream(seed: int, step: int) -> np.uint64:
     """The key of a step's births but for its last coordinate, the attempt."""
     return extend(extend(extend(np.uint64(4), np.uint64(seed)), BIRTH), np.uint64(step))
 
 
 @njit(inline="always")
-def find(table, mask, shift, place):
+def find(table: int, mask: int, shift: np.uint64, place: int) -> int:
     """The cell of a place in the table, or the empty one where it belongs."""
     cell = np.int64((np.uint64(place) * GOLDEN) >> shift)
     while load_int64(table + cell * 8) != -1 and load_int64(table + cell * 8) != place:
@@ -76,18 +75,22 @@ def find(table, mask, shift, place):
 
 
 @njit
-def look_for_active(t, size):
+def look_for_active(t: int, size: int) -> None:
     """Mark the draws in a tensor's hash table that active connections have; a task is a piece of its places."""
-    count, places, theta = load_int64(t + 8 * COUNT), load_int64(t + 8 * PLACES), load_int64(t + 8 * THETA)
-    table, status, filter_at = load_int64(t + 8 * PASS_CELLS), load_int64(t + 8 * PASS_STATUS), load_int64(t + 8 * PASS_FILTER)
-    bits_of_table = load_int64(t + 8 * PASS_BITS)
+    count, places, theta = load_int64(t + 8 * Row.COUNT), load_int64(t + 8 * Row.PLACES), load_int64(t + 8 * Row.THETA)
+    table, status, filter_at = (
+        load_int64(t + 8 * CpuRow.PASS_CELLS),
+        load_int64(t + 8 * CpuRow.PASS_STATUS),
+        load_int64(t + 8 * CpuRow.PASS_FILTER),
+    )
+    bits_of_table = load_int64(t + 8 * CpuRow.PASS_BITS)
     mask, shift = (np.int64(1) << bits_of_table) - 1, np.uint64(64 - bits_of_table)
-    filter_shift = np.uint64(64 - load_int64(t + 8 * PASS_FILTER_BITS))
+    filter_shift = np.uint64(64 - load_int64(t + 8 * CpuRow.PASS_FILTER_BITS))
     drawn = np.empty(
         BATCH, np.int64
     )  # of active connections that pass the filter: their cells are asked for before they are looked at
     while True:
-        first = fetch_add(t + 8 * PASS_CHUNK, PASS_SIZE)
+        first = fetch_add(t + 8 * CpuRow.PASS_CHUNK, PASS_SIZE)
         if first >= count:
             break
         suspects = 0
@@ -106,7 +109,7 @@ def look_for_active(t, size):
 
 
 @njit
-def mark_active(table, mask, shift, places, count, status):
+def mark_active(table: int, mask: int, shift: np.uint64, places: np.ndarray, count: int, status: int) -> None:
     for i in range(count):
         cell = find(table, mask, shift, places[i])
         if load_int64(table + cell * 8) == places[i]:
@@ -114,22 +117,22 @@ def mark_active(table, mask, shift, places, count, status):
 
 
 @njit
-def help_others(a, size):
+def help_others(a: int, size: int) -> None:
     """A thread without a tensor takes part in the passes of the others until all are done."""
-    tensors, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
-    while fetch_add(a + 8 * FINISHED, 0) < tensors:
+    tensors, table = load_int64(a + 8 * A.TENSORS), load_int64(a + 8 * A.TABLE)
+    while fetch_add(a + 8 * A.FINISHED, 0) < tensors:
         for task in range(tensors):
-            t = table + task * FIELDS * 8
-            if fetch_add(t + 8 * PASS_OPEN, 0) > 0:
+            t = table + task * ROW_WORDS * 8
+            if fetch_add(t + 8 * CpuRow.PASS_OPEN, 0) > 0:
                 # first counted, then looked again: whoever opened the pass closes it, and then waits for those that are counted
-                fetch_add(t + 8 * PASS_BUSY, 1)
-                if fetch_add(t + 8 * PASS_OPEN, 0) > 0:
+                fetch_add(t + 8 * CpuRow.PASS_BUSY, 1)
+                if fetch_add(t + 8 * CpuRow.PASS_OPEN, 0) > 0:
                     look_for_active(t, size)
-                fetch_add(t + 8 * PASS_BUSY, -1)
+                fetch_add(t + 8 * CpuRow.PASS_BUSY, -1)
 
 
 @njit
-def is_active(place, columns, order, row_column, row_slot, theta, size):
+def is_active(place: int, columns: int, order: int, row_column: int, row_slot: int, theta: int, size: int) -> bool:
     """Whether an active connection is at a place, by the order of the rows from before the step."""
     row = np.int64(np.uint64(place) // np.uint64(columns))
     across = place - row * columns
@@ -147,7 +150,10 @@ def is_active(place, columns, order, row_column, row_slot, theta, size):
 
 
 @njit
-def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counter, stream, chosen, t):
+def draw_by_rejection(
+    theta: int, size: int, places: int, count: int, total: int, dormant: np.ndarray, reborn: int, counter: int,
+    stream: np.uint64, chosen: np.ndarray, t: int,
+) -> None:  # fmt: skip
     """New places for the dormant slots of a tensor that is at most half full; see ``rewiring.first_free`` for the rule.
 
     Args:
@@ -158,8 +164,12 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
         t: address of the tensor's fields. Where its connections are kept in order, a few draws are looked up there: cheaper than
             another pass over all places.
     """
-    order, row_column, row_slot = load_int64(t + 8 * ROW_START), load_int64(t + 8 * ROW_COLUMN), load_int64(t + 8 * ROW_SLOT)
-    columns = load_int64(t + 8 * COLUMNS)
+    order, row_column, row_slot = (
+        load_int64(t + 8 * CpuRow.ROW_START),
+        load_int64(t + 8 * CpuRow.ROW_COLUMN),
+        load_int64(t + 8 * CpuRow.ROW_SLOT),
+    )
+    columns = load_int64(t + 8 * CpuRow.COLUMNS)
     places_total = np.uint64(total)
     limit = LARGEST - (LARGEST % places_total + np.uint64(1)) % places_total
     bits_of_table = 8
@@ -236,16 +246,16 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
                         word = filter_at + (bit >> 6) * 8
                         store_int64(word, load_int64(word) | (np.int64(1) << (bit & 63)))
         if not look_up and count > 0:
-            store_int64(t + 8 * PASS_CELLS, table)
-            store_int64(t + 8 * PASS_STATUS, np.int64(status.ctypes.data))
-            store_int64(t + 8 * PASS_BITS, bits_of_table)
-            store_int64(t + 8 * PASS_FILTER, filter_at)
-            store_int64(t + 8 * PASS_FILTER_BITS, filter_bits)
-            store_int64(t + 8 * PASS_CHUNK, 0)
-            fetch_add(t + 8 * PASS_OPEN, 1)
+            store_int64(t + 8 * CpuRow.PASS_CELLS, table)
+            store_int64(t + 8 * CpuRow.PASS_STATUS, np.int64(status.ctypes.data))
+            store_int64(t + 8 * CpuRow.PASS_BITS, bits_of_table)
+            store_int64(t + 8 * CpuRow.PASS_FILTER, filter_at)
+            store_int64(t + 8 * CpuRow.PASS_FILTER_BITS, filter_bits)
+            store_int64(t + 8 * CpuRow.PASS_CHUNK, 0)
+            fetch_add(t + 8 * CpuRow.PASS_OPEN, 1)
             look_for_active(t, size)
-            fetch_add(t + 8 * PASS_OPEN, -1)
-            while fetch_add(t + 8 * PASS_BUSY, 0) > 0:  # who came in time is at its last piece
+            fetch_add(t + 8 * CpuRow.PASS_OPEN, -1)
+            while fetch_add(t + 8 * CpuRow.PASS_BUSY, 0) > 0:  # who came in time is at its last piece
                 pass
         for a in range(ahead):
             left = 0
@@ -271,7 +281,10 @@ def draw_by_rejection(theta, size, places, count, total, dormant, reborn, counte
 
 
 @njit
-def draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen):
+def draw_from_list(
+    theta: int, size: int, places: int, count: int, total: int, reborn: int, counter: int, seed: int, step: int,
+    chosen: np.ndarray,
+) -> None:  # fmt: skip
     """New places in a tensor more than half full: its dormant places in a random order, the first R."""
     taken = np.zeros(total, np.uint8)
     active = 0
@@ -293,7 +306,7 @@ def draw_from_list(theta, size, places, count, total, reborn, counter, seed, ste
 
 
 @njit(inline="always")
-def negative_at(place, sign_seed, exceptions, exception_count):
+def negative_at(place: int, sign_seed: int, exceptions: int, exception_count: int) -> bool:
     """Whether the constant sign of a place is -1 (``KSlots.signs_at``)."""
     negative = np.int64(bits(np.uint64(sign_seed), np.uint64(place))) < 0
     if exception_count > 0:
@@ -314,24 +327,24 @@ def rewire_kernel(size: int) -> Kernel:
     """One step of all tensors in the table; a task is a tensor. ``size`` is that of theta's floats in bytes."""
     real = np.float32 if size == 4 else np.float64
 
-    def rewire(a):
-        tensors, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
-        step, seed = load_int64(a + 8 * STEP), load_int64(a + 8 * SEED)
+    def rewire(a: int) -> None:
+        tensors, table = load_int64(a + 8 * A.TENSORS), load_int64(a + 8 * A.TABLE)
+        step, seed = load_int64(a + 8 * A.STEP), load_int64(a + 8 * A.SEED)
         working = False
         while True:
             if working:
-                fetch_add(a + 8 * FINISHED, 1)
-            task = fetch_add(a, 1)
+                fetch_add(a + 8 * A.FINISHED, 1)
+            task = fetch_add(a + 8 * A.TASK, 1)
             if task >= tensors:
                 break
             working = True
-            t = table + task * FIELDS * 8
-            theta, places, count = load_int64(t + 8 * THETA), load_int64(t + 8 * PLACES), load_int64(t + 8 * COUNT)
-            counter, total = load_int64(t + 8 * COUNTER), load_int64(t + 8 * TOTAL)
-            decrement, scale = load_float(t + 8 * DECREMENT, 8), load_float(t + 8 * NOISE, 8)
-            rewires, dormant_at = load_int64(t + 8 * REWIRES), load_int64(t + 8 * REBORN)
-            store_int64(t + 8 * REBORN_COUNT, 0)
-            store_int64(t + 8 * NEWBORN_DEATHS, 0)
+            t = table + task * ROW_WORDS * 8
+            theta, places, count = load_int64(t + 8 * Row.THETA), load_int64(t + 8 * Row.PLACES), load_int64(t + 8 * Row.COUNT)
+            counter, total = load_int64(t + 8 * Row.COUNTER), load_int64(t + 8 * Row.TOTAL)
+            decrement, scale = load_float(t + 8 * Row.DECREMENT, 8), load_float(t + 8 * Row.SCALE, 8)
+            rewires, dormant_at = load_int64(t + 8 * Row.REWIRES), load_int64(t + 8 * CpuRow.REBORN)
+            store_int64(t + 8 * CpuRow.REBORN_COUNT, 0)
+            store_int64(t + 8 * CpuRow.NEWBORN_DEATHS, 0)
             # theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu; then theta < 0: dormant
             values = carray(pointer(theta), count, real)
             if decrement != 0.0:
@@ -355,7 +368,7 @@ def rewire_kernel(size: int) -> Kernel:
             for k in range(count):
                 store_int64(dormant_at + reborn * 8, k)
                 reborn += values[k] < 0
-            store_int64(t + 8 * REBORN_COUNT, reborn)
+            store_int64(t + 8 * CpuRow.REBORN_COUNT, reborn)
             if reborn == 0:
                 continue
             dormant, chosen = carray(pointer(dormant_at), reborn, np.int64), np.empty(reborn, np.int64)
@@ -365,10 +378,10 @@ def rewire_kernel(size: int) -> Kernel:
                 )
             else:
                 draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen)
-            born, signs = load_int64(t + 8 * BORN), load_int64(t + 8 * SIGNS)
-            since, newborn_deaths = load_int64(a + 8 * NEWBORN_SINCE), 0
-            sign_seed = load_int64(t + 8 * SIGN_SEED)
-            exceptions, exception_count = load_int64(t + 8 * EXCEPTIONS), load_int64(t + 8 * EXCEPTION_COUNT)
+            born, signs = load_int64(t + 8 * Row.BORN), load_int64(t + 8 * Row.SIGNS)
+            since, newborn_deaths = load_int64(a + 8 * A.NEWBORN_SINCE), 0
+            sign_seed = load_int64(t + 8 * Row.SIGN_SEED)
+            exceptions, exception_count = load_int64(t + 8 * Row.EXCEPTIONS), load_int64(t + 8 * Row.EXCEPTION_COUNT)
             for i in range(reborn):
                 k, place = dormant[i], chosen[i]
                 newborn_deaths += load_int64(born + k * 8) >= since
@@ -377,11 +390,11 @@ def rewire_kernel(size: int) -> Kernel:
                 store_int64(places + k * 8, place)
                 store_float(signs + k * size, -1.0 if negative else 1.0, size)
                 store_int64(born + k * 8, step)
-            store_int64(t + 8 * NEWBORN_DEATHS, newborn_deaths)
-            for state in range(load_int64(t + 8 * STATES)):
-                field = t + 8 * (STATE + 3 * state)
-                address, start = load_int64(field), load_float(field + 16, 8)
-                if load_int64(field + 8) == 4:
+            store_int64(t + 8 * CpuRow.NEWBORN_DEATHS, newborn_deaths)
+            for state in range(load_int64(t + 8 * Row.STATES)):
+                entry = t + 8 * (CpuRow.FIRST_STATE + STATE_WORDS * state)
+                address, start = load_int64(entry + 8 * StateRow.ADDRESS), load_float(entry + 8 * StateRow.START, 8)
+                if load_int64(entry + 8 * StateRow.SIZE) == 4:
                     for i in range(reborn):
                         store_float(address + dormant[i] * 4, np.float32(start), 4)
                 else:
@@ -394,19 +407,17 @@ def rewire_kernel(size: int) -> Kernel:
 
 @cache
 def start_kernel() -> Kernel:
-    """K places where nothing is connected yet (``rewiring.random_places``): all slots are reborn.
+    """K places where nothing is connected yet (``rewiring.random_places``): all slots are reborn."""
 
-    Arguments: -, -, address of the result int64 [K], K, seed, N, counter of slot 0.
-    """
-
-    def start(a):
-        count, seed = load_int64(a + 24), load_int64(a + 32)
-        chosen = carray(pointer(load_int64(a + 16)), count, np.int64)
+    def start(a: int) -> None:
+        count, seed = load_int64(a + 8 * StartArguments.COUNT), load_int64(a + 8 * StartArguments.SEED)
+        total, counter = load_int64(a + 8 * StartArguments.TOTAL), load_int64(a + 8 * StartArguments.COUNTER)
+        chosen = carray(pointer(load_int64(a + 8 * StartArguments.RESULT)), count, np.int64)
         stream = extend(extend(np.uint64(3), np.uint64(seed)), START_PLACES)
-        nothing = np.zeros(FIELDS, np.int64)
+        nothing = np.zeros(ROW_WORDS, np.int64)
         slots = np.arange(count)
         t = np.int64(nothing.ctypes.data)
-        draw_by_rejection(0, 4, 0, 0, load_int64(a + 40), slots, count, load_int64(a + 48), stream, chosen, t)
+        draw_by_rejection(0, 4, 0, 0, total, slots, count, counter, stream, chosen, t)
         nothing[0] = 0  # (kept until here)
 
     return Kernel(start)
@@ -414,15 +425,16 @@ def start_kernel() -> Kernel:
 
 @cache
 def finite_kernel() -> Kernel:
-    """Argument 0 becomes 0 if some value in the table (address, number, bytes per value) is not finite."""
+    """Whether all values of the tensors in the table are finite."""
 
-    def finite(a):
-        number, table = load_int64(a + 8 * TENSORS), load_int64(a + 8 * TABLE)
+    def finite(a: int) -> None:
+        number, table = load_int64(a + 8 * FiniteArguments.NUMBER), load_int64(a + 8 * FiniteArguments.TABLE)
         fine = np.int64(1)
         for i in range(number):
-            address, count = load_int64(table + 24 * i), load_int64(table + 24 * i + 8)
+            entry = table + 8 * VALUES_WORDS * i
+            address, count = load_int64(entry + 8 * ValuesRow.ADDRESS), load_int64(entry + 8 * ValuesRow.COUNT)
             # a float is finite unless all bits of its exponent are set
-            if load_int64(table + 24 * i + 16) == 4:
+            if load_int64(entry + 8 * ValuesRow.SIZE) == 4:
                 words = carray(pointer(address), count, np.uint32)
                 worst = np.uint32(0)
                 for k in range(count):
@@ -436,6 +448,6 @@ def finite_kernel() -> Kernel:
                     worst_long = max(worst_long, long_words[k] & np.uint64(0x7FF0000000000000))
                 if worst_long == np.uint64(0x7FF0000000000000):
                     fine = np.int64(0)
-        store_int64(a, fine)
+        store_int64(a + 8 * FiniteArguments.FINITE, fine)
 
     return Kernel(finite)

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 
 from torch import Tensor
 
+from lightning_deepr.kernels.cpu.fields import ScatterArguments as A
+from lightning_deepr.kernels.cpu.fields import filler
 from lightning_deepr.kernels.cpu.native import Kernel, fetch_add, load_float, load_int64, store_float, threads_for
 
-# arguments: the next task; addresses of theta or its gradient, signs, places, weight or its gradient; K
-TASK, OWN, SIGNS, PLACES, WEIGHT, COUNT, ARGUMENTS = range(7)
 PIECE = 1 << 13  # slots of a task
+
+_fill = filler(A)
 
 
 @cache
 def scatter_kernel(size: int) -> Kernel:
     """weight[places[k]] = signs[k] * theta[k]; the rest of the weight is not touched."""
 
-    def scatter(a):
-        own, signs, places = load_int64(a + 8 * OWN), load_int64(a + 8 * SIGNS), load_int64(a + 8 * PLACES)
-        weight, count = load_int64(a + 8 * WEIGHT), load_int64(a + 8 * COUNT)
-        task = fetch_add(a + 8 * TASK, 1)
+    def scatter(a: int) -> None:
+        own, signs, places = load_int64(a + 8 * A.OWN), load_int64(a + 8 * A.SIGNS), load_int64(a + 8 * A.PLACES)
+        weight, count = load_int64(a + 8 * A.WEIGHT), load_int64(a + 8 * A.COUNT)
+        task = fetch_add(a + 8 * A.TASK, 1)
         while task * PIECE < count:
             for k in range(task * PIECE, min((task + 1) * PIECE, count)):
                 value = load_float(own + k * size, size) * load_float(signs + k * size, size)
                 store_float(weight + load_int64(places + k * 8) * size, value, size)
-            task = fetch_add(a + 8 * TASK, 1)
+            task = fetch_add(a + 8 * A.TASK, 1)
 
     return Kernel(scatter)
 
@@ -35,15 +36,15 @@ def scatter_kernel(size: int) -> Kernel:
 def gather_kernel(size: int) -> Kernel:
     """gradient of theta[k] = signs[k] * gradient of weight[places[k]]."""
 
-    def gather(a):
-        own, signs, places = load_int64(a + 8 * OWN), load_int64(a + 8 * SIGNS), load_int64(a + 8 * PLACES)
-        weight, count = load_int64(a + 8 * WEIGHT), load_int64(a + 8 * COUNT)
-        task = fetch_add(a + 8 * TASK, 1)
+    def gather(a: int) -> None:
+        own, signs, places = load_int64(a + 8 * A.OWN), load_int64(a + 8 * A.SIGNS), load_int64(a + 8 * A.PLACES)
+        weight, count = load_int64(a + 8 * A.WEIGHT), load_int64(a + 8 * A.COUNT)
+        task = fetch_add(a + 8 * A.TASK, 1)
         while task * PIECE < count:
             for k in range(task * PIECE, min((task + 1) * PIECE, count)):
                 value = load_float(weight + load_int64(places + k * 8) * size, size) * load_float(signs + k * size, size)
                 store_float(own + k * size, value, size)
-            task = fetch_add(a + 8 * TASK, 1)
+            task = fetch_add(a + 8 * A.TASK, 1)
 
     return Kernel(gather)
 
@@ -51,5 +52,7 @@ def gather_kernel(size: int) -> Kernel:
 def run(kernel: Kernel, own: Tensor, signs: Tensor, places: Tensor, weight: Tensor) -> None:
     """One of the two kernels on contiguous tensors of one dtype, float32 or float64, on the CPU."""
     count = places.numel()
-    addresses = (own.data_ptr(), signs.data_ptr(), places.data_ptr(), weight.data_ptr())
-    kernel((ctypes.c_int64 * ARGUMENTS)(0, *addresses, count), threads_for(count, 1 << 15))
+    arguments = _fill(
+        OWN=own.data_ptr(), SIGNS=signs.data_ptr(), PLACES=places.data_ptr(), WEIGHT=weight.data_ptr(), COUNT=count
+    )
+    kernel(arguments, threads_for(count, 1 << 15))

@@ -6,10 +6,8 @@ places are drawn one by one, and at last everything of theta's shape follows.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,30 +15,29 @@ from numba import carray, njit
 from torch import Tensor
 
 from lightning_deepr.algorithm import randomness
+from lightning_deepr.algorithm.shared_rewiring import RULES
+from lightning_deepr.kernels.cpu.fields import LAYER_WORDS, STATE_WORDS, StateRow, filler, packer
+from lightning_deepr.kernels.cpu.fields import LayerRow as L
+from lightning_deepr.kernels.cpu.fields import SharedArguments as A
 from lightning_deepr.kernels.cpu.hashing import LARGEST, bits, extend
 from lightning_deepr.kernels.cpu.native import Kernel, load_float, load_int64, pointer, store_float, store_int64
 from lightning_deepr.kernels.cpu.rewire import SIGN_BIT, birth_stream, find, negative_at
 from lightning_deepr.kernels.cpu.sorting import sort_with
+from lightning_deepr.kernels.slots import Slots
 
-# Arguments
-COUNT, LAYERS, THETA, TABLE, RULE, LEAST, NEWBORN_SINCE, SEED, STEP, NEW_PLACES, NEW_SIGNS, NEW_BORN, STATES, NUMBER = range(14)
-# Fields of a layer in the table
-KEPT, TOTAL, COUNTER, START, BUDGET, PLACES, BORN, SIGNS, SIGN_SEED, EXCEPTIONS, EXCEPTION_COUNT, AFTER, BIRTHS, DEATHS = range(
-    14
-)
-NEWBORN_DEATHS, ALIVE, ROOM, MOVED = range(14, 18)  # MOVED: where the layer's piece begins now
-FIELDS = 18
-STATE_FIELDS = 3  # address, bytes per entry, starting value
 LAYER = np.uint64(randomness.LAYER)
+BY_BUDGET = RULES.index("budget")
+
+_fill, _pack_layer, _pack_state = filler(A), packer(L), packer(StateRow, floats=("START",))
 
 
 @njit(inline="always")
-def layer_stream(seed, step):
+def layer_stream(seed: int, step: int) -> np.uint64:
     return extend(extend(extend(np.uint64(4), np.uint64(seed)), LAYER), np.uint64(step))
 
 
 @njit(inline="always")
-def draw_place(key, counter, total):
+def draw_place(key: np.uint64, counter: int, total: int) -> int:
     """``randomness.uniform_places``."""
     draw, n = bits(key, np.uint64(counter)) & LARGEST, np.uint64(total)
     rest = (LARGEST % n + np.uint64(1)) % n
@@ -48,7 +45,7 @@ def draw_place(key, counter, total):
 
 
 @njit
-def draw_layers(t, layers, first, count, seed, step, chosen):
+def draw_layers(t: np.ndarray, layers: int, first: int, count: int, seed: int, step: int, chosen: np.ndarray) -> None:
     """A layer for each of so many births, in proportion to the budgets; ``chosen[first:]``, and room shrinks."""
     pending = np.arange(count)
     left, attempt = count, np.uint64(0)
@@ -56,11 +53,11 @@ def draw_layers(t, layers, first, count, seed, step, chosen):
     while left > 0:
         total = np.int64(0)
         for i in range(layers):
-            total += t[i, BUDGET] if t[i, ROOM] > 0 else 0
+            total += t[i, L.BUDGET] if t[i, L.ROOM] > 0 else 0
             ends[i] = total
         if total == 0:  # what has a budget is full
             for i in range(layers):
-                total += t[i, ROOM]
+                total += t[i, L.ROOM]
                 ends[i] = total
         key = extend(layer_stream(seed, step), attempt)
         waiting = 0
@@ -70,8 +67,8 @@ def draw_layers(t, layers, first, count, seed, step, chosen):
             layer = 0
             while draw >= ends[layer]:
                 layer += 1
-            if draw >= 0 and t[layer, ROOM] > 0:
-                t[layer, ROOM] -= 1
+            if draw >= 0 and t[layer, L.ROOM] > 0:
+                t[layer, L.ROOM] -= 1
                 chosen[first + rank] = layer
             else:
                 pending[waiting] = rank
@@ -80,7 +77,10 @@ def draw_layers(t, layers, first, count, seed, step, chosen):
 
 
 @njit
-def draw_free(table, mask, shift, key_base, counter, total, start, count, chosen, first):
+def draw_free(
+    table: int, mask: int, shift: np.uint64, key_base: np.uint64, counter: int, total: int, start: int, count: int,
+    chosen: np.ndarray, first: int,
+) -> None:  # fmt: skip
     """For each of some counters the first of its draws that is free, judged in the order (attempt, counter)."""
     pending = np.arange(count)
     left, attempt = count, np.uint64(0)
@@ -100,7 +100,10 @@ def draw_free(table, mask, shift, key_base, counter, total, start, count, chosen
 
 
 @njit
-def draw_listed(table, mask, shift, key, counter, total, start, count, chosen, first):
+def draw_listed(
+    table: int, mask: int, shift: np.uint64, key: np.uint64, counter: int, total: int, start: int, count: int,
+    chosen: np.ndarray, first: int,
+) -> None:  # fmt: skip
     """The first of the dormant places in a random order."""
     numbers, keys = np.empty(total, np.int32), np.empty(total, np.uint64)
     n = 0
@@ -118,26 +121,28 @@ def draw_listed(table, mask, shift, key, counter, total, start, count, chosen, f
 
 
 @njit
-def draw_within(t, layers, table, mask, shift, seed, step, chosen):
+def draw_within(
+    t: np.ndarray, layers: int, table: int, mask: int, shift: np.uint64, seed: int, step: int, chosen: np.ndarray,
+) -> None:  # fmt: skip
     """Places for ``BIRTHS`` births of each layer, layer by layer, in ``chosen``."""
     base, first = birth_stream(seed, step), np.int64(0)
     for i in range(layers):
-        births, alive, total = t[i, BIRTHS], t[i, ALIVE], t[i, TOTAL]
+        births, alive, total = t[i, L.BIRTHS], t[i, L.ALIVE], t[i, L.TOTAL]
         if births == 0:
             continue
         if 2 * (alive + births) > total:
             draw_listed(
-                table, mask, shift, extend(base, np.uint64(0)), t[i, COUNTER], total, t[i, START], births, chosen, first
+                table, mask, shift, extend(base, np.uint64(0)), t[i, L.COUNTER], total, t[i, L.START], births, chosen, first
             )
         else:
-            draw_free(table, mask, shift, base, t[i, COUNTER] + alive, total, t[i, START], births, chosen, first)
+            draw_free(table, mask, shift, base, t[i, L.COUNTER] + alive, total, t[i, L.START], births, chosen, first)
         first += births
 
 
 @njit(inline="always")
-def owner_of(t, layers, place):
+def owner_of(t: np.ndarray, layers: int, place: int) -> int:
     layer = 0
-    while layer + 1 < layers and place >= t[layer + 1, START]:
+    while layer + 1 < layers and place >= t[layer + 1, L.START]:
         layer += 1
     return layer
 
@@ -146,23 +151,23 @@ def owner_of(t, layers, place):
 def rewire_kernel(size: int) -> Kernel:
     """``size`` is that of theta's floats in bytes."""
 
-    def rewire(a):
-        count, layers, theta = load_int64(a + 8 * COUNT), load_int64(a + 8 * LAYERS), load_int64(a + 8 * THETA)
-        t = carray(pointer(load_int64(a + 8 * TABLE)), (layers, FIELDS), np.int64)
-        seed, step, since = load_int64(a + 8 * SEED), load_int64(a + 8 * STEP), load_int64(a + 8 * NEWBORN_SINCE)
-        least = load_int64(a + 8 * LEAST)
+    def rewire(a: int) -> None:
+        count, layers, theta = load_int64(a + 8 * A.COUNT), load_int64(a + 8 * A.LAYERS), load_int64(a + 8 * A.THETA)
+        t = carray(pointer(load_int64(a + 8 * A.TABLE)), (layers, LAYER_WORDS), np.int64)
+        seed, step, since = load_int64(a + 8 * A.SEED), load_int64(a + 8 * A.STEP), load_int64(a + 8 * A.NEWBORN_SINCE)
+        least = load_int64(a + 8 * A.LEAST)
         # what has gone dormant
         births, k = np.int64(0), np.int64(0)
         for i in range(layers):
-            born, deaths, newborn = t[i, BORN], np.int64(0), np.int64(0)
-            for j in range(t[i, KEPT]):
+            born, deaths, newborn = t[i, L.BORN], np.int64(0), np.int64(0)
+            for j in range(t[i, L.KEPT]):
                 if load_float(theta + k * size, size) < 0:
                     deaths += 1
                     newborn += load_int64(born + j * 8) >= since
                 k += 1
-            t[i, DEATHS], t[i, NEWBORN_DEATHS], t[i, ALIVE], t[i, BIRTHS] = deaths, newborn, t[i, KEPT] - deaths, 0
+            t[i, L.DEATHS], t[i, L.NEWBORN_DEATHS], t[i, L.ALIVE], t[i, L.BIRTHS] = deaths, newborn, t[i, L.KEPT] - deaths, 0
             births += deaths
-        store_int64(a + 8 * NUMBER, births)
+        store_int64(a + 8 * A.BIRTHS, births)
         if births == 0:
             return
         # the places of the survivors
@@ -173,8 +178,8 @@ def rewire_kernel(size: int) -> Kernel:
         table, mask, shift = np.int64(cells.ctypes.data), size_of_table - 1, np.uint64(64) - length
         k = 0
         for i in range(layers):
-            places, start = t[i, PLACES], t[i, START]
-            for j in range(t[i, KEPT]):
+            places, start = t[i, L.PLACES], t[i, L.START]
+            for j in range(t[i, L.KEPT]):
                 if not load_float(theta + k * size, size) < 0:
                     place = load_int64(places + j * 8) + start
                     store_int64(table + find(table, mask, shift, place) * 8, place)
@@ -183,17 +188,17 @@ def rewire_kernel(size: int) -> Kernel:
         layer_of, chosen = np.empty(births, np.int64), np.empty(births, np.int64)
         owed, network = np.int64(0), np.int64(0)
         for i in range(layers):
-            short = max(min(least, t[i, TOTAL]) - t[i, ALIVE], 0)
+            short = max(min(least, t[i, L.TOTAL]) - t[i, L.ALIVE], 0)
             for _ in range(min(short, births - owed)):
                 layer_of[owed] = i
-                t[i, BIRTHS] += 1
+                t[i, L.BIRTHS] += 1
                 owed += 1
-            t[i, ROOM] = t[i, TOTAL] - t[i, ALIVE] - t[i, BIRTHS]
-            network += t[i, TOTAL]
-        if load_int64(a + 8 * RULE) == 0:
+            t[i, L.ROOM] = t[i, L.TOTAL] - t[i, L.ALIVE] - t[i, L.BIRTHS]
+            network += t[i, L.TOTAL]
+        if load_int64(a + 8 * A.RULE) == BY_BUDGET:
             draw_layers(t, layers, owed, births - owed, seed, step, layer_of)
             for n in range(owed, births):
-                t[layer_of[n], BIRTHS] += 1
+                t[layer_of[n], L.BIRTHS] += 1
             draw_within(t, layers, table, mask, shift, seed, step, chosen)
         else:
             draw_within(t, layers, table, mask, shift, seed, step, chosen)
@@ -208,7 +213,7 @@ def rewire_kernel(size: int) -> Kernel:
             for n in range(births):
                 at[owner_of(t, layers, drawn[n]) + 1] += 1
             for i in range(layers):
-                t[i, BIRTHS] = at[i + 1]
+                t[i, L.BIRTHS] = at[i + 1]
                 at[i + 1] += at[i]
             for n in range(births):
                 i = owner_of(t, layers, drawn[n])
@@ -216,13 +221,13 @@ def rewire_kernel(size: int) -> Kernel:
                 at[i] += 1
         # everything moves up
         source = np.empty(count, np.int64)  # -1: newborn
-        new_places, new_signs = load_int64(a + 8 * NEW_PLACES), load_int64(a + 8 * NEW_SIGNS)
-        new_born = load_int64(a + 8 * NEW_BORN)
+        new_places, new_signs = load_int64(a + 8 * A.NEW_PLACES), load_int64(a + 8 * A.NEW_SIGNS)
+        new_born = load_int64(a + 8 * A.NEW_BORN)
         k, to, n = np.int64(0), np.int64(0), 0
         for i in range(layers):
-            places, born, signs = t[i, PLACES], t[i, BORN], t[i, SIGNS]
-            t[i, MOVED] = to
-            for j in range(t[i, KEPT]):
+            places, born, signs = t[i, L.PLACES], t[i, L.BORN], t[i, L.SIGNS]
+            t[i, L.MOVED] = to
+            for j in range(t[i, L.KEPT]):
                 if not load_float(theta + k * size, size) < 0:
                     source[to] = k
                     store_int64(new_places + to * 8, load_int64(places + j * 8))
@@ -230,22 +235,22 @@ def rewire_kernel(size: int) -> Kernel:
                     store_float(new_signs + to * size, load_float(signs + j * size, size), size)
                     to += 1
                 k += 1
-            for _ in range(t[i, BIRTHS]):
-                place = chosen[n] - t[i, START]
-                negative = negative_at(place, t[i, SIGN_SEED], t[i, EXCEPTIONS], t[i, EXCEPTION_COUNT])
+            for _ in range(t[i, L.BIRTHS]):
+                place = chosen[n] - t[i, L.START]
+                negative = negative_at(place, t[i, L.SIGN_SEED], t[i, L.EXCEPTIONS], t[i, L.EXCEPTION_COUNT])
                 source[to] = -1
                 store_int64(new_places + to * 8, place)
                 store_int64(new_born + to * 8, step)
                 store_float(new_signs + to * size, -1.0 if negative else 1.0, size)
                 to += 1
                 n += 1
-            t[i, AFTER] = t[i, ALIVE] + t[i, BIRTHS]
+            t[i, L.AFTER] = t[i, L.ALIVE] + t[i, L.BIRTHS]
         scratch = np.empty(count, np.float64)
-        states, number = load_int64(a + 8 * STATES), load_int64(a + 8 * (NUMBER + 1))
+        states, number = load_int64(a + 8 * A.STATES), load_int64(a + 8 * A.STATE_COUNT)
         for s in range(number):
-            entry = states + 8 * STATE_FIELDS * s
-            address, start = load_int64(entry), load_float(entry + 16, 8)
-            if load_int64(entry + 8) == 4:
+            entry = states + 8 * STATE_WORDS * s
+            address, start = load_int64(entry + 8 * StateRow.ADDRESS), load_float(entry + 8 * StateRow.START, 8)
+            if load_int64(entry + 8 * StateRow.SIZE) == 4:
                 old, value = scratch.view(np.float32), carray(pointer(address), count, np.float32)
                 for k in range(count):
                     old[k] = value[k]
@@ -267,11 +272,11 @@ class Result:
 
     def __init__(self, places: Tensor, signs: Tensor, born: Tensor, table: np.ndarray) -> None:
         self.places, self.signs, self.born = places, signs, born
-        self.counts, self.births, self.deaths, self.newborn_deaths = table[:, AFTER : NEWBORN_DEATHS + 1].T.tolist()
+        self.counts, self.births, self.deaths, self.newborn_deaths = table[:, L.AFTER : L.NEWBORN_DEATHS + 1].T.tolist()
 
 
 def rewire(
-    members: Sequence[Any], budgets: Sequence[int], theta: Tensor, values: Sequence[tuple[Tensor, float]], *, rule: int, least: int,
+    members: Sequence[Slots], budgets: Sequence[int], theta: Tensor, values: Sequence[tuple[Tensor, float]], *, rule: int, least: int,
     newborn_since: int, seed: int, step: int,
 ) -> Result | None:  # fmt: skip
     """One step; ``values`` (theta among them) are written in place, places, signs and births are not.
@@ -288,26 +293,28 @@ def rewire(
         None where nothing went dormant.
     """
     count, size = theta.numel(), theta.element_size()
-    start, rows = 0, []
+    start, rows = 0, bytearray()
     for member, budget in zip(members, budgets, strict=True):
         places, total, exceptions = member.places, member.total, member.exceptions
-        rows.append(
-            (places.numel(), total, member.index << randomness.SLOT_BITS, start, budget, places.data_ptr(), member.born.data_ptr(),
-             member.signs.data_ptr(), member.sign_seed, exceptions.data_ptr(), exceptions.numel(), 0, 0, 0, 0, 0, 0, 0)
+        rows += _pack_layer(
+            KEPT=places.numel(), TOTAL=total, COUNTER=member.index << randomness.SLOT_BITS, START=start, BUDGET=budget,
+            PLACES=places.data_ptr(), BORN=member.born.data_ptr(), SIGNS=member.signs.data_ptr(), SIGN_SEED=member.sign_seed,
+            EXCEPTIONS=exceptions.data_ptr(), EXCEPTION_COUNT=exceptions.numel(),
         )  # fmt: skip
         start += total
-    table = np.array(rows, np.int64)
+    table = np.frombuffer(rows, np.int64).reshape(-1, LAYER_WORDS)
     new_places, new_born, new_signs = (
         torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64), torch.empty_like(theta)
     )  # fmt: skip
-    moving = np.array([(value.data_ptr(), value.element_size(), 0) for value, _ in values], np.int64)
-    moving.view(np.float64)[:, 2] = [beginning for _, beginning in values]
-    arguments = (ctypes.c_int64 * 15)(
-        count, len(rows), theta.data_ptr(), table.ctypes.data, rule, least, newborn_since, seed, step, new_places.data_ptr(),
-        new_signs.data_ptr(), new_born.data_ptr(), moving.ctypes.data, 0, len(values),
+    states = [_pack_state(ADDRESS=value.data_ptr(), SIZE=value.element_size(), START=begins) for value, begins in values]
+    moving = np.frombuffer(b"".join(states), np.int64)
+    arguments = _fill(
+        COUNT=count, LAYERS=len(table), THETA=theta.data_ptr(), TABLE=table.ctypes.data, RULE=rule, LEAST=least,
+        NEWBORN_SINCE=newborn_since, SEED=seed, STEP=step, NEW_PLACES=new_places.data_ptr(), NEW_SIGNS=new_signs.data_ptr(),
+        NEW_BORN=new_born.data_ptr(), STATES=moving.ctypes.data, STATE_COUNT=len(values),
     )  # fmt: skip
     rewire_kernel(size)(arguments)
-    if arguments[NUMBER] == 0:
+    if arguments[A.BIRTHS] == 0:
         return None
     changed = [value for value, _ in values if not value.is_inference()]
     torch.autograd.graph.increment_version(changed)

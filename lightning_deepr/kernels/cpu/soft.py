@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 
 import numpy as np
@@ -11,12 +10,13 @@ from torch import Tensor
 
 from lightning_deepr.algorithm import randomness
 from lightning_deepr.kernels.cpu.deviates import BLOCK, deviates
+from lightning_deepr.kernels.cpu.fields import SoftArguments as A
+from lightning_deepr.kernels.cpu.fields import filler, signed
 from lightning_deepr.kernels.cpu.native import Kernel, fetch_add, load_float, load_int64, pointer, threads_for
 
-# arguments: the next task; addresses of theta and before; N; eta * alpha, sqrt(2 * eta * T) and theta_min (float64); whether the
-# step rewires; the counter of place 0; the key of the step's noise; births; deaths
-TASK, THETA, BEFORE, COUNT, DECREMENT, SCALE, BOUND, REWIRES, COUNTER, KEY, BIRTHS, DEATHS, ARGUMENTS = range(13)
 PIECE = 1 << 14  # places of a task
+
+_fill = filler(A, floats=("DECREMENT", "SCALE", "BOUND"))
 
 
 @cache
@@ -24,21 +24,21 @@ def soft_kernel(size: int) -> Kernel:
     """The kernel for floats of 4 or 8 bytes."""
     real = np.float32 if size == 4 else np.float64
 
-    def soft(a):
-        count, rewires = load_int64(a + 8 * COUNT), load_int64(a + 8 * REWIRES)
-        decrement, scale = real(load_float(a + 8 * DECREMENT, 8)), load_float(a + 8 * SCALE, 8)
-        bound = real(load_float(a + 8 * BOUND, 8))
-        key, counter = np.uint64(load_int64(a + 8 * KEY)), load_int64(a + 8 * COUNTER)
+    def soft(a: int) -> None:
+        count, rewires = load_int64(a + 8 * A.COUNT), load_int64(a + 8 * A.REWIRES)
+        decrement, scale = real(load_float(a + 8 * A.DECREMENT, 8)), load_float(a + 8 * A.SCALE, 8)
+        bound = real(load_float(a + 8 * A.BOUND, 8))
+        key, counter = np.uint64(load_int64(a + 8 * A.KEY)), load_int64(a + 8 * A.COUNTER)
         noise = np.empty(BLOCK, np.float64)
         births, deaths = 0, 0
-        task = fetch_add(a + 8 * TASK, 1)
+        task = fetch_add(a + 8 * A.TASK, 1)
         while task * PIECE < count:
             first, end = task * PIECE, min((task + 1) * PIECE, count)
             while first < end:
                 length = min(BLOCK, end - first)
                 deviates(key, counter + first, length, noise)
-                theta = carray(pointer(load_int64(a + 8 * THETA) + first * size), length, real)
-                before = carray(pointer(load_int64(a + 8 * BEFORE) + first * size), length, real)
+                theta = carray(pointer(load_int64(a + 8 * A.THETA) + first * size), length, real)
+                before = carray(pointer(load_int64(a + 8 * A.BEFORE) + first * size), length, real)
                 if rewires:
                     for k in range(length):
                         was = before[k]
@@ -51,9 +51,9 @@ def soft_kernel(size: int) -> Kernel:
                         was = before[k]
                         theta[k] = max((theta[k] - decrement) + real(noise[k] * scale), real(0)) if was >= 0 else was
                 first += length
-            task = fetch_add(a + 8 * TASK, 1)
-        fetch_add(a + 8 * BIRTHS, births)
-        fetch_add(a + 8 * DEATHS, deaths)
+            task = fetch_add(a + 8 * A.TASK, 1)
+        fetch_add(a + 8 * A.BIRTHS, births)
+        fetch_add(a + 8 * A.DEATHS, deaths)
 
     return Kernel(soft)
 
@@ -73,12 +73,10 @@ def step(
     Returns:
         births and deaths.
     """
-    key = randomness.key(seed, randomness.NOISE, number)
-    words = np.zeros(ARGUMENTS, np.int64)
-    words[THETA], words[BEFORE], words[COUNT] = theta.data_ptr(), before.data_ptr(), theta.numel()
-    words[[DECREMENT, SCALE, BOUND]] = np.array([decrement, scale, bound or 0.0]).view(np.int64)
-    words[REWIRES], words[COUNTER] = bound is not None, index << randomness.SLOT_BITS
-    words[KEY] = np.array(key, np.uint64).view(np.int64)
-    arguments = (ctypes.c_int64 * ARGUMENTS).from_buffer(words)
+    arguments = _fill(
+        THETA=theta.data_ptr(), BEFORE=before.data_ptr(), COUNT=theta.numel(), DECREMENT=decrement, SCALE=scale,
+        BOUND=bound or 0.0, REWIRES=bound is not None, COUNTER=index << randomness.SLOT_BITS,
+        KEY=signed(randomness.key(seed, randomness.NOISE, number)),
+    )  # fmt: skip
     soft_kernel(theta.element_size())(arguments, threads_for(theta.numel(), PIECE * 2))
-    return int(words[BIRTHS]), int(words[DEATHS])
+    return arguments[A.BIRTHS], arguments[A.DEATHS]

@@ -9,7 +9,7 @@ from lightning_deepr.kernels.cpu.native import load_int32, load_int64, store_int
 
 
 @njit
-def sort_with(keys, payload, largest):
+def sort_with(keys: np.ndarray, payload: np.ndarray, largest: np.uint64) -> tuple[np.ndarray, np.ndarray]:
     """Sort uint64 keys up to ``largest``, and an int32 payload with them. Stable, O(R).
 
     By digits, the lowest first: but only by as many of the leading bits as tell most of R evenly spread keys apart. The few neighbours that this
@@ -28,7 +28,7 @@ def sort_with(keys, payload, largest):
 
 
 @njit
-def sort_by_bits(keys, payload, lowest, length):
+def sort_by_bits(keys: np.ndarray, payload: np.ndarray, lowest: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Sort by the bits from ``lowest`` up to ``length``. The result may be in the arrays given or in others."""
     count = len(keys)
     # as few passes as digits of at most 9 bits allow, of equal width: more places to write to at a time cost more than another pass
@@ -65,7 +65,7 @@ def sort_by_bits(keys, payload, lowest, length):
 
 
 @njit
-def put_right(keys, payload, most):
+def put_right(keys: np.ndarray, payload: np.ndarray, most: int) -> bool:
     """Sort by insertion, unless that takes more than ``most`` moves: whether it is done."""
     key, item = np.int64(keys.ctypes.data), np.int64(payload.ctypes.data)
     moves = np.int64(0)
@@ -89,7 +89,7 @@ def put_right(keys, payload, most):
 
 
 @njit(inline="always")
-def add_one(counters, cell):
+def add_one(counters: int, cell: int) -> int:
     value = load_int64(counters + 8 * cell)
     store_int64(counters + 8 * cell, value + 1)
     return value

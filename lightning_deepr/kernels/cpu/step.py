@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_deepr.algorithm import randomness
+from lightning_deepr.kernels import rows
 from lightning_deepr.kernels.cpu import native, orders, rewire
 from lightning_deepr.kernels.cpu.buffers import WIDE, give_back
+from lightning_deepr.kernels.cpu.fields import (
+    ORDER,
+    ROW_WORDS,
+    CpuRow,
+    FiniteArguments,
+    Row,
+    StartArguments,
+    StepArguments,
+    ValuesRow,
+    filler,
+    packer,
+)
+from lightning_deepr.kernels.slots import OrderedSlots, SlotOrder, State
 
-State = tuple[Tensor, float]  # a state tensor of theta's shape, and what the optimizer starts it with
-
-
-class Slots(Protocol):
-    """What a step has to know of a tensor (see :class:`lightning_deepr.weights.k_slots.KSlots`)."""
-
-    places: Tensor
-    born: Tensor
-    signs: Tensor
-    exceptions: Tensor
-    total: int
-    rows: int
-    columns: int
-    index: int
-    sign_seed: int
-    order: Any
-
-    def refresh_order(self) -> Any: ...
+# (a member of an enumeration takes longer to look up)
+_TASK, _STEP, _SEED = int(StepArguments.TASK), int(StepArguments.STEP), int(StepArguments.SEED)
+_NEWBORN_SINCE, _FINISHED = int(StepArguments.NEWBORN_SINCE), int(StepArguments.FINISHED)
+_DECREMENT, _SCALE, _REWIRES = int(Row.DECREMENT), int(Row.SCALE), int(Row.REWIRES)
+_fill, _fill_start, _fill_finite = filler(StepArguments), filler(StartArguments), filler(FiniteArguments)
+_pack_values = packer(ValuesRow)
+_SIZES = {torch.float32: 4, torch.float64: 8}
 
 
 class Table:
@@ -42,21 +45,20 @@ class Table:
         size: of theta's floats in bytes.
     """
 
-    def __init__(self, tensors: Sequence[Slots], size: int) -> None:
+    def __init__(self, tensors: Sequence[OrderedSlots], size: int) -> None:
         self.tensors, self.size = tuple(tensors), size
-        self.fields = np.zeros((len(tensors), rewire.FIELDS), np.int64)
+        self.fields = np.zeros((len(tensors), ROW_WORDS), np.int64)
         self.numbers = self.fields.view(np.float64)
         # where the numbers of the reborn slots are put; the pages that are never written take no memory
         self.reborn = [torch.empty(t.places.numel(), dtype=torch.int64) for t in tensors]
-        self.results = self.fields.T[rewire.REBORN_COUNT : rewire.NEWBORN_DEATHS + 1]
+        self.results = self.fields.T[CpuRow.REBORN_COUNT : CpuRow.NEWBORN_DEATHS + 1]
         self.work = 0
         self.wide = any(tensor.rows + tensor.columns >= WIDE for tensor in tensors)
         for row, tensor, reborn in zip(self.fields, tensors, self.reborn, strict=True):
-            row[rewire.COUNT], row[rewire.TOTAL] = tensor.places.numel(), tensor.total
-            row[rewire.REBORN], row[rewire.SIZE] = reborn.data_ptr(), size
+            row[Row.COUNT], row[Row.TOTAL] = tensor.places.numel(), tensor.total
+            row[CpuRow.REBORN], row[CpuRow.SIZE] = reborn.data_ptr(), size
             self.work += tensor.places.numel()
-        self.where = self.fields.ctypes.data
-        self.arguments = (ctypes.c_int64 * 7)()
+        self.arguments = _fill(TENSORS=len(self.tensors), TABLE=self.fields.ctypes.data)
         # what is in the table, so that only what changes is written; the tensors are kept alive, so that none can take another's place
         self.known: list[tuple[Any, ...] | None] = [None] * len(tensors)
         self.changing: list[tuple[Any, ...] | None] = [None] * len(tensors)
@@ -89,12 +91,13 @@ class Table:
             changing = (decrements[i], noises[i], rewires[i])
             if changing != self.changing[i]:
                 self.changing[i] = changing
-                self.numbers[i, rewire.DECREMENT], self.numbers[i, rewire.NOISE] = changing[:2]
-                self.fields[i, rewire.REWIRES] = changing[2]
+                self.numbers[i, _DECREMENT], self.numbers[i, _SCALE] = changing[:2]
+                self.fields[i, _REWIRES] = changing[2]
             if states[i] or self.states[i]:
                 self._note_states(i, states[i])
         arguments = self.arguments
-        arguments[:] = [0, len(self.tensors), self.where, step, seed, newborn_since, 0]
+        arguments[_TASK] = arguments[_FINISHED] = 0
+        arguments[_STEP], arguments[_SEED], arguments[_NEWBORN_SINCE] = step, seed, newborn_since
         threads = native.threads_for(self.work)
         rewire.rewire_kernel(self.size)(arguments, threads)
         counts, newborns = self.results.tolist()
@@ -102,7 +105,7 @@ class Table:
             give_back()
         if any(counts):
             if ordered:
-                arguments[0] = 0
+                arguments[_TASK] = 0
                 orders.update_kernel()(arguments, native.threads_for(self.work, 1 << 14))
             # a backward pass through the connections of before would be wrong, dense or sparse: autograd refuses it
             changed = [tensor for tensor, count in zip(self.tensors, counts, strict=True) if count]
@@ -114,7 +117,7 @@ class Table:
                     tensor.order.note(tensor.places)
         return counts, newborns
 
-    def _note(self, i: int, tensor: Slots, theta: Tensor, order: Any) -> None:
+    def _note(self, i: int, tensor: OrderedSlots, theta: Tensor, order: SlotOrder | None) -> None:
         """Write down where the tensors lie, if they are others than in the last step."""
         known = self.known[i]
         buffer = None if order is None else order.buffer
@@ -137,47 +140,37 @@ class Table:
             tensor.sign_seed,
         )
         row = self.fields[i]
-        row[: rewire.COUNT] = [t.data_ptr() for t in (theta, tensor.places, tensor.born, tensor.signs, tensor.exceptions)] + [
-            tensor.exceptions.numel()
-        ]
-        row[rewire.COUNTER], row[rewire.SIGN_SEED] = tensor.index << randomness.SLOT_BITS, tensor.sign_seed
-        row[rewire.ROW_START] = 0
+        rows.write_location(row, theta, tensor)
+        row[CpuRow.ROW_START] = 0
         if order is not None:
-            row[rewire.ROWS], row[rewire.COLUMNS] = order.rows, order.columns
-            row[rewire.ROW_START : rewire.ROW_START + 6] = order.addresses
+            row[CpuRow.ROWS], row[CpuRow.COLUMNS] = order.rows, order.columns
+            row[ORDER] = order.addresses
 
     def _note_states(self, i: int, states: Sequence[State]) -> None:
         known = tuple((value.data_ptr(), value.element_size(), start) for value, start in states)
         if known == self.states[i]:
             return
         self.states[i] = known
-        row, numbers = self.fields[i], self.numbers[i]
-        row[rewire.STATES] = len(known)
-        for j, (address, size, start) in enumerate(known):
-            field = rewire.STATE + 3 * j
-            row[field], row[field + 1], numbers[field + 2] = address, size, start
+        rows.write_states(self.fields[i], self.numbers[i], CpuRow.FIRST_STATE, known)
 
 
 def random_places(total: int, count: int, index: int, seed: int) -> Tensor:
     """``rewiring.random_places`` for at most half of the places."""
     places = torch.empty(count, dtype=torch.int64)
-    arguments = (ctypes.c_int64 * 7)(0, 0, places.data_ptr(), count, seed, total, index << randomness.SLOT_BITS)
-    rewire.start_kernel()(arguments)
+    counter = index << randomness.SLOT_BITS
+    rewire.start_kernel()(_fill_start(RESULT=places.data_ptr(), COUNT=count, SEED=seed, TOTAL=total, COUNTER=counter))
     return places
 
 
 def all_finite(values: Sequence[Tensor]) -> bool:
     """Whether every value is finite; False also where a tensor is none of the kernels' (contiguous float32 or float64 on the CPU)."""
-    flat: list[int] = []
+    table = bytearray()
     for value in values:
         size = _SIZES.get(value.dtype, 0)
         if size == 0 or not value.is_cpu or not value.is_contiguous():
             return False
-        flat += (value.data_ptr(), value.numel(), size)
-    table = (ctypes.c_int64 * len(flat))(*flat)
-    arguments = (ctypes.c_int64 * 3)(0, len(values), ctypes.addressof(table))
+        table += _pack_values(ADDRESS=value.data_ptr(), COUNT=value.numel(), SIZE=size)
+    words = ctypes.c_char.from_buffer(table) if table else ctypes.c_char()
+    arguments = _fill_finite(NUMBER=len(values), TABLE=ctypes.addressof(words))
     rewire.finite_kernel()(arguments)
-    return arguments[0] == 1
-
-
-_SIZES = {torch.float32: 4, torch.float64: 8}
+    return arguments[FiniteArguments.FINITE] == 1

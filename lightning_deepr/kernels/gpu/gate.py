@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_deepr.kernels.slots import Slots
+
 Check = Callable[[torch.device, torch.dtype], "str | None"]  # what of the kernels differs from PyTorch, or None
 
 DEVICE_TYPES = {"cuda"}  # the tests add "cpu", for Triton's interpreter
@@ -33,7 +35,7 @@ def _triton_step() -> Any:
     return step
 
 
-def admits(what: str, theta: Tensor, slots: Any, check: Check) -> bool:
+def admits(what: str, theta: Tensor, slots: Slots, check: Check) -> bool:
     """Whether the Triton kernels may work on a tensor. Cheap after the first question about a device and a dtype.
 
     Args:

@@ -24,16 +24,29 @@ import triton
 import triton.language as tl
 
 from lightning_deepr.algorithm import randomness
+from lightning_deepr.kernels.cpu import fields
+from lightning_deepr.kernels.cpu.fields import GpuHeader, GpuRow, Row, StateRow
 from lightning_deepr.kernels.gpu.draws import LARGEST, bits, extend, mix, normal
 
+
+def _word(position: int) -> tl.constexpr:
+    """A position in the table; Triton takes a plain number as a constant only so."""
+    return tl.constexpr(int(position))
+
+
 # Words (int64) that hold for all tensors
-STEP, NEWBORN_SINCE, BIRTH_STREAM, NOISE_KEY, HEADER = (tl.constexpr(i) for i in range(5))
-# Words of each tensor, behind them. An address is 0 where there is nothing.
-THETA, PLACES, BORN, SIGNS, EXCEPTIONS, EXCEPTION_COUNT = (tl.constexpr(i) for i in range(6))
-COUNT, TOTAL, LIMIT, COUNTER, SIGN_SEED, SLOT_START, LISTED = (tl.constexpr(i) for i in range(6, 13))
-DECREMENT, SCALE, REWIRES, STATES, STATE = (tl.constexpr(i) for i in range(13, 18))
-MOST_STATES = tl.constexpr(4)  # each with its address, the bytes of an entry, and the bits of its start
-FIELDS = tl.constexpr(17 + 3 * 4)
+STEP, NEWBORN_SINCE = _word(GpuHeader.STEP), _word(GpuHeader.NEWBORN_SINCE)
+BIRTH_STREAM, NOISE_KEY = _word(GpuHeader.BIRTH_STREAM), _word(GpuHeader.NOISE_KEY)
+HEADER = _word(fields.GPU_HEADER_WORDS)
+# Words of each tensor, behind them
+THETA, PLACES, BORN, SIGNS = _word(Row.THETA), _word(Row.PLACES), _word(Row.BORN), _word(Row.SIGNS)
+EXCEPTIONS, EXCEPTION_COUNT = _word(Row.EXCEPTIONS), _word(Row.EXCEPTION_COUNT)
+COUNT, TOTAL, COUNTER, SIGN_SEED = _word(Row.COUNT), _word(Row.TOTAL), _word(Row.COUNTER), _word(Row.SIGN_SEED)
+DECREMENT, SCALE, REWIRES, STATES = _word(Row.DECREMENT), _word(Row.SCALE), _word(Row.REWIRES), _word(Row.STATES)
+LIMIT, SLOT_START, LISTED = _word(GpuRow.LIMIT), _word(GpuRow.SLOT_START), _word(GpuRow.LISTED)
+FIRST_STATE, STATE_WORDS, MOST_STATES = _word(GpuRow.FIRST_STATE), _word(fields.STATE_WORDS), _word(fields.MOST_STATES)
+ADDRESS, SIZE, START = _word(StateRow.ADDRESS), _word(StateRow.SIZE), _word(StateRow.START)
+FIELDS = _word(fields.GPU_ROW_WORDS)
 
 EMPTY = tl.constexpr(randomness.LARGEST)  # larger than every place and every claim
 NEVER = tl.constexpr(-1)  # no cell ever holds it
@@ -189,8 +202,9 @@ def finish(words, pieces, counts, drawn, claims, REAL: tl.constexpr, BLOCK: tl.c
         states = tl.load(row + STATES)
         for i in tl.static_range(MOST_STATES):
             if i < states:
-                address, size = tl.load(row + STATE + 3 * i), tl.load(row + STATE + 3 * i + 1)
-                value = tl.zeros_like(place) + tl.load(row + STATE + 3 * i + 2)
+                entry = row + FIRST_STATE + STATE_WORDS * i
+                address, size = tl.load(entry + ADDRESS), tl.load(entry + SIZE)
+                value = tl.zeros_like(place) + tl.load(entry + START)
                 if size == 2:
                     tl.store(address.to(tl.pointer_type(tl.int16)) + slot, value.to(tl.int16), mask=born)
                 elif size == 4:

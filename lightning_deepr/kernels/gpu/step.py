@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,17 +16,27 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_deepr.algorithm import randomness
+from lightning_deepr.kernels import rows
+from lightning_deepr.kernels.cpu.fields import (
+    GPU_HEADER_WORDS,
+    GPU_ROW_WORDS,
+    MOST_STATES,
+    GpuHeader,
+    GpuRow,
+    Row,
+    signed,
+)
 from lightning_deepr.kernels.gpu import rewire
-
-State = tuple[Tensor, float]  # a state tensor of theta's shape, and what the optimizer starts it with
+from lightning_deepr.kernels.slots import Slots, State
 
 BLOCK = 256  # slots of a program
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # a multiplication and an addition stay two, as PyTorch computes them
 MOST_SLOTS = (1 << 31) - 1  # of a tensor: they are listed as int32
-HEADER, FIELDS, MOST_STATES = int(rewire.HEADER), int(rewire.FIELDS), int(rewire.MOST_STATES)
-CELLS, STATE = int(rewire.CELLS), int(rewire.STATE)
-_STEP, _NEWBORN_SINCE, _BIRTH_STREAM, _NOISE_KEY = range(HEADER)
-_COUNT, _TOTAL, _LIMIT, _COUNTER, _SIGN_SEED, _SLOT_START, _LISTED, _DECREMENT, _SCALE, _REWIRES, _STATES = range(6, 17)
+CELLS = int(rewire.CELLS)
+# (a member of an enumeration takes longer to look up)
+_STEP, _NEWBORN_SINCE = int(GpuHeader.STEP), int(GpuHeader.NEWBORN_SINCE)
+_BIRTH_STREAM, _NOISE_KEY = int(GpuHeader.BIRTH_STREAM), int(GpuHeader.NOISE_KEY)
+_DECREMENT, _SCALE, _REWIRES = int(Row.DECREMENT), int(Row.SCALE), int(Row.REWIRES)
 # theta's type, and the one in which PyTorch computes with it
 _TYPES = {
     torch.float32: (tl.float32, tl.float32),
@@ -35,20 +45,6 @@ _TYPES = {
     torch.float16: (tl.float16, tl.float32),
 }
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Slots(Protocol):
-    """What a step has to know of a tensor (see :class:`lightning_deepr.weights.k_slots.KSlots`)."""
-
-    places: Tensor
-    born: Tensor
-    signs: Tensor
-    exceptions: Tensor
-    total: int
-    index: int
-    sign_seed: int
-
-    def signs_at(self, places: Tensor) -> Tensor: ...
 
 
 def takes(theta: Tensor, slots: Slots) -> bool:
@@ -82,14 +78,14 @@ class Table:
         self.slots = int(starts[-1])
         pieces = [(i, first) for i, count in enumerate(counts) for first in range(0, count, BLOCK)]
         self.pieces = torch.tensor(pieces, dtype=torch.long).reshape(-1, 2).to(self.device)
-        self.words = np.zeros(HEADER + FIELDS * len(tensors), np.int64)
-        self.rows = self.words[HEADER:].reshape(len(tensors), FIELDS)
+        self.words = np.zeros(GPU_HEADER_WORDS + GPU_ROW_WORDS * len(tensors), np.int64)
+        self.rows = self.words[GPU_HEADER_WORDS:].reshape(len(tensors), GPU_ROW_WORDS)
         self.numbers = self.rows.view(np.float64)
         self.listed = [2 * count > t.total for count, t in zip(counts, tensors, strict=True)]
-        self.rows[:, _COUNT], self.rows[:, _SLOT_START], self.rows[:, _LISTED] = counts, starts[:-1], self.listed
-        self.rows[:, _TOTAL] = [t.total for t in tensors]
+        self.rows[:, Row.COUNT], self.rows[:, GpuRow.SLOT_START], self.rows[:, GpuRow.LISTED] = counts, starts[:-1], self.listed
+        self.rows[:, Row.TOTAL] = [t.total for t in tensors]
         # a draw beyond it is repeated (randomness.uniform_places)
-        self.rows[:, _LIMIT] = [randomness.LARGEST - (randomness.LARGEST % t.total + 1) % t.total for t in tensors]
+        self.rows[:, GpuRow.LIMIT] = [randomness.LARGEST - (randomness.LARGEST % t.total + 1) % t.total for t in tensors]
         # what is in the table, so that only what changes is written
         self.known: list[tuple[int, ...]] = [()] * len(tensors)
         self.changing: list[tuple[Any, ...] | None] = [None] * len(tensors)
@@ -159,17 +155,15 @@ class Table:
     ) -> Tensor:
         """The table, on the device; only what changed since the last step is written anew."""
         self.words[_STEP], self.words[_NEWBORN_SINCE] = step, newborn_since
-        self.words[_BIRTH_STREAM] = _signed(_birth_stream(seed, step))
-        self.words[_NOISE_KEY] = _signed(randomness.key(seed, randomness.NOISE, step))
+        self.words[_BIRTH_STREAM] = signed(_birth_stream(seed, step))
+        self.words[_NOISE_KEY] = signed(randomness.key(seed, randomness.NOISE, step))
         on_device: list[tuple[int, Tensor]] = []
         for i, (tensor, theta) in enumerate(zip(self.tensors, thetas, strict=True)):
             where = (theta, tensor.places, tensor.born, tensor.signs, tensor.exceptions)
             known = (*(t.data_ptr() for t in where), tensor.exceptions.numel(), tensor.index, tensor.sign_seed)
             if known != self.known[i]:
                 self.known[i] = known
-                self.rows[i, :_COUNT] = known[:_COUNT]
-                self.rows[i, _COUNTER] = tensor.index << randomness.SLOT_BITS
-                self.rows[i, _SIGN_SEED] = _signed(tensor.sign_seed)
+                rows.write_location(self.rows[i], theta, tensor)
             changing = decrements[i], scales[i], rewires[i]
             numbers = [n for n in changing if isinstance(n, Tensor) and n.device.type != "cpu"]
             if numbers or changing != self.changing[i]:
@@ -177,16 +171,14 @@ class Table:
                 self.rows[i, _REWIRES] = rewires[i]
                 for field, number in ((_DECREMENT, decrements[i]), (_SCALE, scales[i])):
                     if isinstance(number, Tensor) and number.device.type != "cpu":
-                        on_device.append((HEADER + FIELDS * i + field, number))
+                        on_device.append((GPU_HEADER_WORDS + GPU_ROW_WORDS * i + field, number))
                     else:
                         self.numbers[i, field] = float(number)
             own = states[i] if _can_write(states[i], self.device) and not self.listed[i] else []
             addresses = tuple((value.data_ptr(), value.element_size(), _bits(start, value.dtype)) for value, start in own)
             if addresses != self.states[i]:
                 self.states[i] = addresses
-                self.rows[i, _STATES] = len(addresses)
-                for j, words in enumerate(addresses):
-                    self.rows[i, STATE + 3 * j : STATE + 3 * j + 3] = words
+                rows.write_states(self.rows[i], self.rows[i], GpuRow.FIRST_STATE, addresses)
         host = torch.from_numpy(self.words)
         if self.device.type != "cuda":
             return host.to(self.device, copy=True)
@@ -239,7 +231,3 @@ def _birth_stream(seed: int, step: int) -> int:
     for coordinate in (seed, randomness.BIRTH, step):
         state = randomness.mix((state + randomness.GOLDEN + randomness.mix(coordinate & randomness.WORD)) & randomness.WORD)
     return state
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word

@@ -1,0 +1,448 @@
+"""What the arguments and tables of the kernels hold: each list exists here, and both sides are made from it.
+
+A kernel is a C function of one argument, the address of an array of int64. A member of a class below is a word of such an array, and
+its value is its position: the kernel reads ``load_int64(a + 8 * LinearArguments.BATCH)``, where numba takes the member as a constant, and
+the caller writes ``BATCH=128``. Callers have to get by without numba, so it is not imported here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable, Collection
+from enum import IntEnum, auto
+from typing import Any
+
+MOST_STATES = 4  # state tensors of an optimizer that a kernel resets; more are reset in PyTorch
+
+
+class Fields(IntEnum):
+    """The words of an array, in their order, counted from 0; a list that goes on behind another begins with its length."""
+
+    @staticmethod
+    def _generate_next_value_(name: str, start: int, count: int, last_values: list[Any]) -> int:
+        return last_values[-1] + 1 if last_values else 0
+
+
+# -- one step of all tensors -----------------------------------------------------------------------------------------------
+
+
+class StepArguments(Fields):
+    """Of the step (:mod:`.rewire`) and of the orders that follow it (:mod:`.orders`)."""
+
+    TASK = auto()
+    TENSORS = auto()
+    TABLE = auto()  # address of a row per tensor: Row, CpuRow and the states
+    STEP = auto()
+    SEED = auto()
+    NEWBORN_SINCE = auto()  # a slot that was born in this step or later counts as a newborn
+    FINISHED = auto()  # tensors that are done
+
+
+class Row(Fields):
+    """What every step knows of a tensor, here and in Triton. An address is 0 where there is nothing."""
+
+    THETA = auto()
+    PLACES = auto()
+    BORN = auto()
+    SIGNS = auto()
+    EXCEPTIONS = auto()  # places whose sign is not the hashed one, ascending
+    EXCEPTION_COUNT = auto()
+    COUNTER = auto()  # of slot 0
+    SIGN_SEED = auto()
+    COUNT = auto()  # K
+    TOTAL = auto()  # N
+    DECREMENT = auto()  # eta * alpha, float64
+    SCALE = auto()  # sqrt(2 * eta * T), float64
+    REWIRES = auto()
+    STATES = auto()  # how many state tensors follow
+
+
+class CpuRow(Fields):
+    """What the step on the CPU has behind that."""
+
+    REBORN = len(Row)  # address of the numbers of the slots that were reborn
+    REBORN_COUNT = auto()
+    NEWBORN_DEATHS = auto()
+    SIZE = auto()  # bytes of theta's floats
+    ROWS = auto()
+    COLUMNS = auto()
+    ROW_START = auto()
+    ROW_COLUMN = auto()
+    ROW_SLOT = auto()
+    COLUMN_START = auto()
+    COLUMN_ROW = auto()
+    COLUMN_SLOT = auto()
+    # a pass over the places of a large tensor, in which threads without a tensor help
+    PASS_OPEN = auto()
+    PASS_CHUNK = auto()
+    PASS_BUSY = auto()
+    PASS_CELLS = auto()
+    PASS_STATUS = auto()
+    PASS_BITS = auto()
+    PASS_FILTER = auto()
+    PASS_FILTER_BITS = auto()
+    FIRST_STATE = auto()  # MOST_STATES times StateRow
+
+
+class StateRow(Fields):
+    """A state tensor of the optimizer."""
+
+    ADDRESS = auto()
+    SIZE = auto()  # bytes of an entry
+    START = auto()  # the optimizer's starting value: a float64, or in Triton its bits in the tensor's own type
+
+
+STATE_WORDS = len(StateRow)
+ROW_WORDS = CpuRow.FIRST_STATE + MOST_STATES * STATE_WORDS
+ORDER = slice(CpuRow.ROW_START, CpuRow.COLUMN_SLOT + 1)
+
+
+class GpuHeader(Fields):
+    """In Triton, what holds for all tensors."""
+
+    STEP = auto()
+    NEWBORN_SINCE = auto()
+    BIRTH_STREAM = auto()  # the key of the step's births but for the attempt
+    NOISE_KEY = auto()
+
+
+class GpuRow(Fields):
+    """What the step in Triton has behind Row."""
+
+    LIMIT = len(Row)  # a draw beyond it is repeated
+    SLOT_START = auto()  # the tensor's first slot among those of all
+    LISTED = auto()  # more than half full: its dormant places are listed, by PyTorch
+    FIRST_STATE = auto()  # MOST_STATES times StateRow
+
+
+GPU_HEADER_WORDS = len(GpuHeader)
+GPU_ROW_WORDS = GpuRow.FIRST_STATE + MOST_STATES * STATE_WORDS
+
+
+class StartArguments(Fields):
+    """Of the draw of the places that a tensor starts with."""
+
+    RESULT = auto()  # address of int64 [K]
+    COUNT = auto()  # K
+    SEED = auto()
+    TOTAL = auto()  # N
+    COUNTER = auto()  # of slot 0
+
+
+class FiniteArguments(Fields):
+    """Of the look for values that are not finite."""
+
+    FINITE = auto()  # the answer: 1 or 0
+    NUMBER = auto()
+    TABLE = auto()  # address of NUMBER times ValuesRow
+
+
+class ValuesRow(Fields):
+    """A tensor to look at."""
+
+    ADDRESS = auto()
+    COUNT = auto()
+    SIZE = auto()  # bytes of a value
+
+
+VALUES_WORDS = len(ValuesRow)
+
+
+# -- one K for a whole network (shared_rewire) -----------------------------------------------------------------------------
+
+
+class SharedArguments(Fields):
+    """Of a rewiring with one K for all layers."""
+
+    COUNT = auto()  # K
+    LAYERS = auto()
+    THETA = auto()
+    TABLE = auto()  # address of a LayerRow per layer
+    RULE = auto()  # the number of the rule in ``shared_rewiring.RULES``
+    LEAST = auto()
+    NEWBORN_SINCE = auto()
+    SEED = auto()
+    STEP = auto()
+    NEW_PLACES = auto()
+    NEW_SIGNS = auto()
+    NEW_BORN = auto()
+    STATES = auto()  # address of STATE_COUNT times StateRow
+    STATE_COUNT = auto()
+    BIRTHS = auto()  # the answer: how many connections were reborn
+
+
+class LayerRow(Fields):
+    """A layer of the network."""
+
+    KEPT = auto()  # its connections before the step
+    TOTAL = auto()
+    COUNTER = auto()
+    START = auto()  # its first place among those of all layers
+    BUDGET = auto()
+    PLACES = auto()
+    BORN = auto()
+    SIGNS = auto()
+    SIGN_SEED = auto()
+    EXCEPTIONS = auto()
+    EXCEPTION_COUNT = auto()
+    # answers
+    AFTER = auto()  # its connections after the step
+    BIRTHS = auto()
+    DEATHS = auto()
+    NEWBORN_DEATHS = auto()
+    # the kernel's own
+    ALIVE = auto()
+    ROOM = auto()
+    MOVED = auto()  # where the layer's piece begins now
+
+
+LAYER_WORDS = len(LayerRow)
+
+
+# -- dense compute, soft-DEEP R --------------------------------------------------------------------------------------------
+
+
+class ScatterArguments(Fields):
+    """Of K values on the way to their places, or back (:mod:`.scatter`)."""
+
+    TASK = auto()
+    OWN = auto()  # address of theta, or of its gradient
+    SIGNS = auto()
+    PLACES = auto()
+    WEIGHT = auto()  # address of the weight, or of its gradient
+    COUNT = auto()
+
+
+class SoftArguments(Fields):
+    """Of a step of soft-DEEP R (:mod:`.soft`)."""
+
+    TASK = auto()
+    THETA = auto()
+    BEFORE = auto()
+    COUNT = auto()  # N
+    DECREMENT = auto()  # eta * alpha, float64
+    SCALE = auto()  # sqrt(2 * eta * T), float64
+    BOUND = auto()  # theta_min, float64
+    REWIRES = auto()
+    COUNTER = auto()  # of place 0
+    KEY = auto()  # of the step's noise
+    BIRTHS = auto()
+    DEATHS = auto()
+
+
+# -- sparse compute --------------------------------------------------------------------------------------------------------
+
+
+class LinearArguments(Fields):
+    """Of a linear layer, forward and backward (:mod:`.linear`)."""
+
+    TASK = auto()
+    PHASE = auto()
+    BATCH = auto()
+    TILES = auto()
+    ROWS = auto()
+    COLUMNS = auto()
+    X = auto()
+    XT = auto()  # x in tiles
+    Y = auto()  # y, or its gradient
+    YT = auto()  # the gradient of y in tiles
+    THETA = auto()
+    BIAS = auto()
+    ROW_START = auto()
+    ROW_COLUMN = auto()
+    ROW_SLOT = auto()
+    COLUMN_START = auto()
+    COLUMN_ROW = auto()
+    COLUMN_SLOT = auto()
+    DX = auto()
+    DTHETA = auto()
+    DBIAS = auto()
+    PARTS = auto()  # vectors of a tile, where a constant would only make the compiler unroll what need not be unrolled
+    TILE = auto()  # backward: the tile to multiply (the first of all, for one thread)
+
+
+class LinearPhase(Fields):
+    """What a call does of a linear layer."""
+
+    ALL = auto()  # one thread does everything in one call
+    TRANSPOSE = auto()
+    MULTIPLY = auto()
+
+
+class ConvArguments(Fields):
+    """Of a convolution, forward and backward (:mod:`.conv`). "In" is x's side, "out" is y's."""
+
+    TASK = auto()
+    WORKER = auto()
+    PHASE = auto()
+    BATCH = auto()
+    TILES = auto()
+    COUNT = auto()
+    CHANNELS_IN = auto()
+    CHANNELS_OUT = auto()
+    X = auto()
+    XP = auto()  # x in planes
+    Y = auto()
+    YP = auto()  # the gradient of y in planes
+    THETA = auto()
+    BIAS = auto()
+    ROW_START = auto()
+    ROW_COLUMN = auto()
+    ROW_SLOT = auto()
+    COLUMN_START = auto()
+    COLUMN_ROW = auto()
+    COLUMN_SLOT = auto()
+    DX = auto()
+    DTHETA = auto()
+    DBIAS = auto()
+    # x, its planes, and where it begins in them
+    HEIGHT = auto()
+    WIDTH = auto()
+    X_ROWS = auto()
+    X_COLUMNS = auto()
+    TOP = auto()
+    LEFT = auto()
+    # the same of dy
+    OUT_HEIGHT = auto()
+    OUT_WIDTH = auto()
+    Y_ROWS = auto()
+    Y_COLUMNS = auto()
+    OUT_TOP = auto()
+    OUT_LEFT = auto()
+    KERNEL = auto()  # positions of the kernel
+    STRIDE_DOWN = auto()
+    STRIDE_ACROSS = auto()
+    # a worker's sums of one band, before they are transposed
+    SCRATCH = auto()
+    SCRATCH_COLUMNS = auto()
+    SCRATCH_BYTES = auto()
+    LAST_ROW = auto()  # rows to compute, a multiple of a block's
+    BAND = auto()  # rows of a band
+    BANDS = auto()
+    SHIFT = auto()  # address of the shift of each kernel position (see compute/conv.py)
+    MEETS = auto()  # address of the set of pixels that each kernel position meets
+    PARTIAL = auto()  # sums of each tile and band for dtheta
+    PARTIAL_BIAS = auto()  # sums of each tile for db
+
+
+class ConvPhase(Fields):
+    """What a call does of a convolution."""
+
+    LAYOUT = auto()
+    MULTIPLY = auto()
+    REDUCE = auto()
+
+
+class ProductArguments(Fields):
+    """Of the products of a recurrent layer (:mod:`.products`)."""
+
+    TASK = auto()
+    PHASE = auto()
+    COUNT = auto()  # rows of x; where values are gathered, connections
+    TILES = auto()
+    SHARES = auto()
+    ROWS = auto()
+    COLUMNS = auto()
+    X = auto()
+    XT = auto()
+    YT = auto()
+    THETA = auto()
+    BIAS = auto()
+    # starts, indices and slots by row or by column
+    START = auto()
+    INDEX = auto()
+    SLOTS = auto()
+    DX = auto()
+    DTHETA = auto()
+    DBIAS = auto()
+    SKIP = auto()
+    SKIPPED = auto()
+
+
+class ProductPhase(Fields):
+    """What a call does of a product."""
+
+    TRANSPOSE = auto()
+    MULTIPLY = auto()
+
+
+class RecurrentArguments(Fields):
+    """Of the steps of a recurrent layer (:mod:`.recurrent`)."""
+
+    TASK = auto()
+    THETA = auto()
+    COUNT = auto()  # connections
+    # starts, indices and slots by row or by column, and the signed values in that order
+    START = auto()
+    INDEX = auto()
+    SLOTS = auto()
+    VALUES = auto()
+    STEPS = auto()
+    BATCH = auto()
+    PARTS = auto()
+    HIDDEN = auto()
+    REVERSE = auto()
+    V = auto()  # of the tiles
+    VECTORS = auto()  # of the parts
+    GATES = auto()
+    CELLS = auto()
+    CELL_STEP = auto()  # bytes from one step's cell states to the next, 0 where nobody needs the past
+    SCRATCH = auto()
+    H_FIRST = auto()
+    C_FIRST = auto()
+    H_LAST = auto()
+    C_LAST = auto()
+    Y = auto()
+    KEPT = auto()
+
+
+# -- what callers fill -----------------------------------------------------------------------------------------------------
+
+
+ORDER_NAMES = [field.name for field in CpuRow if ORDER.start <= field < ORDER.stop]
+pack_order = struct.Struct(f"{len(ORDER_NAMES)}q").pack  # the addresses of an order, as a packer takes them
+_ORDER_BYTES = 8 * len(ORDER_NAMES)
+
+
+def packer(fields: type[Fields], floats: Collection[str] = ()) -> Callable[..., bytes]:
+    """A function that packs words which are given by name; 0 where none is given.
+
+    A list that has the addresses of an order takes them together and packed, ``order=pack_order(*addresses)``.
+
+    Args:
+        fields: the list.
+        floats: names of the words that are float64.
+    """
+    return _by_name(fields, floats, "pack({})")
+
+
+def filler(fields: type[Fields], floats: Collection[str] = ()) -> Callable[..., ctypes.Array[ctypes.c_int64]]:
+    """As :func:`packer`: a function that makes an array to which a kernel may write."""
+    return _by_name(fields, floats, "copy(pack({}))")
+
+
+def writable(packed: bytes) -> ctypes.Array[ctypes.c_int64]:
+    """Packed words as an array to which a kernel may write."""
+    return (ctypes.c_int64 * (len(packed) // 8)).from_buffer_copy(packed)
+
+
+def _by_name(fields: type[Fields], floats: Collection[str], body: str) -> Callable[..., Any]:
+    """A function of a list's names. It is written out, as ``namedtuple`` does it: a loop over names takes microseconds."""
+    names = [field.name for field in fields]
+    formats = ["d" if name in floats else "q" for name in names]
+    given = [f"{name}=0" for name in names]
+    if ORDER_NAMES[0] in names:
+        first = names.index(ORDER_NAMES[0])
+        there = slice(first, first + len(ORDER_NAMES))
+        if names[there] != ORDER_NAMES:
+            raise TypeError(f"{fields.__name__}: expected {', '.join(ORDER_NAMES)}, found {', '.join(names[there])}.")
+        names[there], formats[there], given[there] = ["order"], [f"{_ORDER_BYTES}s"], [f"order=bytes({_ORDER_BYTES})"]
+    scope = {"pack": struct.Struct("".join(formats)).pack, "copy": (ctypes.c_int64 * len(fields)).from_buffer_copy}
+    made: Callable[..., Any] = eval(f"lambda {', '.join(given)}: {body.format(', '.join(names))}", scope)
+    return made
+
+
+def signed(word: int) -> int:
+    """64 bits as the int64 that has them."""
+    return word - (1 << 64) if word >> 63 else word
