@@ -32,20 +32,21 @@ def join(converted: Sequence[Converted]) -> Pool:
         ValueError: they can't share: other dtypes or devices, some frozen, some not, a pool that is torn apart.
     """
     converted = sorted(converted, key=lambda one: one.slots.index)
+    own: list[KSlots] = []
     for one in converted:
         if not isinstance(one.slots, KSlots):
             raise ValueError(f"`{one.name}` has a theta for every potential connection: a shared K expects K slots.")
+        own.append(one.slots)
     refuse_torn(converted)
-    first = converted[0].slots
-    if all(isinstance(one.slots, SharedSlots) and one.slots.pool is first.pool for one in converted):
-        retie(converted, first.pool)
-        pool: Pool = first.pool
-        return pool
+    pools = {id(slots.pool) if isinstance(slots, SharedSlots) else 0 for slots in own}
+    if isinstance(own[0], SharedSlots) and len(pools) == 1:
+        retie(converted, own[0].pool)
+        return own[0].pool
     refuse_mixed((one.name, one.theta) for one in converted)
     with torch.no_grad():
         values = torch.cat([one.slots.own(one.theta.detach()) for one in converted])
     theta = nn.Parameter(values, requires_grad=converted[0].theta.requires_grad)
-    members = [SharedSlots.of(one.slots) for one in converted]
+    members = [SharedSlots.of(slots) for slots in own]
     for one, slots in zip(converted, members, strict=True):
         one.holder._parameters["original"] = theta
         one.holder[0] = slots
@@ -64,8 +65,9 @@ def retie(converted: Sequence[Converted], pool: Pool) -> None:
                 "the state of the whole network, or convert it anew."
             )
         one.holder._parameters["original"] = theta
-    for member, name in ((one.slots, one.name) for one in converted):
-        pool.names[member.position] = name
+    for one in converted:
+        if isinstance(one.slots, SharedSlots):
+            pool.names[one.slots.position] = one.name
 
 
 def refuse_torn(converted: Iterable[Converted]) -> None:

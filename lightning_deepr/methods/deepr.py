@@ -16,7 +16,7 @@ from lightning_deepr.training import backends, guards, invariants
 from lightning_deepr.training.arguments import SCOPES, RewiringArguments, check_count, check_word
 from lightning_deepr.training.backends import Batch
 from lightning_deepr.training.tracked import Stepped, TrackedTensor
-from lightning_deepr.weights.shared import Pool
+from lightning_deepr.weights.shared import Pool, SharedSlots
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -73,7 +73,7 @@ class DeepR(RewiringArguments, SlotTraining):
     def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> None:
         if self.scope == "global":
             for pool in self._pools([item.tensor for item in stepped]):
-                items = sorted((i for i in stepped if i.tensor.slots.pool is pool), key=lambda item: item.tensor.slots.position)
+                items = sorted((item for item in stepped if _shared(item.tensor).pool is pool), key=_position)
                 backends.step_of_network(
                     self._batch(items, optimizer), pool, rule=self.reactivation, least=self.least_per_layer
                 )
@@ -107,7 +107,7 @@ class DeepR(RewiringArguments, SlotTraining):
     @staticmethod
     def _pools(tensors: Sequence[TrackedTensor]) -> list[Pool]:
         """One for each network; nearly always there is one."""
-        return list({id(tensor.slots.pool): tensor.slots.pool for tensor in tensors}.values())
+        return list({id(pool): pool for pool in (_shared(tensor).pool for tensor in tensors)}.values())
 
     @override
     def check(self, item: Stepped, optimizer: Optimizer) -> None:
@@ -120,3 +120,13 @@ class DeepR(RewiringArguments, SlotTraining):
         if self.scope == "global":
             found.update({f"deepr/{t.name}/connectivity": t.slots.count / t.slots.total for t in self.tracked})
         return found
+
+
+def _shared(tensor: TrackedTensor) -> SharedSlots:
+    found = tensor.weight
+    assert isinstance(found, SharedSlots)
+    return found
+
+
+def _position(item: Stepped) -> int:
+    return _shared(item.tensor).position

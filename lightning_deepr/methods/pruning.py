@@ -38,7 +38,7 @@ class _Masking(DenseTraining):
     def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> None:
         self.act(stepped)
         for item in stepped:
-            slots = item.tensor.slots
+            slots = _masked(item)
             if slots.fixed:  # neither momentum nor weight decay brings a connection back, or moves what is not there
                 item.theta.masked_fill_(~slots.mask, 0.0)
             slots.steps = item.tensor.step + 1
@@ -76,7 +76,7 @@ class _Masking(DenseTraining):
 
     @override
     def check(self, item: Stepped, optimizer: Optimizer) -> None:
-        slots, theta = item.tensor.slots, item.theta
+        slots, theta = _masked(item), item.theta
         require = invariants.requirement(item.tensor)
         require(theta.shape == slots.shape, f"expected theta of shape {tuple(slots.shape)}, found {tuple(theta.shape)}")
         require(bool(torch.isfinite(theta).all()), "theta is not finite")
@@ -157,7 +157,7 @@ class MagnitudePruning(_Masking):
         if self.threshold == "layer":
             for item, exponent in due:
                 if exponent is not None:
-                    _keep_largest([item], _left(item.tensor.slots.wanted, item.tensor.slots.total, exponent))
+                    _keep_largest([item], _left(_masked(item).wanted, _masked(item).total, exponent))
             return
         if len(stepped) != len(self.tracked) or len({exponent for _, exponent in due}) > 1:
             missing = [t.name for t in self.tracked if all(t is not item.tensor for item in stepped)]
@@ -165,14 +165,14 @@ class MagnitudePruning(_Masking):
                 'threshold="network" compares all tensors in one step of one optimizer: expected all of them, but '
                 f'{", ".join(missing) or "some"} did not take part in as many steps. Use threshold="layer".'
             )
-        wanted = sum(item.tensor.slots.wanted for item in stepped)
-        total = sum(item.tensor.slots.total for item in stepped)
+        wanted = sum(_masked(item).wanted for item in stepped)
+        total = sum(_masked(item).total for item in stepped)
         _keep_largest(stepped, _left(wanted, total, due[0][1] or 1.0))
 
     @override
     def check(self, item: Stepped, optimizer: Optimizer) -> None:
         super().check(item, optimizer)
-        slots, done = item.tensor.slots, item.tensor.step - item.tensor.start + 1
+        slots, done = _masked(item), item.tensor.step - item.tensor.start + 1
         if self.threshold == "layer" and done >= max(self.schedule()):
             allowed = int(slots.mask.sum())
             if allowed != slots.wanted:
@@ -233,7 +233,7 @@ class L1Shrinkage(_Masking):
     @override
     def act(self, stepped: Sequence[Stepped]) -> None:
         for item in stepped:
-            slots, theta = item.tensor.slots, item.theta
+            slots, theta = _masked(item), item.theta
             if slots.fixed:
                 continue
             # w <- sign(w) * max(|w| - eta * alpha, 0)
@@ -241,6 +241,12 @@ class L1Shrinkage(_Masking):
             if self.freezes and item.tensor.step - item.tensor.start + 1 >= self.step_at(self.freeze_at):
                 slots.keep(theta != 0, theta)
                 _keep_largest([item], slots.wanted)
+
+
+def _masked(item: Stepped) -> MaskedTheta:
+    found = item.tensor.weight
+    assert isinstance(found, MaskedTheta)
+    return found
 
 
 def _left(wanted: int, total: int, exponent: float) -> int:
@@ -251,7 +257,7 @@ def _left(wanted: int, total: int, exponent: float) -> int:
 def _keep_largest(stepped: Sequence[Stepped], count: int) -> None:
     """Prune to the ``count`` largest weights of all these tensors, each of which keeps at least its largest one; to fewer where
     there are no more."""
-    masks = [item.tensor.slots.mask for item in stepped]
+    masks = [_masked(item).mask for item in stepped]
     flat = torch.cat([item.theta.abs().masked_fill(~mask, -1.0).view(-1) for item, mask in zip(stepped, masks, strict=True)])
     first = 0
     for mask in masks:
@@ -261,4 +267,4 @@ def _keep_largest(stepped: Sequence[Stepped], count: int) -> None:
     kept[flat.topk(max(count, len(masks)), sorted=False).indices] = True
     parts: list[Tensor] = list(kept.split([mask.numel() for mask in masks]))
     for item, part in zip(stepped, parts, strict=True):
-        item.tensor.slots.keep(part.view(item.tensor.slots.shape), item.theta)
+        _masked(item).keep(part.view(_masked(item).shape), item.theta)

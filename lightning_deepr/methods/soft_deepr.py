@@ -105,7 +105,7 @@ class SoftDeepR(RewiringArguments, DenseTraining):
     @override
     def before_step(self, items: Sequence[Stepped], optimizer: Optimizer) -> None:
         for item in items:
-            theta, slots = item.theta, item.tensor.slots
+            theta, slots = item.theta, _soft(item)
             if _is_nan(slots.theta_min):
                 self._spread(item)
             if slots.before is None or slots.before.shape != theta.shape or slots.before.device != theta.device:
@@ -114,7 +114,7 @@ class SoftDeepR(RewiringArguments, DenseTraining):
 
     def _spread(self, item: Stepped) -> None:
         """Before the first step: the dormant thetas, uniform on [-1, 0), become uniform on [theta_min, 0)."""
-        slots, bound = item.tensor.slots, self._bound(item)
+        slots, bound = _soft(item), self._bound(item)
         if _is_nan(bound) and on_host(item.lr) == 0:
             return  # a warm-up that begins at 0, and T with it: nothing moves in this step
         if _is_nan(bound):
@@ -132,7 +132,7 @@ class SoftDeepR(RewiringArguments, DenseTraining):
     def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> None:
         moves = []
         for item in stepped:
-            slots, before = item.tensor.slots, item.tensor.slots.before
+            slots, before = _soft(item), _soft(item).before
             if before is None:
                 raise RuntimeError(
                     f"{type(self).__name__}: a step was reported that it had not been told of before it was taken."
@@ -152,7 +152,7 @@ class SoftDeepR(RewiringArguments, DenseTraining):
 
     def _soft_deep_r(self, item: Stepped, before: Tensor) -> Any:
         """Algorithm 2 on one tensor. Returns births and deaths."""
-        slots, theta, step, decrement = item.tensor.slots, item.theta, item.tensor.step, item.lr * item.alpha
+        slots, theta, step, decrement = _soft(item), item.theta, item.tensor.step, item.lr * item.alpha
         scale = (2 * item.lr * item.temperature) ** 0.5
         bound = None
         if item.rewires and not _is_nan(slots.theta_min):
@@ -173,7 +173,7 @@ class SoftDeepR(RewiringArguments, DenseTraining):
 
     def _bound(self, item: Stepped) -> Any:
         """theta_min of this step; where T or alpha is 0, the last one (nan: there was none)."""
-        slots = item.tensor.slots
+        slots = _soft(item)
         if self.theta_min is not None:
             return self.theta_min
         if slots.wanted == slots.total:
@@ -190,7 +190,7 @@ class SoftDeepR(RewiringArguments, DenseTraining):
         return float(bound) if bound <= -tiny else slots.theta_min
 
     def _warn_if_coarse(self, item: Stepped, bound: Any, scale: Any) -> None:
-        if "coarse" in self._told or item.tensor.slots.wanted == item.tensor.slots.total:
+        if "coarse" in self._told or _soft(item).wanted == _soft(item).total:
             return
         lr, alpha, temperature = on_host(item.lr), on_host(item.alpha), on_host(item.temperature)
         bound, scale = on_host(bound), on_host(scale)
@@ -220,7 +220,7 @@ class SoftDeepR(RewiringArguments, DenseTraining):
         connections that became active) and ``.../deaths``."""
         found = {}
         for tensor in self.tracked:
-            turnover, slots = tensor.turnover, tensor.slots
+            turnover, slots = tensor.turnover, tensor.weight
             steps = max(turnover.steps, 1)
             found[f"deepr/{tensor.name}/connectivity"] = slots.count / slots.total
             found[f"deepr/{tensor.name}/births"] = turnover.reborn / steps
@@ -230,7 +230,7 @@ class SoftDeepR(RewiringArguments, DenseTraining):
 
     @override
     def check(self, item: Stepped, optimizer: Optimizer) -> None:
-        tensor, slots, theta = item.tensor, item.tensor.slots, item.theta
+        tensor, slots, theta = item.tensor, _soft(item), item.theta
         require = invariants.requirement(item.tensor)
         require(theta.shape == slots.shape, f"expected theta of shape {tuple(slots.shape)}, found {tuple(theta.shape)}")
         require(bool(torch.isfinite(theta).all()), "theta is not finite")
@@ -238,7 +238,8 @@ class SoftDeepR(RewiringArguments, DenseTraining):
             bound = theta.new_tensor(float(slots.theta_min))
             require(bool((theta >= bound).all()), f"expected theta >= theta_min = {float(bound)}, found {float(theta.min())}")
         else:
-            require(torch.equal(theta < 0, slots.before < 0), "the connectivity has changed in a step without rewiring")
+            same = slots.before is not None and torch.equal(theta < 0, slots.before < 0)
+            require(same, "the connectivity has changed in a step without rewiring")
         require(torch.equal(slots.signs, slots.all_signs(slots.signs.dtype)), "a sign is not that of its place")
         dormant = theta < 0
         for name, value in optimizer.state.get(tensor.theta, {}).items():
@@ -248,6 +249,12 @@ class SoftDeepR(RewiringArguments, DenseTraining):
                     bool((value[dormant] == start).all()),
                     f"the optimizer's {name} of a dormant connection is not at its start, {start}",
                 )
+
+
+def _soft(item: Stepped) -> SoftTheta:
+    found = item.tensor.weight
+    assert isinstance(found, SoftTheta)
+    return found
 
 
 def _is_nan(bound: Any) -> bool:

@@ -68,7 +68,7 @@ def claim(callback: Method, module: nn.Module, watch: bool = False, early: bool 
         _convert(callback, module, new, watch)
     if callback.scope == "global":
         sharing.join([converted for converted in converted_tensors(module) if converted.name in entries])
-    mine = {tensor.slots for tensor in callback.tracked}
+    mine = {tensor.weight for tensor in callback.tracked}
     if any(c.slots not in mine for c in old):
         rank_zero_info(
             f"{type(callback).__name__}: {len(old)} tensors are converted already; took their connections as they are."
@@ -114,7 +114,7 @@ def _convert(callback: Method, module: nn.Module, new: list[Candidate], watch: b
 
 def _tracked(callback: Method, module: nn.Module, entries: Entries) -> list[TrackedTensor]:
     """What the callback keeps about each tensor; what it keeps already goes on."""
-    known = {tensor.slots: tensor for tensor in callback.tracked}
+    known = {tensor.weight: tensor for tensor in callback.tracked}
     taken = []
     for converted in converted_tensors(module):
         if converted.name not in entries:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_deepr.algorithm.statistics import Turnover
+from lightning_deepr.weights.base import Parametrization
 from lightning_deepr.weights.find import Converted
+from lightning_deepr.weights.k_slots import KSlots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +34,14 @@ class TrackedTensor:
         return self.converted.name
 
     @property
-    def slots(self) -> Any:
+    def weight(self) -> Parametrization:
+        """What the weight was converted into."""
         return self.converted.slots
+
+    @property
+    def slots(self) -> KSlots:
+        """The same, for a method on K slots: ``check_kind`` has seen to it."""
+        return self.converted.slots  # type: ignore[return-value]
 
     @property
     def theta(self) -> nn.Parameter:
@@ -78,7 +86,7 @@ class Stepped:
     reborn: Reborn = NOTHING  # written by the algorithm
 
     @property
-    def slots(self) -> Any:
+    def slots(self) -> KSlots:
         return self.tensor.slots
 
     @property

@@ -20,7 +20,7 @@ class Converted(NamedTuple):
     name: str  # "fc1.weight"
     module: nn.Module
     tensor_name: str
-    slots: Any  # KSlots or another Parametrization
+    slots: Parametrization
 
     @property
     def theta(self) -> nn.Parameter:
