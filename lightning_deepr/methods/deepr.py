@@ -118,7 +118,7 @@ class DeepR(RewiringArguments, SlotTraining):
 
     @override
     def statistics(self) -> dict[str, float]:
-        """Return the statistics of the base, with ``deepr/<tensor>/connectivity`` under ``scope="global"``, where it changes."""
+        """Return the statistics of the base. Under ``scope="global"``, add ``deepr/<tensor>/connectivity``, which changes."""
         found = super().statistics()
         if self.scope == "global":
             found.update({f"deepr/{t.name}/connectivity": t.slots.count / t.slots.total for t in self.tracked})

@@ -17,8 +17,8 @@ class RigL(GradientGrowth):
 
     The dropped fraction falls as a cosine from ``drop_fraction`` to 0 at ``rewire_until`` (None: at the end of the training; if
     its length is unknown, the fraction is constant). In a step that rewires, the layers compute with dense weights, and the
-    gradients of these weights are kept until the step is over. Everything else has size K. Several ranks combine their
-    gradients. RigL does not work under ``torch.compile``.
+    gradients of these weights are kept until the step is over. Everything else has size K. The gradients of several
+    ranks are summed. RigL does not work under ``torch.compile``.
 
     Args:
         distribution: the distribution of the connections; "erk" is the choice of the RigL paper.
