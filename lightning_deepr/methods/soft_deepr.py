@@ -42,7 +42,7 @@ class SoftDeepR(RewiringArguments, DenseTraining):
     The training starts at the wanted connectivity, with dormant thetas uniform on [theta_min, 0). (The authors' script starts
     at half of it by mistake.) Then the connectivity is free: see ``deepr/<tensor>/connectivity`` in :meth:`statistics` and in
     the Trainer's loggers. theta_min holds it in the stationary state without data, where active thetas lie within about
-    T / alpha of 0. The start or the data can hold further connections far above that. With a larger T fewer connections are born
+    T / alpha of 0. The start or the data can hold further connections far above that. At a larger T fewer connections are born
     per step, and the connectivity stays nearer to the wanted one.
 
     Args:
