@@ -97,8 +97,9 @@ def test_join_keeps_all_that_is_known_of_the_slots() -> None:
             mine.compute,
         )
         assert all(a is b or a == b for a, b in zip(now, old, strict=True))
-        assert mine.owner is owner and mine.is_watched and mine.last_birth() == 4
-        assert mine.pool is pool  # type: ignore[attr-defined]
+        assert (
+            mine.owner is owner and mine.is_watched and mine.last_birth() == 4 and mine.pool is pool  # type: ignore[attr-defined]
+        )
     assert all(
         net[i].weight.shape == slots.shape  # type: ignore[index, union-attr]
         for i, slots in zip((0, 2), after, strict=True)
