@@ -71,7 +71,7 @@ def claim(callback: Method, module: nn.Module, watch: bool = False, early: bool 
     mine = {tensor.slots for tensor in callback.tracked}
     if any(c.slots not in mine for c in old):
         rank_zero_info(
-            f"{type(callback).__name__}: {len(old)} tensors are converted already; took their connections as they are."
+            f"{type(callback).__name__}: {len(old)} tensors are converted already; their connections are kept."
         )
     callback.tracked = _tracked(callback, module, entries)
     return len(new)

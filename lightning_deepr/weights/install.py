@@ -16,7 +16,7 @@ from lightning_deepr.weights.find import Converted, slots_of
 def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametrization, name: str) -> None:
     """Replace a weight by a parametrization.
 
-    theta is a *new* parameter, so that an optimizer with the old one is noticed.
+    theta is a *new* parameter. This makes an optimizer with the old parameter detectable.
     ``slots.layer`` replaces the module's forward if needed; :func:`remove` calls it to restore the old one.
 
     Args:
