@@ -42,7 +42,7 @@ __all__ = [
     "zoo",
 ]
 
-# The callbacks import Lightning; converting, densifying and inspecting a network do not need it.
+# The callbacks import Lightning. Converting, densifying and inspecting a network do not need it.
 __getattr__, __dir__ = lazy(
     __name__,
     {

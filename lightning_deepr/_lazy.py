@@ -1,4 +1,4 @@
-"""Names of a package that are imported when somebody asks for them."""
+"""Import the names of a package on first use."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any
 def lazy(
     package: str, homes: Mapping[str, str], names: Sequence[str] | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` for a package.
+    """Make ``__getattr__`` and ``__dir__`` for a package.
 
-    Args:
-        package: its ``__name__``.
-        homes: name -> the module that has it, or ``module:name`` where it has another name there. A module that ends in the name
-            itself is a submodule.
-        names: what ``dir`` shows; None: the names of ``homes``.
+    Args: package: the package's ``__name__``. homes: a dict from each name to the module that defines it, or to ``module:name``
+        if the module uses another name. If the
+            module is ``package.name``, the name is that submodule.
+        names: the names that ``dir`` shows; None means the names of ``homes``.
 
     Example::
 

@@ -1,8 +1,8 @@
-"""A reborn slot's optimizer state is the one that the optimizer starts with: for any optimizer, without a list of known ones.
+"""Reset a reborn slot's optimizer state to its starting values, for any optimizer, without a list of known optimizers.
 
-Every state tensor of theta's shape has an entry per slot. What an optimizer starts with is seen by letting a second one of
-its kind take one step on a parameter that is 0 with a gradient of 0, and by noting what it first puts into each entry of its
-state, before the step changes it: zero for moments, the initial value of an accumulator, a step size of its own.
+Every state tensor of theta's shape has an entry per slot. To find the starting values, a second optimizer of the same class
+takes one step on a parameter of 0 with a gradient of 0. This module records the first value of each state entry, before the
+step changes it: zero for moments, an accumulator's initial value, or a step size.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from torch.optim import Optimizer
 
 
 class StartingState:
-    """Resets the state of reborn slots; remembers what each optimizer's parameter groups start with."""
+    """The starting values of the state, cached for each parameter group of an optimizer."""
 
     def __init__(self) -> None:
-        # by id and group; the reference tells whether it still is that optimizer
+        # by the optimizer's id and group; the reference shows whether the id still belongs to that optimizer
         self._known: dict[tuple[int, int], tuple[weakref.ref[Optimizer], Any, dict[str, float]]] = {}
 
     def reset(self, optimizer: Optimizer, group_index: int, theta: Tensor, reborn: Tensor) -> None:
-        """Put the starting value at the reborn slots of every state tensor that has theta's shape.
+        """Write the starting value at the reborn slots of every state tensor that has theta's shape.
 
         Args:
-            optimizer: holds theta.
-            group_index: of theta's parameter group.
-            theta: [K].
-            reborn: int64 [R] slots.
+            optimizer: the optimizer that holds theta.
+            group_index: the index of theta's parameter group.
+            theta: [K], the parameter.
+            reborn: int64 [R], the reborn slots.
         """
         for value, start in self.tensors(optimizer, group_index, theta):
             value.index_fill_(0, reborn, start)
 
     def tensors(self, optimizer: Optimizer, group_index: int, theta: Tensor) -> list[tuple[Tensor, float]]:
-        """Every state tensor that has theta's shape, with its starting value."""
+        """List every state tensor that has theta's shape, with its starting value."""
         state = optimizer.state.get(theta)
         if not state:
             return []
@@ -50,10 +50,10 @@ class StartingState:
         return [(value, start.get(name, 0.0)) for name, value in found]
 
     def of(self, optimizer: Optimizer, group_index: int, theta: Tensor) -> dict[str, float]:
-        """The starting value of each state tensor, by name."""
+        """Map the name of each state tensor to its starting value."""
         group = optimizer.param_groups[group_index]
-        # The initial learning rate, where a scheduler has recorded it: a step size that starts at the learning rate (Rprop's)
-        # is then the same throughout the training, and after a resume.
+        # Use the initial learning rate if a scheduler has recorded it: then a step size that starts at the learning rate
+        # (Rprop's) has the same start throughout the training, and after a resume.
         lr = group.get("initial_lr", group.get("lr"))
         known = self._known.get((id(optimizer), group_index))
         if known is None or known[0]() is not optimizer or (known[1] is not lr and not _equal(known[1], lr)):
@@ -67,12 +67,15 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def starting_values(optimizer: Optimizer, group: dict[str, Any], theta: Tensor) -> dict[str, float]:
-    """What an optimizer's state tensors hold before the first gradient (see the module's docstring).
+    """Find the values of an optimizer's state tensors before the first gradient (see the module's docstring).
 
     Args:
-        optimizer: is left as it is.
+        optimizer: the optimizer; it does not change.
         group: the options of theta's parameter group.
-        theta: its dtype and device count.
+        theta: the parameter; only its dtype and device are used.
+
+    Returns:
+        the starting value of each state tensor, by name.
     """
     options = {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
     for make in (_by_copy, _by_constructor):
@@ -89,15 +92,15 @@ def starting_values(optimizer: Optimizer, group: dict[str, Any], theta: Tensor) 
             continue
         return {name: float(value.reshape(-1)[0]) for name, value in first.items() if value.shape == probe.shape}
     warnings.warn(
-        f"The starting state of {type(optimizer).__name__} could not be found out (a second one could not take a step on a "
-        "parameter of its own); the state of reborn connections is set to 0.",
+        f"The starting state of {type(optimizer).__name__} could not be found out (a second optimizer could not take a step on "
+        "its own parameter); the state of reborn connections is set to 0.",
         stacklevel=2,
     )
     return {}
 
 
 class _State(dict[str, Any]):
-    """A parameter's state that keeps what was first put into each entry."""
+    """A parameter's state that records the first value of each entry."""
 
     def __init__(self, entries: Any = ()) -> None:
         super().__init__()
@@ -120,7 +123,7 @@ class _State(dict[str, Any]):
 
 
 class _States(defaultdict[Tensor, _State]):
-    """An optimizer's state of such ones."""
+    """An optimizer's state, with a :class:`_State` for each parameter."""
 
     def __init__(self) -> None:
         super().__init__(_State)
@@ -134,11 +137,11 @@ class _States(defaultdict[Tensor, _State]):
 
 
 def _by_copy(optimizer: Optimizer, options: dict[str, Any], probe: nn.Parameter) -> Optimizer:
-    """A copy with one parameter: whatever its constructor takes and hides, the copy has it."""
+    """Copy an optimizer, with one parameter. The copy has all attributes that the constructor set."""
     second = object.__new__(type(optimizer))
     for name, value in vars(optimizer).items():
         if isinstance(value, Optimizer):
-            raise TypeError("The step of a wrapped optimizer would be a real one.")
+            raise TypeError("A wrapped optimizer would take a real step.")
         if name not in ("state", "param_groups"):
             own = isinstance(value, (list, dict, set, Tensor)) and not name.startswith("_optimizer_")  # torch's dicts of hooks
             second.__dict__[name] = copy.deepcopy(value) if own else value
@@ -148,6 +151,9 @@ def _by_copy(optimizer: Optimizer, options: dict[str, Any], probe: nn.Parameter)
 
 
 def _by_constructor(optimizer: Optimizer, options: dict[str, Any], probe: nn.Parameter) -> Optimizer:
-    """A new one, for an optimizer that puts its state in place when it is made (Adagrad)."""
+    """Construct a new optimizer, for a class that makes its state in the constructor (Adagrad)."""
     accepted = inspect.signature(type(optimizer).__init__).parameters
-    return type(optimizer)([probe], **{name: value for name, value in options.items() if name in accepted})  # type: ignore[arg-type]
+    return type(optimizer)(
+        [probe],  # type: ignore[arg-type]
+        **{name: value for name, value in options.items() if name in accepted},
+    )

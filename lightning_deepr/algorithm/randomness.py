@@ -1,12 +1,12 @@
-"""Counter-based randomness: every draw is an integer function of its coordinates, and there is no generator to keep.
+"""Counter-based randomness: every draw is an integer function of its coordinates, without a stateful generator.
 
-A draw is named by (seed, stream, step, attempt) and by a counter that says which tensor and which slot asks. The whole
-random state of a training is therefore (seed, step): resuming is exact, all ranks of a distributed run draw alike without
-a word to each other, and the global generator of PyTorch is never touched.
+The coordinates are (seed, stream, step, attempt) and a counter for the tensor and the slot. So the whole random state of a
+training is (seed, step): a resumed training is exact, all ranks of a distributed run draw the same numbers without
+communication, and the global generator of PyTorch is never used.
 
 The hash is the finalizer of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014) over
-a Weyl sequence. It needs nothing but 64-bit multiplication, xor and shift, which wrap alike in NumPy (uint64) and in PyTorch
-on every device (int64), so the same integers come out everywhere.
+a Weyl sequence. It needs only 64-bit multiplication, xor and shift. They wrap in the same way in NumPy (uint64) and in PyTorch
+on every device (int64), so the integers are the same everywhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WORD = (1 << 64) - 1
 LARGEST = (1 << 63) - 1
 """Largest value of a 63-bit draw."""
 
-# The streams keep draws for different purposes apart, though they share a seed and a step.
+# Draws for different purposes use different streams, so that they differ at the same seed and step.
 START_PLACES, START_THETA, SIGN, BIRTH, NOISE, LAYER = range(1, 7)
 
 # A counter holds the tensor's index above the slot's number: 2**23 tensors of 2**40 slots each.
@@ -31,12 +31,12 @@ SLOT_BITS = 40
 
 
 def _signed(word: int) -> int:
-    """The int64 with the bits of a 64-bit word, which is what PyTorch computes with."""
+    """Convert a 64-bit word to the int64 with the same bits, for PyTorch."""
     return word - (1 << 64) if word >> 63 else word
 
 
 def mix(word: int) -> int:
-    """SplitMix64's finalizer on a Python integer (64 bits, unsigned)."""
+    """Apply SplitMix64's finalizer to a Python integer (64 bits, unsigned)."""
     word = ((word ^ (word >> 30)) * MULTIPLIER_1) & WORD
     word = ((word ^ (word >> 27)) * MULTIPLIER_2) & WORD
     return word ^ (word >> 31)
@@ -57,7 +57,7 @@ def key(*coordinates: int) -> int:
 
 
 def bits(stream_key: int, counter: Tensor) -> Tensor:
-    """64 hashed bits for each counter.
+    """Hash each counter to 64 bits.
 
     Args:
         stream_key: a result of :func:`key`.
@@ -75,15 +75,15 @@ def bits(stream_key: int, counter: Tensor) -> Tensor:
 
 
 def uniform_places(stream_key: int, counter: Tensor, totals: Tensor) -> Tensor:
-    """One place per counter, uniform on {0, ..., total - 1}, without the bias of a plain remainder.
+    """Draw one place per counter, uniform on {0, ..., total - 1}, without the bias of a plain remainder.
 
     Args:
         stream_key: a result of :func:`key`.
         counter: int64 [R].
-        totals: int64 [R] (or broadcastable), the number of places N of the counter's tensor.
+        totals: int64 [R] (or broadcastable), the number of places N of each counter's tensor.
 
     Returns:
-        int64 [R]; -1 where the 63-bit draw fell into the incomplete last block of N and has to be repeated.
+        int64 [R]; -1 if the 63-bit draw is in the incomplete last block of N. Then the caller repeats the draw.
     """
     draw = bits(stream_key, counter).bitwise_and_(LARGEST)
     # 2**63 = blocks * N + rest; a draw in the rest would favour low places.
@@ -92,23 +92,23 @@ def uniform_places(stream_key: int, counter: Tensor, totals: Tensor) -> Tensor:
 
 
 def signs_of(sign_seed: int, places: Tensor, dtype: torch.dtype) -> Tensor:
-    """The constant sign s_k of each place, +1 or -1, without a table: the top bit of a hash of the place.
+    """Compute the constant sign s_k of each place, +1 or -1, without a table: the top bit of a hash of the place.
 
     Args:
         sign_seed: the tensor's own seed.
         places: int64 flat indices into the weight, any shape.
-        dtype: of the result.
+        dtype: the dtype of the result.
 
     Returns:
-        tensor of +-1, shaped as ``places``.
+        a tensor of +1 and -1 with the shape of ``places``.
     """
     return torch.where(bits(sign_seed, places) < 0, -1.0, 1.0).to(dtype)
 
 
 def normal(stream_key: int, counter: Tensor) -> Tensor:
-    """A standard normal deviate per counter (float64; Box and Muller's transform of two 32-bit uniforms).
+    """Draw one standard normal deviate per counter (float64; the Box-Muller transform of two 32-bit uniforms).
 
-    The tails end at 6.7 standard deviations. Integers agree everywhere; the deviates agree to rounding.
+    The tails end at 6.7 standard deviations. The integers are the same on every device; the deviates agree up to rounding.
     """
     word = bits(stream_key, counter)
     radius = ((word >> 32).bitwise_and_(0xFFFFFFFF).double() + 0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
@@ -117,5 +117,5 @@ def normal(stream_key: int, counter: Tensor) -> Tensor:
 
 
 def counters(index: int, slots: Tensor) -> Tensor:
-    """The counters of a tensor's slots: ``index`` is the tensor's place in the order of conversion."""
+    """Return the counters of a tensor's slots. ``index`` is the tensor's position in the order of conversion."""
     return slots + (index << SLOT_BITS)

@@ -4,12 +4,12 @@
                           if theta_k < 0: connection k becomes dormant
     while fewer than K are active:  choose a dormant k' uniformly at random, activate it, theta_k' <- 0
 
-The gradient step belongs to the optimizer, whichever it is; what follows it is here, line by line. Only active connections
-are stored: a tensor of N weights has K *slots*, and slot i holds theta[i] and the place (flat index into the weight) that it
-stands for. Going dormant and choosing another place is one act, called a rebirth: the slot gets a new place, theta 0 and the
-constant sign of the new place, so that exactly K connections are active after every step.
+Any optimizer does the gradient step; this module has the other lines. Only active connections are stored: a tensor of N weights
+has K *slots*, and slot i holds theta[i] and the place (flat index into the weight) of its connection. A rebirth combines the
+last two lines: the slot of a connection that goes dormant gets a new place, theta 0 and the constant sign of the new place. So
+exactly K connections are active after every step.
 
-No module and no Lightning here; every function takes the tensors of a whole network at once.
+This module uses neither nn.Module nor Lightning. Most functions take the tensors of a whole network at once.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from lightning_deepr.algorithm import randomness
 
 
 class SlotTensor(Protocol):
-    """What rewiring has to know of one sparse tensor (see :class:`lightning_deepr.weights.k_slots.KSlots`)."""
+    """The attributes of one sparse tensor that rewiring uses (see :class:`lightning_deepr.weights.k_slots.KSlots`)."""
 
-    places: Tensor  # int64 [K], unique: where each slot's connection is
+    places: Tensor  # int64 [K], unique: the place of each slot's connection
     signs: Tensor  # [K], +-1: the constant sign of each slot's place
-    born: Tensor  # int64 [K]: the step at which each slot was reborn last
+    born: Tensor  # int64 [K]: the step of each slot's last rebirth
     total: int  # N, the number of potential connections
-    index: int  # the tensor's place in the order of conversion; it keeps the draws of tensors apart
+    index: int  # the tensor's position in the order of conversion; it makes the draws of tensors differ
 
     def signs_at(self, places: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The slots of several tensors laid end to end, so that one operation serves the whole network.
+    """The slots of several tensors in one sequence, so that one operation serves the whole network.
 
-    "Global" numbers count over all tensors of the layout: global slots (K of them) and global places (N of them).
+    "Global" numbers count over all tensors of the layout: K global slots and N global places in all.
     """
 
-    slot_starts: Tensor  # int64 [tensors], first global slot of each
-    place_starts: Tensor  # int64 [tensors], first global place of each
-    totals: Tensor  # int64 [tensors]
-    counter_starts: Tensor  # int64 [tensors], counter of slot 0 minus its global slot
+    slot_starts: Tensor  # int64 [tensors], the first global slot of each tensor
+    place_starts: Tensor  # int64 [tensors], the first global place of each tensor
+    totals: Tensor  # int64 [tensors], N of each tensor
+    counter_starts: Tensor  # int64 [tensors], the counter of slot 0 minus its global slot
 
     @classmethod
     def of(cls, tensors: Sequence[SlotTensor]) -> Layout:
@@ -65,7 +65,7 @@ class Layout:
 
 
 def shrink(thetas: list[Tensor], decrements: Sequence[float | Tensor]) -> None:
-    """theta <- theta - eta * alpha, the L1 prior, in place (``decrements`` holds eta * alpha of each tensor)."""
+    """Apply the L1 prior in place: theta <- theta - eta * alpha (``decrements`` holds eta * alpha of each tensor)."""
     for theta, decrement in zip(thetas, decrements, strict=True):
         if isinstance(decrement, Tensor) or decrement != 0.0:
             theta.sub_(decrement)
@@ -74,7 +74,7 @@ def shrink(thetas: list[Tensor], decrements: Sequence[float | Tensor]) -> None:
 def diffuse(
     thetas: list[Tensor], scales: Sequence[float | Tensor], tensors: Sequence[SlotTensor], seed: int, step: int
 ) -> None:
-    """theta <- theta + sqrt(2 * eta * T) * nu, nu ~ N(0, 1), in place (``scales`` holds the roots)."""
+    """Add noise in place: theta <- theta + sqrt(2 * eta * T) * nu, nu ~ N(0, 1) (``scales`` holds the roots)."""
     stream = randomness.key(seed, randomness.NOISE, step)
     for theta, scale, tensor in zip(thetas, scales, tensors, strict=True):
         if isinstance(scale, Tensor) or scale != 0.0:
@@ -84,14 +84,14 @@ def diffuse(
 
 
 def dormant_slots(thetas: Sequence[Tensor]) -> list[Tensor]:
-    """The slots whose connection has gone dormant: theta < 0. (theta = 0 is active.)
+    """Find the slots whose connection has gone dormant: theta < 0. (A connection with theta = 0 is active.)
 
     Returns:
         int64 [R_i] for each tensor, ascending.
     """
     if len(thetas) == 1:
         return [(thetas[0] < 0).nonzero().view(-1)]
-    # one search over all tensors: most of its cost is the call
+    # one search over all tensors: the call itself costs most of the time
     dormant = (torch.cat([theta.detach() for theta in thetas]) < 0).nonzero().view(-1)
     if dormant.numel() == 0:
         return [dormant] * len(thetas)
@@ -105,7 +105,7 @@ def dormant_slots(thetas: Sequence[Tensor]) -> list[Tensor]:
 
 
 def keep_active(thetas: Sequence[Tensor]) -> None:
-    """In a step without rewiring theta < 0 becomes 0: the connection stays active, with its place and its sign."""
+    """Set theta < 0 to 0, for a step without rewiring: the connection stays active, with its place and its sign."""
     for theta in thetas:
         theta.clamp_(min=0)
 
@@ -113,14 +113,14 @@ def keep_active(thetas: Sequence[Tensor]) -> None:
 def reactivate(
     thetas: Sequence[Tensor], tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], seed: int, step: int
 ) -> list[Tensor]:
-    """Activate as many dormant places as connections have gone dormant, uniformly at random, at theta 0.
+    """Activate one dormant place, drawn uniformly, at theta 0 for each connection that has gone dormant.
 
     Args:
-        thetas: K-vectors, written in place: 0 at the reborn slots.
-        tensors: their places, signs and births, written in place.
-        dormant: from :func:`dormant_slots`.
+        thetas: the K-vectors; this function writes 0 at the reborn slots, in place.
+        tensors: the tensors; this function writes their places, signs and births in place.
+        dormant: the result of :func:`dormant_slots`.
         seed: the seed of all draws.
-        step: the number of this step; with ``seed`` it is the whole random state.
+        step: the number of this step. ``seed`` and ``step`` are the whole random state.
 
     Returns:
         the new places, int64 [R_i] for each tensor, in the order of ``dormant``.
@@ -134,33 +134,34 @@ def reactivate(
 
 
 def start_anew(values: Iterable[tuple[Tensor, float]], slots: Tensor) -> None:
-    """A newborn starts at theta 0, with the state that the optimizer starts with.
+    """Start newborns at theta 0, with the optimizer's starting state.
 
     Args:
-        values: theta with 0, and each state tensor of its shape with its starting value; written in place.
-        slots: int64 [R], the reborn ones.
+        values: pairs of a tensor and its starting value: theta with 0, and each state tensor of theta's shape; written in
+            place.
+        slots: int64 [R], the reborn slots.
     """
     for value, start in values:
         value.index_fill_(0, slots if slots.device == value.device else slots.to(value.device), start)
 
 
 def move(tensor: SlotTensor, slots: Tensor, places: Tensor, step: int) -> None:
-    """Slots stand for other places from now on; the sign is that of the place."""
+    """Give slots new places and the signs of these places, and record the step of their birth."""
     tensor.places.index_copy_(0, slots, places)
     tensor.signs.index_copy_(0, slots, tensor.signs_at(places))
     tensor.born.index_fill_(0, slots, step)
 
 
 def new_places(tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], seed: int, step: int) -> list[Tensor]:
-    """A place for every dormant slot, uniform over *all* dormant places of its tensor and without replacement.
+    """Draw a place for every dormant slot, uniformly from *all* dormant places of its tensor and without replacement.
 
-    The connections that have just gone dormant are candidates like any other. A place is drawn and rejected while it is
-    taken, which costs O(R) draws because at most half of the places can be; a denser tensor (2 K > N) lists its dormant
-    places, which are fewer than its slots. Both are exact, and both end at any density.
+    The places of the connections that have just gone dormant are candidates, too. For a tensor with 2 K <= N, a draw is
+    rejected and repeated if its place is taken. This costs O(R) draws, since at most half of the places are taken. A denser
+    tensor lists its dormant places, which are fewer than its slots. Both ways are exact and terminate at any density.
 
     Args:
-        tensors: with the places that are taken.
-        dormant: from :func:`dormant_slots`.
+        tensors: the tensors with their present places.
+        dormant: the result of :func:`dormant_slots`.
         seed: the seed of all draws.
         step: the number of this step.
 
@@ -180,14 +181,14 @@ def new_places(tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], seed: i
 
 
 def draw_by_rejection(tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], seed: int, step: int) -> list[Tensor]:
-    """New places for the dormant slots of tensors that are at most half full (see :func:`reactivate`)."""
+    """Draw new places for the dormant slots of tensors that are at most half full (see :func:`new_places`)."""
     layout = Layout.of(tensors)
     device = layout.totals.device
     counts = [slots.numel() for slots in dormant]
     owner = torch.repeat_interleave(torch.arange(len(tensors), device=device), torch.tensor(counts, device=device))
     slots = torch.cat(list(dormant)) + layout.slot_starts[owner]
     taken = torch.cat([tensor.places + start for tensor, start in zip(tensors, layout.place_starts.tolist(), strict=True)])
-    taken[slots] = -1  # what has gone dormant in this step is free again
+    taken[slots] = -1  # the places of connections that went dormant in this step are free again
     taken = ascending(taken)
     chosen = first_free(
         lambda attempt: randomness.key(seed, randomness.BIRTH, step, attempt),
@@ -199,18 +200,20 @@ def draw_by_rejection(tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], 
     return list((chosen - layout.place_starts[owner]).split(counts))
 
 
-def first_free(stream_key, counters: Tensor, totals: Tensor, starts: Tensor, taken: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    """For each counter the first of its draws that is free.
+def first_free(  # type: ignore[no-untyped-def]
+    stream_key, counters: Tensor, totals: Tensor, starts: Tensor, taken: Tensor
+) -> Tensor:
+    """Find the first free draw of each counter.
 
-    In round 0, 1, 2, ... every slot that has no place yet draws one. Draws are judged in the order (round, slot): each is a
-    fresh uniform draw, and is accepted unless an active connection or an earlier draw has the place. That is what sampling
-    without replacement is; the order in which the slots take part does not depend on the draws still to come.
+    In round 0, 1, 2, ... every slot without a place draws one. Draws are accepted or rejected in the order (round, slot). Each
+    is a fresh uniform draw, accepted unless an active connection or an earlier accepted draw has the place. This is sampling
+    without replacement, because the order of the slots does not depend on later draws.
 
     Args:
-        stream_key: function of the attempt (round) that gives its key.
-        counters: int64 [R].
-        totals: int64 [R], the number of places of the slot's tensor.
-        starts: int64 [R], its first global place.
+        stream_key: a function from the attempt (round) to its key.
+        counters: int64 [R], the counter of each slot.
+        totals: int64 [R], the number of places of each slot's tensor.
+        starts: int64 [R], the first global place of each slot's tensor.
         taken: int64 [A], sorted: the global places of active connections. Entries of -1 are ignored.
 
     Returns:
@@ -223,7 +226,7 @@ def first_free(stream_key, counters: Tensor, totals: Tensor, starts: Tensor, tak
     while pending is None or pending.numel():
         ask, n, start = (counters, totals, starts) if pending is None else (counters[pending], totals[pending], starts[pending])
         draw = randomness.uniform_places(stream_key(attempt), ask, n)
-        # equal draws: the stable sort keeps the order of the slots, and the first of each run comes first
+        # equal draws: the stable sort keeps the order of the slots, and the first draw of each run wins
         place, order = torch.where(draw >= 0, draw + start, -1).sort(stable=True)
         free = (place >= 0) & ~contains(taken, place) & ~contains(newly_taken, place)
         free[1:] &= place[1:] != place[:-1]
@@ -236,7 +239,7 @@ def first_free(stream_key, counters: Tensor, totals: Tensor, starts: Tensor, tak
 
 
 def ascending(values: Tensor) -> Tensor:
-    """Sorted. On the CPU NumPy's sort of int64 is several times faster than torch's."""
+    """Sort a tensor. On the CPU, NumPy sorts int64 several times faster than torch."""
     if values.device.type == "cpu":
         return torch.from_numpy(np.sort(values.numpy()))
     return values.sort().values
@@ -250,7 +253,7 @@ def contains(ordered: Tensor, values: Tensor) -> Tensor:
 
 
 def draw_from_list(tensor: SlotTensor, dormant: Tensor, seed: int, step: int) -> Tensor:
-    """New places for the dormant slots of a tensor more than half full: shuffle its dormant places, take the first R."""
+    """Draw new places for the dormant slots of a tensor that is more than half full: shuffle its dormant places, take R."""
     active = torch.zeros(tensor.total, dtype=torch.bool, device=dormant.device)
     active[tensor.places] = True
     active[tensor.places[dormant]] = False
@@ -259,22 +262,22 @@ def draw_from_list(tensor: SlotTensor, dormant: Tensor, seed: int, step: int) ->
 
 
 def shuffled(stream_key: int, index: int, places: Tensor) -> Tensor:
-    """A uniformly random order of places: sorted by a hash of each."""
+    """Put places in a uniformly random order: sort them by their hashes."""
     return places[randomness.bits(stream_key, randomness.counters(index, places)).argsort(stable=True)]
 
 
 def random_places(total: int, count: int, index: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """K of N places, uniformly at random without replacement: the connectivity that a tensor starts with.
+    """Draw K of N places, uniformly and without replacement: the starting connectivity of a tensor.
 
     Args:
-        total: N.
+        total: N, the number of places.
         count: K, at most N.
-        index: the tensor's place in the order of conversion.
+        index: the tensor's position in the order of conversion.
         seed: the seed of all draws.
-        device: where the result lies; the places are the same on every device.
+        device: the device of the result; the places are the same on every device.
 
     Returns:
-        int64 [K]; O(K) time and memory, whatever N is.
+        int64 [K], in O(K) time and memory for any N.
     """
     stream = randomness.key(seed, randomness.START_PLACES)
     if 2 * count > total:

@@ -1,8 +1,8 @@
-"""Algorithm 1 with one K for a whole network: which slot goes where, on plain tensors.
+"""Algorithm 1 with one K for a whole network, on plain tensors: it decides where each slot goes.
 
-The slots of all layers lie end to end, sorted by layer. In a step everything that has gone dormant leaves its layer, and as many
-connections are born, each in a layer that a rule chooses; so the layers' counts move and their sum does not. The survivors of
-a layer keep their order and come first in it, its newborns follow.
+The slots of all layers form one sequence, sorted by layer. In a step, dormant connections leave their layers, and the same
+number of connections is born, each in a layer that a rule chooses. So the layers' counts change and their sum does not. In each
+layer the survivors come first, in their old order, and the newborns follow.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from lightning_deepr.algorithm.rewiring import SlotTensor, ascending, first_free
 
 RULES = ("budget", "uniform")
 
-# bits(key, counter) hashes key + counter * golden: with the inverse, one call with key 0 serves layers of several keys
+# bits(key, counter) hashes key + counter * golden. With the inverse of golden, one call with key 0 serves layers with different
+# keys.
 _INVERSE = pow(randomness.GOLDEN, -1, 1 << 64)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What never changes about some layers, on their device.
+    """The constant properties of some layers, on their device.
 
     Args:
-        totals: int64 [layers], N of each.
-        place_starts: int64 [layers], the number of a layer's first place when places are counted over all layers.
+        totals: int64 [layers], N of each layer.
+        place_starts: int64 [layers], the number of each layer's first place, counted over all layers.
         counter_starts: int64 [layers], the counter of each layer's slot 0.
-        sign_offsets: int64 [layers]: place + offset, hashed with key 0, is the place hashed with the layer's sign seed.
-        weights: int64 [layers], the connections that each started with (N_l * p_l).
-        sizes: the same as ``totals``, as integers.
+        sign_offsets: int64 [layers]. The hash of place + offset with key 0 is the hash of the place with the layer's sign seed.
+        weights: int64 [layers], the number of connections of each layer at the start (N_l * p_l).
+        sizes: the values of ``totals`` as Python integers.
     """
 
     totals: Tensor
@@ -57,15 +58,15 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Moves:
-    """What a step does to the slots of a network.
+    """The moves of a network's slots in one step.
 
     Args:
-        source: int64 [K]: slot i is what slot ``source[i]`` was; at the newborns any that has gone dormant.
-        born: int64 [R], ascending: the newborns.
-        owners: int64 [R]: their layers.
-        places: int64 [R]: their places within the layer.
-        counts: connections of each layer after the step.
-        births, deaths, newborn_deaths: of each layer.
+        source: int64 [K]: slot i takes the values of the old slot ``source[i]``; for newborns this is some dormant slot.
+        born: int64 [R], ascending: the slots of the newborns.
+        owners: int64 [R]: the layers of the newborns.
+        places: int64 [R]: the newborns' places within their layers.
+        counts: the number of connections of each layer after the step.
+        births, deaths, newborn_deaths: the numbers of each layer.
     """
 
     source: Tensor
@@ -91,22 +92,23 @@ def plan(
     seed: int,
     step: int,
 ) -> Moves | None:
-    """Where the slots with theta < 0 go.
+    """Decide where the slots with theta < 0 go.
 
     Args:
         tensors: the layers, in the order of their slots.
-        geometry: theirs.
-        theta: [K].
-        places: int64 [K], within the layers.
+        geometry: the geometry of the layers.
+        theta: [K], the shared theta.
+        places: int64 [K], the places within the layers.
         born: int64 [K], the step of each slot's last birth.
-        rule: "budget": a newborn's layer is drawn with probability proportional to ``geometry.weights``, then one of its dormant
-            places; "uniform": one of all dormant places of the network. A full layer is never chosen.
-        least: a layer that is left with fewer connections than this gets births before the rule is asked.
-        newborn_since: a slot born in this step or later dies as a newborn.
+        rule: the choice of a newborn's layer. "budget": the layer is drawn with probability proportional to
+            ``geometry.weights``, then one of its dormant places. "uniform": one of all dormant places of the network. A full
+            layer is never chosen.
+        least: the least number of connections of a layer. A layer with fewer survivors gets births before the rule applies.
+        newborn_since: the first birth step of newborns. A slot that was born then or later dies as a newborn.
         seed, step: the whole random state.
 
     Returns:
-        None where nothing has gone dormant.
+        the moves, or None if no connection has gone dormant.
     """
     dead = theta < 0
     dormant = dead.nonzero().view(-1)
@@ -121,7 +123,7 @@ def plan(
     alive = before - deaths
     # the survivors' places, counted over all layers
     taken = places + torch.repeat_interleave(geometry.place_starts, before, output_size=places.numel())
-    taken[dormant] = -1  # what has gone dormant in this step is free again
+    taken[dormant] = -1  # the places of connections that went dormant in this step are free again
     taken = ascending(taken)
 
     every = torch.arange(layers, device=device)
@@ -143,7 +145,7 @@ def plan(
             new = new[order]
     owners = torch.repeat_interleave(every, births, output_size=count)
     survivors = (~dead).nonzero().view(-1)
-    moved = births.cumsum(0) - births  # births in earlier layers: how far a layer's survivors move up
+    moved = births.cumsum(0) - births  # births in earlier layers: a layer's survivors move up by this number
     position = torch.arange(survivors.numel(), device=device)
     position += torch.repeat_interleave(moved, alive, output_size=survivors.numel())
     place_of_births = torch.arange(count, device=device) + alive.cumsum(0)[owners]
@@ -155,25 +157,25 @@ def plan(
 
 
 def draw_layers(weights: Tensor, room: Tensor, count: int, seed: int, step: int) -> Tensor:
-    """A layer for each of so many births, in proportion to weights; one that is full is never chosen.
+    """Draw a layer for each birth, with probabilities proportional to weights. A full layer is never chosen.
 
-    Draws are judged one after the other: each is accepted if its layer still has room then, and repeated otherwise.
+    Draws are processed in order: a draw is accepted if its layer still has room, and repeated otherwise.
 
     Args:
-        weights: int64 [layers].
-        room: int64 [layers], the dormant places of each; their sum is at least ``count``.
-        count: R.
+        weights: int64 [layers], the weight of each layer.
+        room: int64 [layers], the number of dormant places of each layer; the sum is at least ``count``.
+        count: R, the number of births.
         seed, step: the random state.
 
     Returns:
-        int64 [R].
+        int64 [R], the layers.
     """
     chosen = torch.empty(count, dtype=torch.long, device=weights.device)
     pending = torch.arange(count, device=weights.device)
     left, attempt = room, 0
     while pending.numel():
         open_ = torch.where(left > 0, weights, 0)
-        if int(open_.sum()) == 0:  # what has a budget is full
+        if int(open_.sum()) == 0:  # every layer with a budget is full
             open_ = left
         ends = open_.cumsum(0)
         draw = randomness.uniform_places(randomness.key(seed, randomness.LAYER, step, attempt), pending, ends[-1])
@@ -182,7 +184,7 @@ def draw_layers(weights: Tensor, room: Tensor, count: int, seed: int, step: int)
         if bool((draw >= 0).all()) and bool((asked <= left).all()):
             chosen[pending] = layer
             break
-        # the rank of each draw among those of its layer
+        # the rank of each draw among the draws of its layer
         ordered, order = torch.where(draw >= 0, layer, weights.numel()).sort(stable=True)
         starts = torch.searchsorted(ordered, torch.arange(weights.numel() + 1, device=weights.device))
         rank = torch.arange(ordered.numel(), device=weights.device) - starts[ordered]
@@ -197,18 +199,19 @@ def draw_layers(weights: Tensor, room: Tensor, count: int, seed: int, step: int)
 def draw_within(
     tensors: Sequence[SlotTensor], geometry: Geometry, alive: Tensor, births: Tensor, taken: Tensor, seed: int, step: int
 ) -> Tensor:
-    """Uniform dormant places for the births of each layer, without replacement: by rejection where a layer will be at most half
-    full, from a list of its dormant places otherwise.
+    """Draw dormant places for the births of each layer, uniformly and without replacement.
+
+    A layer that will be at most half full draws by rejection. A denser layer draws from a list of its dormant places.
 
     Args:
         tensors, geometry: the layers.
-        alive: int64 [layers], their survivors.
-        births: int64 [layers].
+        alive: int64 [layers], the number of survivors of each layer.
+        births: int64 [layers], the number of births of each layer.
         taken: int64, sorted: the survivors' places, counted over all layers; -1 is ignored.
         seed, step: the random state.
 
     Returns:
-        int64 [R], layer by layer, counted over all layers.
+        int64 [R], the places layer by layer, counted over all layers.
     """
     number, device = births.tolist(), births.device
     owners = torch.repeat_interleave(torch.arange(len(tensors), device=device), births, output_size=sum(number))
@@ -243,17 +246,17 @@ def draw_within(
 
 
 def draw_anywhere(geometry: Geometry, more: Tensor, taken: Tensor, count: int, seed: int, step: int) -> Tensor:
-    """Uniform dormant places of the whole network, without replacement.
+    """Draw dormant places of the whole network, uniformly and without replacement.
 
     Args:
-        geometry: of the layers.
-        more: int64: places that have just been given away.
+        geometry: the geometry of the layers.
+        more: int64: the places that earlier births of this step have taken.
         taken: int64, sorted: the survivors' places.
-        count: how many.
+        count: the number of places to draw.
         seed, step: the random state.
 
     Returns:
-        int64 [count], counted over all layers.
+        int64 [count], the places counted over all layers.
     """
     taken = torch.cat([taken, more]).sort().values if more.numel() else taken
     total = sum(geometry.sizes)
@@ -271,7 +274,7 @@ def draw_anywhere(geometry: Geometry, more: Tensor, taken: Tensor, count: int, s
 
 
 def dormant_places(taken: Tensor, start: int, total: int) -> Tensor:
-    """int64: the numbers 0 ... total - 1 that are not taken (when ``start`` is added)."""
+    """List the places p in 0 ... total - 1 for which ``start + p`` is not taken (int64, ascending)."""
     free = torch.ones(total, dtype=torch.bool, device=taken.device)
     ends = torch.searchsorted(taken, torch.tensor([start, start + total], device=taken.device)).tolist()
     free[taken[ends[0] : ends[1]] - start] = False
@@ -279,14 +282,14 @@ def dormant_places(taken: Tensor, start: int, total: int) -> Tensor:
 
 
 def signs_at(geometry: Geometry, owners: Tensor, places: Tensor, exceptions: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The constant signs of places of several layers.
+    """Compute the constant signs of places in several layers.
 
     Args:
-        geometry: of the layers.
-        owners: int64 [R], the layers.
-        places: int64 [R], within them.
-        exceptions: of each layer: sorted places whose sign is the opposite of the hash.
-        dtype: of the result.
+        geometry: the geometry of the layers.
+        owners: int64 [R], the layer of each place.
+        places: int64 [R], the places within their layers.
+        exceptions: for each layer, the sorted places whose sign is the opposite of the hash.
+        dtype: the dtype of the result.
     """
     hashed = randomness.bits(0, places + geometry.sign_offsets[owners])
     signs = torch.where(hashed < 0, -1.0, 1.0).to(dtype)

@@ -1,4 +1,4 @@
-"""What rewiring does to a tensor: births, deaths of newborns and of mature connections, turnover, collapse."""
+"""Statistics of a tensor's rewiring: births, deaths of newborns and of mature connections, turnover, collapse."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ COLLAPSE_STEPS = 100
 
 @dataclass
 class Turnover:
-    """Counts for one tensor since they were last taken, and the watch for a collapse.
+    """The counts of one tensor since they were last read, and the detection of a collapse.
 
-    A connection that dies in the first rewiring after its birth is a newborn; most newborns do, since they start at 0 and lose
-    eta * alpha per step unless the gradient helps.
+    A connection is a newborn until the first rewiring after its birth. Most newborns die in this rewiring: they start at 0 and
+    lose eta * alpha per step unless the gradient helps.
     """
 
     count: int  # K
     steps: int = 0
     reborn: int = 0
     newborn_deaths: int = 0
-    streak: int = field(default=0)  # steps on end in which more than half of the connections were reborn
+    streak: int = field(default=0)  # consecutive steps in which more than half of the connections were reborn
     warned: bool = False
 
     def add(self, reborn: int, newborn_deaths: int, rewired: bool = True) -> bool:
         """Count one step.
 
         Args:
-            reborn: how many connections.
-            newborn_deaths: how many of them had been newborns.
-            rewired: whether the step rewires at all; steps that do not are left out of the watch for a collapse.
+            reborn: the number of reborn connections.
+            newborn_deaths: the number of newborns among the connections that died.
+            rewired: whether the step rewires. The detection of a collapse ignores other steps.
 
         Returns:
-            True once: when the tensor has collapsed (more than half of it reborn in each of 100 such steps on end).
+            True once, when the tensor has collapsed: more than half of it was reborn in each of 100 consecutive rewiring steps.
         """
         self.steps += 1
         self.reborn += reborn
@@ -44,7 +44,7 @@ class Turnover:
         return False
 
     def take(self) -> dict[str, float]:
-        """Means per step since the last call: turnover (reborn / K), deaths of newborns and of mature connections."""
+        """Return means per step since the last call: turnover (reborn / K), deaths of newborns and of mature connections."""
         steps = max(self.steps, 1)
         taken = {
             "turnover": self.reborn / steps / max(self.count, 1),
@@ -56,9 +56,9 @@ class Turnover:
 
 
 def collapse_message(name: str, alpha: object) -> str:
-    """What to tell the user of a collapse."""
+    """Return the warning of a collapse."""
     return (
-        f"`{name}` has collapsed: more than half of its connections were reborn in each of the last {COLLAPSE_STEPS} steps, so that "
+        f"`{name}` has collapsed: more than half of its connections were reborn in each of the last {COLLAPSE_STEPS} steps, so "
         f"it learns nothing. Lower l1 (now {alpha}), give this tensor a larger share of the connections (a dict or another "
         'distribution: "uniform" starves small output layers), or keep the scale of the start with init="module".'
     )

@@ -1,4 +1,4 @@
-"""The callbacks: DEEP R, soft-DEEP R, what they are compared with, and the bases for methods of one's own."""
+"""The callbacks: DEEP R, soft-DEEP R, the methods for comparison, and the bases for your own methods."""
 
 from lightning_deepr.methods.deepr import DeepR
 from lightning_deepr.methods.drop_and_grow import DropAndGrow

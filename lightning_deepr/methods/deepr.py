@@ -23,27 +23,30 @@ from lightning_deepr.weights.shared import Pool, SharedSlots
 class DeepR(RewiringArguments, SlotTraining):
     """DEEP R: exactly K connections at every step, rewired after each optimizer step (Algorithm 1 of the paper).
 
-    After ``optimizer.step()``, whichever optimizer it is: theta loses eta * alpha and takes a step of a random walk, with
-    the plain learning rate eta of theta's parameter group; connections with theta < 0 go dormant; as many dormant places,
-    drawn uniformly, become active at theta = 0 with the state that the optimizer starts with.
+    It works with any optimizer. After ``optimizer.step()``:
+
+    1. theta loses eta * alpha and takes a step of a random walk; eta is the plain learning rate of theta's parameter group.
+    2. Connections with theta < 0 go dormant.
+    3. The same number of dormant places, drawn uniformly, become active at theta = 0 with the optimizer's starting state.
 
     Args:
-        scope: "layer": K per tensor. "global": one K for the whole network; a connection that goes dormant may come back in another
-            layer. One theta serves all layers, so they have to be in one parameter group of one optimizer. ``connectivity`` gives
-            K, ``distribution`` the start. (A compiled network is compiled anew when counts change, and soon runs uncompiled.)
-        reactivation: under ``scope="global"``: "budget": a newborn's layer is drawn with probability proportional to the connections
-            with which it started (N_l * p_l, as in the authors' script), then one of its dormant places; "uniform": one of all
-            dormant places of the network. A full layer is never chosen.
-        least_per_layer: under ``scope="global"``: a layer that a step leaves with fewer connections than this gets births before the
-            rule is asked; 0 lets layers go empty (a chain of layers is cut then).
+        scope: "layer": K per tensor. "global": one K for the whole network; a connection that goes dormant may be replaced by
+            one in another layer. All layers share one theta, so they belong in one parameter group of one optimizer.
+            ``connectivity`` sets K, ``distribution`` the start. (A compiled network is compiled again when counts change, and
+            soon runs uncompiled.)
+        reactivation: the choice of a newborn's layer under ``scope="global"``. "budget": the layer is drawn with probability
+            proportional to its number of connections at the start (N_l * p_l, as in the authors' script), then one of its
+            dormant places. "uniform": one of all dormant places of the network. A full layer is never chosen.
+        least_per_layer: the least number of connections of a layer under ``scope="global"``. A layer with fewer gets births
+            before the rule applies. 0: layers may become empty, which cuts a chain of layers.
 
     Raises:
-        TypeError, ValueError: an argument that makes no sense, or one that does not fit the model (at ``setup``).
-        RuntimeError: a theta or gradient that is not finite, before the step.
+        TypeError, ValueError: an argument is invalid, or it does not fit the model (at ``setup``).
+        RuntimeError: a theta or a gradient is not finite before the step.
 
     Note:
-        With Adam a newborn has zero moments but the shared step count, so that its first step is about 3 times the learning
-        rate whatever its gradient (RMSprop: 10 times): it survives by the sign of its gradient alone.
+        With Adam a newborn has zero moments but the shared step count, so its first step is about 3 times the learning rate for
+        any gradient (RMSprop: 10 times). Only the sign of its gradient decides whether it survives.
         Strategies that shard parameters are refused.
 
     Example::
@@ -106,7 +109,7 @@ class DeepR(RewiringArguments, SlotTraining):
 
     @staticmethod
     def _pools(tensors: Sequence[TrackedTensor]) -> list[Pool]:
-        """One for each network; nearly always there is one."""
+        """List the pools, one per network. Nearly always there is one."""
         return list({id(pool): pool for pool in (_shared(tensor).pool for tensor in tensors)}.values())
 
     @override
@@ -115,7 +118,7 @@ class DeepR(RewiringArguments, SlotTraining):
 
     @override
     def statistics(self) -> dict[str, float]:
-        """As of the base; under ``scope="global"`` also ``deepr/<tensor>/connectivity``, which moves."""
+        """Return the statistics of the base. Under ``scope="global"``, add ``deepr/<tensor>/connectivity``, which changes."""
         found = super().statistics()
         if self.scope == "global":
             found.update({f"deepr/{t.name}/connectivity": t.slots.count / t.slots.total for t in self.tracked})

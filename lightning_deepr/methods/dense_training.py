@@ -1,4 +1,4 @@
-"""What the callbacks with a theta for every potential connection share: how they convert."""
+"""The base of the callbacks with a theta for every potential connection: how they convert."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lightning_deepr.weights.find import Converted, converted_tensors
 class DenseTraining(SparseTraining):
     """Base of the callbacks that work on a :class:`lightning_deepr.weights.dense_theta.DenseTheta`.
 
-    Under a Trainer the network is converted in ``setup``, as always. For a plain loop or Fabric call :meth:`prepare` before
-    the optimizer is made: ``sparsify`` makes K slots.
+    Under a Trainer, ``setup`` converts the network. For a plain loop or Fabric, call :meth:`prepare` before you make the
+    optimizer (``sparsify`` would make K slots).
     """
 
     kind: ClassVar[type[DenseTheta]]
@@ -36,23 +36,24 @@ class DenseTraining(SparseTraining):
         if not isinstance(slots, self.kind):
             found = f"{type(slots).__name__} ({slots.count} connections)"
             raise ValueError(
-                f"`{name}` is converted already, but for another method: {type(self).__name__} expects a theta for every potential "
-                f"connection ({self.kind.__name__}), found {found}. Call densify(module) and let {type(self).__name__} convert it: "
-                "under a Trainer by itself, elsewhere by `callback.prepare(net)` before the optimizer is made."
+                f"`{name}` is converted already, but for another method: {type(self).__name__} expects a theta for every "
+                f"potential connection ({self.kind.__name__}), found {found}. Call densify(module) and let "
+                f"{type(self).__name__} convert it. A Trainer does this; elsewhere call `callback.prepare(net)` before you "
+                "make the optimizer."
             )
 
     @override
     def attach(self, net: nn.Module, optimizer: Optimizer, total_steps: int | None = None) -> Rewiring:
-        """As :meth:`SparseTraining.attach`; the network has to be converted by :meth:`prepare`."""
+        """Rewire after each step, as :meth:`SparseTraining.attach` does. Convert the network with :meth:`prepare` first."""
         if not any(True for _ in converted_tensors(net)):
             raise ValueError(
-                f"attach expects a converted network, found {type(net).__name__} without a converted tensor. Call `prepare(net)` on "
-                f"the {type(self).__name__} before the optimizer is made."
+                f"attach expects a converted network, found {type(net).__name__} without a converted tensor. Call "
+                f"`prepare(net)` on the {type(self).__name__} before you make the optimizer."
             )
         return super().attach(net, optimizer, total_steps)
 
 
 def on_host(value: Any) -> float | None:
-    """A number as a float, or None where looking would cost a host synchronization."""
+    """Convert a number to a float. None: the number is on a device, and reading it would cost a host synchronization."""
     device = getattr(value, "device", None)
     return float(value) if device is None or device.type == "cpu" else None

@@ -1,4 +1,4 @@
-"""The base of the methods that drop the weakest connections now and then, and grow as many elsewhere."""
+"""The base of the methods that periodically drop the weakest connections and grow as many elsewhere."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_deepr.training.tracked import Stepped
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class DropAndGrow(SlotTraining):
-    """Base of the methods that now and then drop the weakest connections and grow as many elsewhere.
+    """Base of the methods that periodically drop the weakest connections and grow as many elsewhere.
 
     Signs are free: theta may be negative, and |theta| is a connection's strength. A grown connection starts at 0, with the
     optimizer's starting state. There is no L1 and no noise.
 
     Args:
-        drop_fraction: of the K connections of each tensor, at an update; in [0, 1).
-        rewire_every_n_steps: steps between updates.
-        rewire_until: a step (int) or a fraction of the training (float), then the connectivity is frozen.
+        drop_fraction: the fraction of each tensor's K connections that an update drops, in [0, 1).
+        rewire_every_n_steps: the number of steps between updates.
+        rewire_until: a step (int) or a fraction of the training (float). Then the connectivity is frozen.
     """
 
     drop_fraction: float = 0.3
@@ -43,11 +43,11 @@ class DropAndGrow(SlotTraining):
         super().__post_init__()
 
     def fraction(self, item: Stepped) -> float:
-        """Which fraction of a tensor's connections this update drops."""
+        """Return the fraction of a tensor's connections that this update drops."""
         return self.drop_fraction
 
     def can_update(self, item: Stepped) -> bool:
-        """Whether a tensor's connectivity is updated in this step, in which it is its turn."""
+        """Whether a tensor takes part in this update."""
         return True
 
     @abstractmethod
@@ -56,12 +56,12 @@ class DropAndGrow(SlotTraining):
 
         Args:
             items: the tensors of this update.
-            weakest: int64 for each, ascending: the slots that are dropped.
+            weakest: the slots to drop, int64 and ascending, for each tensor.
         """
 
     @override
     def newborn_since(self, step: int) -> int:
-        return max(super().newborn_since(step), 0)  # what was there at the start is no newborn
+        return max(super().newborn_since(step), 0)  # the connections of the start are no newborns
 
     @override
     def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> None:

@@ -16,13 +16,13 @@ from lightning_deepr.training.tracked import Stepped, TrackedTensor
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class FixedRandom(SlotTraining):
-    """Fixed random connectivity: K connections at random places, which stay there. The paper's control "no rewiring".
+    """Fixed random connectivity: K connections at random places that never change. This is the paper's control "no rewiring".
 
     There is no L1 and no noise.
 
     Args:
-        signs: "fixed": theta < 0 becomes 0, so that every connection keeps the sign of its place, as in a DEEP R that does not
-            rewire. "free": ordinary weights under a fixed mask, the stronger of the two.
+        signs: "fixed" | "free". "fixed": theta < 0 becomes 0, so every connection keeps the sign of its place, as in DEEP R
+            without rewiring. "free": ordinary weights under a fixed mask; this gives the better results.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Growth by the dense gradient, which exists only in the steps that need it, and is gone after them."""
+"""Growth by the dense gradient, which exists only during the steps that need it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_deepr.training.tracked import Stepped, TrackedTensor
 
 
 class DenseGradient:
-    """Sums up a transient weight's gradient over the backward passes of one optimizer step.
+    """The sum of a transient weight's gradient over the backward passes of one optimizer step.
 
     Args:
-        theta: of the tensor: where its gradient was cleared, a new sum begins (a step that was skipped leaves none behind).
+        theta: the tensor's parameter. If its gradient was cleared, a new sum begins, so a skipped step leaves nothing behind.
     """
 
     def __init__(self, theta: nn.Parameter) -> None:
@@ -27,7 +27,7 @@ class DenseGradient:
 
     def __call__(self, gradient: Tensor) -> None:
         this_pass = torch._C._current_graph_task_id()
-        # theta's own gradient comes after the weight's, at the end of the pass
+        # autograd writes theta's own gradient after the weight's, at the end of the pass
         cleared = self.theta.grad is None or not bool(self.theta.grad.any())
         if self.sum is None or (cleared and this_pass != self._pass):
             self.sum = gradient.detach().clone()
@@ -37,40 +37,49 @@ class DenseGradient:
 
 
 class GradientGrowth(DropAndGrow):
-    """Base of the methods that look at the gradient of the whole weight, dormant places included.
+    """Base of the methods that use the gradient of the whole weight, including dormant places.
 
-    In the forward and backward passes of a step for which :meth:`wants_gradient` says so, the layers run by their dense weights; the
-    gradient of each is summed up until that step is over. Everything else is K-sized. Not under ``torch.compile``.
+    If :meth:`wants_gradient` is true for a step, the layers compute with dense weights in its forward and backward passes, and
+    the dense gradients are summed until the step is over. Everything else has size K. This does not work under
+    ``torch.compile``.
     """
 
     def wants_gradient(self, tensor: TrackedTensor, done: int) -> bool:
-        """Whether a step needs the dense gradient, by how many steps of this training came before it: if it rewires."""
+        """Whether a step needs the dense gradient. The default: a step that rewires needs it.
+
+        Args:
+            tensor: the tensor.
+            done: the number of steps of this training before it.
+        """
         return self.rewires(done)
 
     def gradient_of(self, item: Stepped) -> Tensor:
-        """The dense gradient of a tensor in this step, of the weight's shape; once per step. On several ranks it is their sum.
+        """Return a tensor's dense gradient of this step, in the weight's shape. Call it once per step.
+
+        In a distributed run the gradients of all ranks are summed.
 
         Raises:
-            RuntimeError: none was seen.
+            RuntimeError: no backward pass reached the weight in this step.
         """
         collected = item.tensor.slots.on_dense_gradient
         if not isinstance(collected, DenseGradient) or collected.sum is None:
             raise RuntimeError(
-                f"{type(self).__name__}: `{item.tensor.name}` updates its connectivity in step {item.tensor.step}, but its dense gradient "
-                "was not seen: expected a backward pass through the layer's weight in this step. (Under torch.compile it can't be seen.)"
+                f"{type(self).__name__}: `{item.tensor.name}` updates its connectivity in step {item.tensor.step}, but its "
+                "dense gradient was not seen: expected a backward pass through the layer's weight in this step. "
+                "(torch.compile hides it.)"
             )
         gradient, collected.sum = collected.sum, None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(gradient)  # the sum ranks as the mean does
+            torch.distributed.all_reduce(gradient)  # the sum ranks places as the mean does
         return gradient
 
     def regrow(self, item: Stepped, dropped: Tensor, score: Tensor) -> None:
-        """Grow where a score is largest among the dormant places; what is dropped and grown at once stays as it is.
+        """Grow where a score is largest among the dormant places. A connection that would be dropped and grown again stays.
 
         Args:
             item: the tensor.
-            dropped: int64 slots.
-            score: of the weight's shape, at least 0; written to.
+            dropped: the slots to drop, int64.
+            score: the score of each place, in the weight's shape, at least 0. This method writes to it.
         """
         slots, score = item.tensor.slots, score.reshape(-1)
         survives = torch.ones_like(slots.places, dtype=torch.bool)
@@ -83,7 +92,7 @@ class GradientGrowth(DropAndGrow):
 
     @override
     def can_update(self, item: Stepped) -> bool:
-        # a layer that no backward pass of this step reached (its gradient is 0 instead of None) has nothing to go by
+        # if no backward pass of this step reached the layer (its gradient is 0 instead of None), there is no score
         collected = item.tensor.slots.on_dense_gradient
         unseen = isinstance(collected, DenseGradient) and collected.sum is None
         return not unseen or bool(item.tensor.theta.grad.any())  # type: ignore[union-attr]
@@ -107,5 +116,5 @@ class GradientGrowth(DropAndGrow):
             tensor.slots.on_dense_gradient = None
 
     def _expect(self, tensor: TrackedTensor, done: int) -> None:
-        """Have the next step's dense gradient collected if that step needs it; what was collected for another is dropped."""
+        """Collect the next step's dense gradient if that step needs it. Drop any earlier sum."""
         tensor.slots.on_dense_gradient = DenseGradient(tensor.theta) if self.wants_gradient(tensor, done) else None

@@ -1,8 +1,8 @@
-"""Two ways to a sparse network that begin dense, as callbacks: they exist to be compared with.
+"""Two methods that start dense and end sparse, for comparison.
 
 The paper compares DEEP R with both: pruning with retraining (Han, Pool, Tran and Dally, "Learning both weights and connections
 for efficient neural networks", NeurIPS 2015) and l1-shrinkage (Collins and Kohli, "Memory bounded deep convolutional
-networks", arXiv:1412.1442, 2014). How it set them up is not known to us: what is our own choice is marked so below.
+networks", arXiv:1412.1442, 2014). The paper does not say how it set them up; the docstrings mark our own choices.
 Signs are free, and the network is dense while it trains: the mask saves neither memory nor time.
 """
 
@@ -30,7 +30,7 @@ THRESHOLDS = ("layer", "network")
 
 
 class _Masking(DenseTraining):
-    """Base of the two: a weight with a mask that only ever loses connections."""
+    """Base of both methods: a weight with a mask that only loses connections."""
 
     kind = MaskedTheta
 
@@ -39,7 +39,7 @@ class _Masking(DenseTraining):
         self.act(stepped)
         for item in stepped:
             slots = _masked(item)
-            if slots.fixed:  # neither momentum nor weight decay brings a connection back, or moves what is not there
+            if slots.fixed:  # neither momentum nor weight decay may bring a connection back
                 item.theta.masked_fill_(~slots.mask, 0.0)
             slots.steps = item.tensor.step + 1
             if slots.averages:
@@ -47,15 +47,15 @@ class _Masking(DenseTraining):
 
     @abstractmethod
     def act(self, stepped: Sequence[Stepped]) -> None:
-        """What the method does after a step."""
+        """Prune or shrink the tensors that took a step."""
 
     def step_at(self, fraction: float) -> int:
-        """The step, counted from 1, that ends this fraction of the training."""
+        """Return the step, counted from 1, that ends this fraction of the training."""
         assert self.total_steps is not None
         return max(1, round(fraction * self.total_steps))
 
     def needs_length(self) -> str:
-        """What depends on the length of the training, or nothing."""
+        """Name the arguments that depend on the length of the training, followed by "is"; empty if there are none."""
         return ""
 
     @override
@@ -64,12 +64,13 @@ class _Masking(DenseTraining):
         needs = self.needs_length()
         if needs and self.total_steps is None:
             raise ValueError(
-                f"{needs} a fraction of the training, but its length is not known: expected a number of steps, found none. {what_to_do}"
+                f"{needs} a fraction of the training, but its length is not known: expected a number of steps, found none. "
+                f"{what_to_do}"
             )
 
     @override
     def statistics(self) -> dict[str, float]:
-        """Per tensor ``deepr/<tensor>/connectivity``."""
+        """Return ``deepr/<tensor>/connectivity`` of each tensor."""
         for tensor in self.tracked:
             tensor.turnover.take()
         return {f"deepr/{t.name}/connectivity": t.slots.count / t.slots.total for t in self.tracked}
@@ -86,29 +87,30 @@ class _Masking(DenseTraining):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class MagnitudePruning(_Masking):
-    """Pruning with retraining (Han et al. 2015): dense training, then the smallest weights go, and the rest trains on.
+    """Pruning with retraining (Han et al. 2015): train a dense network, remove the smallest weights, and train the rest.
 
-    It exists to be compared with. A step before the first pruning is a step of dense training, and the network is dense in
-    memory and time throughout.
+    This method exists for comparison. A step before the first pruning is a step of dense training. Memory and time are those of
+    the dense network throughout.
 
-    Our own choices: an exact number of connections instead of thresholds of so many standard deviations per layer; several
-    prunings inside one training instead of one training after another, their densities geometric, p^(1/n), p^(2/n), ... p; the
-    optimizer's state and the learning rate go on as they are.
+    These choices are ours: an exact number of connections instead of a threshold in standard deviations per layer; several
+    prunings within one training instead of several trainings, with the geometric densities p^(1/n), p^(2/n), ... p; a pruning
+    changes neither the optimizer's state nor the learning rate.
 
     Args:
-        connectivity: float in (0, 1] | int | dict {pattern: float | int}: what is left in the end; None: everything is
-            converted already.
-        prune_from: fraction of the training that ends with the first pruning.
-        prune_until: ... with the last one, which leaves exactly K connections; the rest of the training is retraining.
-        prunings: how many there are, evenly spaced; 1 where ``prune_from`` equals ``prune_until``.
-        threshold: "layer": K per tensor, by ``distribution`` | "network": one threshold for all tensors, of which each keeps at
+        connectivity: the connections that remain in the end: float in (0, 1] | int | dict {pattern: float | int}; None: the
+            network is converted already.
+        prune_from: the fraction of the training before the first pruning.
+        prune_until: the fraction of the training before the last pruning, which leaves exactly K connections. Then retraining
+            begins.
+        prunings: the number of prunings, evenly spaced; 1 if ``prune_from`` equals ``prune_until``.
+        threshold: "layer": K per tensor, by ``distribution``. "network": one threshold for all tensors; each tensor keeps at
             least its largest weight.
-        init: "module" and "largest": the dense weight as its module has it | "deepr": |N(0, 1)| / sqrt(fan-in), random signs.
-        seed: of ``init="deepr"``, and of the signs in :func:`lightning_deepr.save_sparse`.
+        init: "module" and "largest": the module's own dense weight | "deepr": |N(0, 1)| / sqrt(fan-in) with random signs.
+        seed: the seed of ``init="deepr"``, and of the signs in :func:`lightning_deepr.save_sparse`.
 
     Raises:
-        TypeError, ValueError: an argument that makes no sense, or one that does not fit the model; in a plain loop also where
-            ``attach`` is not given ``total_steps``.
+        TypeError, ValueError: an argument is invalid, it does not fit the model, or ``attach`` in a plain loop has no
+            ``total_steps``.
 
     Example::
 
@@ -133,8 +135,8 @@ class MagnitudePruning(_Masking):
         check_count("prunings", prunings)
         if prunings == 1 and prune_from != prune_until:
             raise ValueError(
-                f"prunings: expected at least 2 between prune_from = {prune_from} and prune_until = {prune_until}, found 1. Give equal "
-                "fractions for one pruning."
+                f"prunings: expected at least 2 between prune_from = {prune_from} and prune_until = {prune_until}, found 1. "
+                "Give equal fractions for one pruning."
             )
         check_word("threshold", self.threshold, THRESHOLDS)
         self.prunings = 1 if prune_from == prune_until else prunings
@@ -144,7 +146,7 @@ class MagnitudePruning(_Masking):
         return "prune_from and prune_until are each"
 
     def schedule(self) -> dict[int, float]:
-        """{step, counted from 1: exponent e}: after that step K^e * N^(1 - e) connections are left."""
+        """Return {step, counted from 1: exponent e}. After that step K^e * N^(1 - e) connections remain."""
         each = (self.prune_until - self.prune_from) / max(self.prunings - 1, 1)
         return {self.step_at(self.prune_from + i * each): (i + 1) / self.prunings for i in range(self.prunings)}
 
@@ -177,32 +179,33 @@ class MagnitudePruning(_Masking):
             allowed = int(slots.mask.sum())
             if allowed != slots.wanted:
                 raise RuntimeError(
-                    f"check_invariants: `{item.tensor.name}`, step {item.tensor.step}: expected {slots.wanted} connections after the "
-                    f"last pruning, found {allowed}."
+                    f"check_invariants: `{item.tensor.name}`, step {item.tensor.step}: expected {slots.wanted} connections "
+                    f"after the last pruning, found {allowed}."
                 )
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class L1Shrinkage(_Masking):
-    """l1-shrinkage (Collins and Kohli 2014): after each step every weight moves towards 0 by eta * alpha, and stops there.
+    """l1-shrinkage (Collins and Kohli 2014): after each step every weight moves towards 0 by eta * alpha, and stops at 0.
 
-    w <- sign(w) * max(|w| - eta * alpha, 0), with the plain learning rate of the weight's parameter group. A weight at 0 still has a
-    gradient and can come back. It exists to be compared with; the network is dense in memory and time throughout.
+    w <- sign(w) * max(|w| - eta * alpha, 0), with the plain learning rate of the weight's parameter group. A weight at 0 still
+    has a gradient and can become nonzero again. This method exists for comparison. Memory and time are those of the dense
+    network throughout.
 
-    Our own choices: how the wanted number of connections is met. At ``freeze_at`` what exceeds K is cut (the smallest), what is
-    at 0 stays there, and the rest is trained without l1; where fewer than K are left, they stay as they are. With
-    ``connectivity=None`` nothing is cut or frozen: the connectivity is where l1 leads.
+    Our own choice is how the method meets the wanted number of connections. At ``freeze_at`` it removes the smallest weights
+    beyond K, keeps weights at 0 there, and trains the rest without l1. If fewer than K connections remain, it keeps them all.
+    With ``connectivity=None`` it neither removes nor freezes connections: l1 alone determines the connectivity.
 
     Args:
-        connectivity: float in (0, 1] | int | dict {pattern: float | int}; None: where l1 leads.
-        l1: alpha, to be given; float | dict {pattern: float} | LinearDecay(start, end) | function of the progress.
-        freeze_at: fraction of the training after which the connectivity is fixed, with a connectivity only.
-        init: "module" and "largest": the dense weight as its module has it | "deepr": |N(0, 1)| / sqrt(fan-in), random signs.
-        seed: of ``init="deepr"``, and of the signs in :func:`lightning_deepr.save_sparse`.
+        connectivity: float in (0, 1] | int | dict {pattern: float | int}; None: l1 alone determines the connectivity.
+        l1: alpha, required; float | dict {pattern: float} | LinearDecay(start, end) | function of the progress.
+        freeze_at: the fraction of the training after which the connectivity is fixed, if ``connectivity`` is given.
+        init: "module" and "largest": the module's own dense weight | "deepr": |N(0, 1)| / sqrt(fan-in) with random signs.
+        seed: the seed of ``init="deepr"``, and of the signs in :func:`lightning_deepr.save_sparse`.
 
     Raises:
-        TypeError, ValueError: an argument that makes no sense, or one that does not fit the model; in a plain loop also where
-            ``attach`` is not given ``total_steps``.
+        TypeError, ValueError: an argument is invalid, it does not fit the model, or ``attach`` in a plain loop has no
+            ``total_steps``.
 
     Example::
 
@@ -211,7 +214,7 @@ class L1Shrinkage(_Masking):
         >>> trainer = Trainer(callbacks=[L1Shrinkage(0.05, l1=1e-3)], logger=False, enable_checkpointing=False)
     """
 
-    l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable = field()  # to be given
+    l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable = field()  # required
     freeze_at: float = 0.7
 
     def __post_init__(self) -> None:
@@ -250,13 +253,15 @@ def _masked(item: Stepped) -> MaskedTheta:
 
 
 def _left(wanted: int, total: int, exponent: float) -> int:
-    """How many connections a pruning leaves."""
+    """Return the number of connections that a pruning leaves."""
     return wanted if exponent == 1 else round(math.exp((1 - exponent) * math.log(total) + exponent * math.log(wanted)))
 
 
 def _keep_largest(stepped: Sequence[Stepped], count: int) -> None:
-    """Prune to the ``count`` largest weights of all these tensors, each of which keeps at least its largest one; to fewer where
-    there are no more."""
+    """Prune these tensors to their ``count`` largest weights together. Each tensor keeps at least its largest weight.
+
+    If fewer than ``count`` weights remain, all of them stay.
+    """
     masks = [_masked(item).mask for item in stepped]
     flat = torch.cat([item.theta.abs().masked_fill(~mask, -1.0).view(-1) for item, mask in zip(stepped, masks, strict=True)])
     first = 0

@@ -13,18 +13,18 @@ from lightning_deepr.training.tracked import Stepped
 
 
 class RigL(GradientGrowth):
-    """Drops the smallest weights, grows where the dense gradient is largest (Evci et al. 2020, "Rigging the lottery").
+    """RigL: drop the smallest weights, grow where the dense gradient is largest (Evci et al. 2020, "Rigging the lottery").
 
-    The fraction falls as a cosine from ``drop_fraction`` to 0 at ``rewire_until`` (None: at the end of the training; it stays as it
-    is where that is not known). In the forward and backward passes of a step that
-    rewires, the layers run by their dense weights; the gradient of each is kept until that step is over. Everything else is K-sized.
-    On several ranks the gradients are averaged over them. Not under ``torch.compile``.
+    The dropped fraction falls as a cosine from ``drop_fraction`` to 0 at ``rewire_until`` (None: at the end of the training; if
+    its length is unknown, the fraction is constant). In a step that rewires, the layers compute with dense weights, and the
+    gradients of these weights are kept until the step is over. Everything else has size K. The gradients of several
+    ranks are summed. RigL does not work under ``torch.compile``.
 
     Args:
-        distribution: "erk" is RigL's own.
+        distribution: the distribution of the connections; "erk" is the choice of the RigL paper.
 
     Raises:
-        RuntimeError: in an update, no gradient of a dense weight was seen.
+        RuntimeError: no gradient of a dense weight was seen in an update.
 
     Example::
 

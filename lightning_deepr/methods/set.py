@@ -1,4 +1,4 @@
-"""Sparse evolutionary training, which drops by magnitude and grows at random."""
+"""Sparse evolutionary training: it drops by magnitude and grows at random."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_deepr.training.tracked import Stepped
 
 
 class SET(DropAndGrow):
-    """Sparse evolutionary training: drops the smallest weights, grows as many at random (Mocanu et al. 2018).
+    """Sparse evolutionary training: drop the smallest weights, grow as many at random (Mocanu et al. 2018).
 
-    Our choices: the smallest magnitudes go (the paper takes the smallest positive and the largest negative ones), a grown
-    connection starts at 0, and an update comes every ``rewire_every_n_steps`` steps (the paper: each epoch), until three quarters
-    of the training are over.
+    These choices are ours: the smallest magnitudes are dropped (the paper drops the smallest positive and the largest negative
+        weights), a grown connection starts at 0, and an update comes every ``rewire_every_n_steps`` steps (in the paper: each
+        epoch) during the first three quarters of the training.
 
     Example::
 

@@ -23,12 +23,12 @@ from lightning_deepr.weights.k_slots import KSlots
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class SlotTraining(SparseTraining):
-    """Base of the methods that work on K slots: exactly K connections at every step, and nothing larger than K.
+    """Base of the methods that work on K slots: exactly K connections at every step, and no tensor larger than K.
 
-    A method overrides :meth:`after_step`, and calls :meth:`rebirth` for the slots whose connections it gives up.
+    A method overrides :meth:`after_step` and calls :meth:`rebirth` for the slots whose connections it drops.
 
     Args:
-        compute: "auto" | "dense" | "sparse", see :func:`lightning_deepr.sparsify`.
+        compute: "auto" | "dense" | "sparse"; see :func:`lightning_deepr.sparsify`.
     """
 
     compute: str = "auto"
@@ -38,16 +38,17 @@ class SlotTraining(SparseTraining):
         super().__post_init__()
 
     def rebirth(self, item: Stepped, slots: Tensor, places: Tensor | None = None) -> None:
-        """Give up the connections of some slots; the slots are reborn at other places.
+        """Drop the connections of some slots and give these slots new places.
 
-        theta becomes 0 and the sign that of the place; births, the orders of sparse compute, the optimizer's state (what it starts
-        with) and averages follow. Once per tensor and step.
+        theta becomes 0 and the sign becomes the sign of the new place. The births, the orders of sparse compute, the averages
+        and the optimizer's state (its starting values) are updated. Call it at most once per tensor and step.
 
         Args:
             item: the tensor.
-            slots: int64 [R], all different.
-            places: int64 [R], where the new connections are (flat indices into the weight): all different, and none that
-                another slot has. None: drawn uniformly from all dormant places, those of ``slots`` among them, as DEEP R does.
+            slots: the slots to drop, int64 [R], all different.
+            places: the places of the new connections (flat indices into the weight), int64 [R], all different, and not the
+                place of any other slot. None: uniform draws from all dormant places, including those of ``slots``, as in DEEP
+                R.
         """
         if slots.numel() == 0:
             return
@@ -56,12 +57,15 @@ class SlotTraining(SparseTraining):
         backends.rebirth(item, slots, places, self.newborn_since(item.tensor.step))
 
     def first_places(self, candidate: Candidate, count: int, index: int) -> Tensor | None:
-        """Where a tensor's connections start: int64 [K], all different. None: uniformly at random (or, by ``init``, the largest).
+        """Choose the places where a tensor's connections start.
 
         Args:
             candidate: the weight.
-            count: K.
+            count: K, the number of connections.
             index: the tensor's number; with ``seed`` it makes a random choice repeatable.
+
+        Returns:
+            the places, int64 [K], all different. None: ``init`` decides (uniformly at random, or the largest weights).
         """
         return None
 
@@ -79,12 +83,12 @@ class SlotTraining(SparseTraining):
     def check_kind(self, name: str, slots: Any) -> None:
         if not isinstance(slots, KSlots):
             raise ValueError(
-                f"`{name}` has a theta for every potential connection ({type(slots).__name__}): {type(self).__name__} expects K "
-                "slots. Call densify(module) and convert it anew."
+                f"`{name}` has a theta for every potential connection ({type(slots).__name__}): {type(self).__name__} expects "
+                "K slots. Call densify(module) and convert it again."
             )
         if slots.shares and self.scope != "global":
             instead = 'Give scope="global", or call' if hasattr(self, "reactivation") else "Call"
             raise ValueError(
                 f'`{name}` shares one K with other layers (scope="global"), but {type(self).__name__} works with K per tensor '
-                f'(scope="layer"). {instead} densify(module) and convert it anew.'
+                f'(scope="layer"). {instead} densify(module) and convert it again.'
             )

@@ -25,41 +25,44 @@ from lightning_deepr.weights.dense_theta import SoftTheta
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class SoftDeepR(RewiringArguments, DenseTraining):
-    """soft-DEEP R (Algorithm 2 of the paper): a random walk of dormant connections, and no hard bound on how many are active.
+    """soft-DEEP R (Algorithm 2 of the paper): a random walk of dormant connections, with no hard bound on the active ones.
 
-    Every potential connection has a theta, so that this method alone of the family is dense: memory and time are those of the
-    dense network, and of two numbers more for each weight (its sign, and theta as it was before the optimizer's step).
+    Every potential connection has a theta. Memory and time are those of the dense network, plus two numbers for each weight:
+    its sign, and theta before the optimizer's step.
 
-    After ``optimizer.step()``, whichever optimizer it is: an active theta loses eta * alpha and takes a step of a random walk,
-    with the plain learning rate eta of its parameter group; a dormant one (theta < 0) is put back to where it was before the
-    optimizer's step, which leaves it without gradient, momentum, weight decay and L1, and takes a step of the same random walk.
-    No theta falls below theta_min. The optimizer's state of what is dormant is the one that it starts with, where the state
-    has an entry per weight; what an optimizer computes from a whole tensor (Adafactor's rows and columns) sees dormant
-    thetas, with gradients of 0.
+    It works with any optimizer. After ``optimizer.step()``:
 
-    It starts at the wanted connectivity (the authors' script starts at half of it by mistake), dormant thetas uniform on
-    [theta_min, 0). From there the connectivity is free: see ``deepr/<tensor>/connectivity`` in :meth:`statistics` and in the
-    Trainer's loggers. theta_min promises it for the stationary state without data, in which active thetas lie within some
-    T / alpha of 0; what the start or the data hold far above that comes on top, so that a larger T, at which fewer connections
-    are born per step, stays nearer to the wanted connectivity.
+    - An active theta loses eta * alpha and takes a step of a random walk; eta is its parameter group's plain learning rate.
+    - A dormant theta (theta < 0) returns to its value before the optimizer's step, which undoes gradient, momentum and weight
+      decay. It has no L1, and takes a step of the same random walk.
+    - No theta falls below theta_min.
+    - The optimizer's state of dormant connections gets its starting values, if the state has an entry per weight. A state that
+      an optimizer computes from a whole tensor (Adafactor's rows and columns) sees dormant thetas, with gradients of 0.
+
+    The training starts at the wanted connectivity, with dormant thetas uniform on [theta_min, 0). (The authors' script starts
+    at half of it by mistake.) Then the connectivity is free: see ``deepr/<tensor>/connectivity`` in :meth:`statistics` and in
+    the Trainer's loggers. theta_min holds it in the stationary state without data, where active thetas lie within about
+    T / alpha of 0. The start or the data can hold further connections far above that. At a larger T fewer connections are born
+    per step, and the connectivity stays nearer to the wanted one.
 
     Args:
-        temperature: T, to be given and not 0: dormant connections move by it alone. float | dict {pattern: ...} |
+        temperature: T, required and not 0, since noise alone moves dormant connections. float | dict {pattern: ...} |
             LrPower(coefficient, power) | function of the learning rate. A good first choice is about eta * alpha**2.
-        theta_min: below 0; None: -T * (1 - p) / (alpha * p) with each tensor's own p = K / N, its alpha and its T of the step.
-            Where a schedule brings T or alpha to 0 later, it keeps its last value.
+        theta_min: the least theta, below 0. None: -T * (1 - p) / (alpha * p), with each tensor's p = K / N and with its alpha
+            and T of the step. If a schedule later sets T or alpha to 0, theta_min keeps its last value.
         init: the start of the active connections: "module" | "largest" | "deepr".
-        rewire_every_n_steps: in the steps between, active thetas stay at or above 0 and dormant ones stay where they are.
-        rewire_until: a step (int) or a fraction of the training (float), then every step is such a step.
+        rewire_every_n_steps: the number of steps between rewirings. In the other steps active thetas stay at or above 0, and
+            dormant ones do not move.
+        rewire_until: a step (int) or a fraction of the training (float). Then no step rewires.
 
     Raises:
-        TypeError, ValueError: an argument that makes no sense, or one that does not fit the model (at ``setup``).
-        RuntimeError: a theta or gradient that is not finite, before the step.
+        TypeError, ValueError: an argument is invalid, or it does not fit the model (at ``setup``).
+        RuntimeError: a theta or a gradient is not finite before the step.
 
     Warns:
-        once, when a step is too coarse for theta_min to hold the wanted connectivity: eta * alpha**2 / T above 2 (simulated
-        without data at p = 5 %: a ratio of 200 ends at 15 %, one of at most 2 at 4.8 to 5.1 %), or a step of the random walk,
-        sqrt(2 * eta * T), as long as \\|theta_min\\|.
+        once, if a step is too coarse for theta_min to hold the wanted connectivity: eta * alpha**2 / T is above 2 (simulated
+        without data at p = 5 %: a ratio of 200 ends at 15 %, ratios up to 2 end at 4.8 to 5.1 %), or a step of the random walk,
+        sqrt(2 * eta * T), is as long as \\|theta_min\\|.
 
     Example::
 
@@ -79,7 +82,7 @@ class SoftDeepR(RewiringArguments, DenseTraining):
         ['deepr/weight/births', 'deepr/weight/connectivity', 'deepr/weight/deaths']
     """
 
-    temperature: float | LrPower | dict[str, float | LrPower] | Callable = field()  # to be given
+    temperature: float | LrPower | dict[str, float | LrPower] | Callable = field()  # required
     theta_min: float | None = None
     kind = SoftTheta
 
@@ -92,12 +95,13 @@ class SoftDeepR(RewiringArguments, DenseTraining):
                 raise ValueError(f"theta_min: expected a finite value below 0, found {self.theta_min}.")
         if _is_zero(self.temperature):
             raise ValueError(
-                "temperature: expected T > 0, found 0: dormant connections move by noise alone, and theta_min = -T * (1 - p) / (alpha * p) "
-                "would be 0. Set temperature to about lr * l1**2 or more (DeepR works at T = 0)."
+                "temperature: expected T > 0, found 0: dormant connections move by noise alone, and theta_min = -T * (1 - p) "
+                "/ (alpha * p) would be 0. Set temperature to about lr * l1**2 or more (DeepR works at T = 0)."
             )
         if _is_zero(self.l1) and self.theta_min is None:
             raise ValueError(
-                "l1: expected alpha > 0, found 0: theta_min = -T * (1 - p) / (alpha * p) is undefined. Set l1, or give theta_min."
+                "l1: expected alpha > 0, found 0: theta_min = -T * (1 - p) / (alpha * p) is undefined. Set l1, or give "
+                "theta_min."
             )
 
     # -- the algorithm ----------------------------------------------------------------------------------------------------
@@ -113,15 +117,15 @@ class SoftDeepR(RewiringArguments, DenseTraining):
             slots.before.copy_(theta)
 
     def _spread(self, item: Stepped) -> None:
-        """Before the first step: the dormant thetas, uniform on [-1, 0), become uniform on [theta_min, 0)."""
+        """Before the first step, scale the dormant thetas from uniform on [-1, 0) to uniform on [theta_min, 0)."""
         slots, bound = _soft(item), self._bound(item)
         if _is_nan(bound) and on_host(item.lr) == 0:
-            return  # a warm-up that begins at 0, and T with it: nothing moves in this step
+            return  # the learning rate's warm-up and T begin at 0: nothing moves in this step
         if _is_nan(bound):
             raise ValueError(
                 f"`{item.tensor.name}`: theta_min = -T * (1 - p) / (alpha * p) is undefined at the start, with T = "
-                f"{float(item.temperature):g} and alpha = {float(item.alpha):g}. Expected both above 0: set temperature and l1, or "
-                "give theta_min."
+                f"{float(item.temperature):g} and alpha = {float(item.alpha):g}. Expected both above 0: set temperature and "
+                "l1, or give theta_min."
             )
         slots.theta_min = bound
         dormant = item.theta < 0
@@ -135,7 +139,7 @@ class SoftDeepR(RewiringArguments, DenseTraining):
             slots, before = _soft(item), _soft(item).before
             if before is None:
                 raise RuntimeError(
-                    f"{type(self).__name__}: a step was reported that it had not been told of before it was taken."
+                    f"{type(self).__name__}: the optimizer took a step, but `before_step` was not called before it."
                 )
             moves.append(self._soft_deep_r(item, before))
             states = item.states()
@@ -147,11 +151,11 @@ class SoftDeepR(RewiringArguments, DenseTraining):
             if slots.averages:
                 slots.align_averages()
         counts = [torch.as_tensor(move, device=stepped[0].theta.device) for move in moves]
-        for item, (births, deaths) in zip(stepped, torch.stack(counts).tolist(), strict=True):  # one look at the device
+        for item, (births, deaths) in zip(stepped, torch.stack(counts).tolist(), strict=True):  # one transfer from the device
             item.reborn = Reborn(births, deaths)
 
     def _soft_deep_r(self, item: Stepped, before: Tensor) -> Any:
-        """Algorithm 2 on one tensor. Returns births and deaths."""
+        """Run Algorithm 2 on one tensor. Returns births and deaths."""
         slots, theta, step, decrement = _soft(item), item.theta, item.tensor.step, item.lr * item.alpha
         scale = (2 * item.lr * item.temperature) ** 0.5
         bound = None
@@ -172,7 +176,7 @@ class SoftDeepR(RewiringArguments, DenseTraining):
         return torch.stack([(now & ~was).sum(), (was & ~now).sum()])
 
     def _bound(self, item: Stepped) -> Any:
-        """theta_min of this step; where T or alpha is 0, the last one (nan: there was none)."""
+        """Return theta_min of this step. If T or alpha is 0: the last theta_min (nan if there was none)."""
         slots = _soft(item)
         if self.theta_min is not None:
             return self.theta_min
@@ -186,7 +190,7 @@ class SoftDeepR(RewiringArguments, DenseTraining):
         if isinstance(bound, Tensor) and bound.device.type != "cpu":
             last = slots.theta_min
             return torch.where(bound <= -tiny, bound, last) if last == last else bound
-        # as good as 0: a dormant theta could not be told from an active one
+        # at a bound that rounds to 0, a dormant theta could not be told from an active one: keep the last bound
         return float(bound) if bound <= -tiny else slots.theta_min
 
     def _warn_if_coarse(self, item: Stepped, bound: Any, scale: Any) -> None:
@@ -201,14 +205,14 @@ class SoftDeepR(RewiringArguments, DenseTraining):
             self._told.add("coarse")
             rank_zero_warn(
                 f"{name}: the step is too coarse for theta_min to hold the wanted connectivity: eta * alpha**2 / T = "
-                f"{soft_rewiring.drift_ratio(lr, alpha, temperature):.3g}, expected at most {soft_rewiring.COARSE:g} (simulated without "
-                f"data at p = 5 %: a ratio of 200 ends at 15 %, one of at most 2 at 4.8 to 5.1 %). {cure}"
+                f"{soft_rewiring.drift_ratio(lr, alpha, temperature):.3g}, expected at most {soft_rewiring.COARSE:g} "
+                f"(simulated without data at p = 5 %: a ratio of 200 ends at 15 %, ratios up to 2 end at 4.8 to 5.1 %). {cure}"
             )
         elif scale >= -bound:
             self._told.add("coarse")
             rank_zero_warn(
-                f"{name}: one step of the random walk, sqrt(2 * eta * T) = {scale:.3g}, is as long as |theta_min| = {-bound:.3g}: "
-                "the wanted connectivity will not be held. Lower the learning rate, "
+                f"{name}: one step of the random walk, sqrt(2 * eta * T) = {scale:.3g}, is as long as |theta_min| = "
+                f"{-bound:.3g}: the wanted connectivity will not be held. Lower the learning rate, "
                 + ("or raise temperature." if self.theta_min is None else "or give a theta_min further from 0.")
             )
 
@@ -216,8 +220,10 @@ class SoftDeepR(RewiringArguments, DenseTraining):
 
     @override
     def statistics(self) -> dict[str, float]:
-        """Per tensor ``deepr/<tensor>/connectivity``, and the means per step since the last call of ``.../births`` (dormant
-        connections that became active) and ``.../deaths``."""
+        """Return ``deepr/<tensor>/connectivity``, ``.../births`` and ``.../deaths`` of each tensor.
+
+        Births (dormant connections that became active) and deaths are means per step since the last call.
+        """
         found = {}
         for tensor in self.tracked:
             turnover, slots = tensor.turnover, tensor.weight
@@ -258,12 +264,12 @@ def _soft(item: Stepped) -> SoftTheta:
 
 
 def _is_nan(bound: Any) -> bool:
-    """Whether theta_min is not known yet."""
+    """Whether theta_min is still unknown."""
     return isinstance(bound, float) and math.isnan(bound)
 
 
 def _is_zero(schedule: Any) -> bool:
-    """Whether an argument is 0, or a dict with a 0 in it; what a function leads to is seen when it gets there."""
+    """Whether an argument is 0, or a dict that contains a 0. A function's values are checked in the step that uses them."""
     if isinstance(schedule, Mapping):
         return any(_is_zero(value) for value in schedule.values())
     return isinstance(schedule, (int, float)) and schedule == 0

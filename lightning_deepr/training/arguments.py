@@ -1,10 +1,10 @@
-"""What the callbacks' arguments have in common: their checks, their documentation, and those of DEEP R and soft-DEEP R.
+"""The arguments that the callbacks share, their checks and their documentation.
 
-A callback is a dataclass: each class declares the arguments that it adds, with a line in the ``Args:`` of its docstring, and has those
-of its bases. ``help``, ``inspect.signature``, type checkers and LightningCLI see all of them.
+A callback is a dataclass. Each class declares the arguments that it adds, with a line in the ``Args:`` of its docstring, and
+inherits those of its bases. ``help``, ``inspect.signature``, type checkers and LightningCLI see all of them.
 """
 
-# no `from __future__ import annotations`: a dataclass that inherits from one of another module needs types, not their names
+# no `from __future__ import annotations`: a dataclass with a base in another module needs types, not their names
 import dataclasses
 import re
 from collections.abc import Callable, Iterable
@@ -23,17 +23,17 @@ SCOPES = {"layer": '"layer" (K per tensor)', "global": '"global" (one K for the 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class SharedArguments(Stepper):
-    """What every method has.
+    """The arguments of every method.
 
     Args:
-        connectivity: float in (0, 1] | int | dict {pattern: float | int}; None: everything is converted already.
+        connectivity: float in (0, 1] | int | dict {pattern: float | int}; None: the network is converted already.
         target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
-        exclude_modules: the same forms.
+        exclude_modules: the modules to leave out, in the same forms.
         distribution: "erdos_renyi" | "erk" | "uniform" | "deepr" (0.75, 2.3, 22.8 for three layers) | a function.
-        init: the start: "module" | "largest" | "deepr".
-        seed: of places, signs and noise; ``seed_everything`` does not change it.
-        check_invariants: check everything after every step, and name the tensor and the step when something breaks.
-        log_every_n_steps: how often statistics are logged.
+        init: the starting connections and values: "module" | "largest" | "deepr".
+        seed: the seed of places, signs and noise; ``seed_everything`` does not change it.
+        check_invariants: whether to check all invariants after every step; an error names the tensor and the step.
+        log_every_n_steps: the number of steps between two logs of the statistics.
     """
 
     connectivity: int | float | dict[str, int | float] | None = field(default=None, kw_only=False)
@@ -66,14 +66,15 @@ class SharedArguments(Stepper):
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class RewiringArguments(Stepper):
-    """What the two algorithms of the paper have, and nothing that they are compared with.
+    """The arguments of the paper's two algorithms, DEEP R and soft-DEEP R.
 
     Args:
         l1: alpha; float | dict {pattern: float} | LinearDecay(start, end) | function of the progress; None: by the optimizer
             (1e-4 / (1 - momentum) under SGD, .03 under Adam's family and RMSprop).
         temperature: T; float | dict {pattern: float} | LrPower(coefficient, power) | function of the learning rate.
-        rewire_every_n_steps: in the steps between, theta < 0 becomes 0 (active, sign kept).
-        rewire_until: a step (int) or a fraction of the training (float), then the connectivity is frozen; L1 and noise go on.
+        rewire_every_n_steps: the number of steps between rewirings. In the other steps theta < 0 becomes 0 (active, sign kept).
+        rewire_until: a step (int) or a fraction of the training (float). Then the connectivity is frozen; L1 and noise
+            continue.
     """
 
     l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable | None = None
@@ -93,25 +94,25 @@ class RewiringArguments(Stepper):
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """An argument that is a number of things."""
+    """Check an argument that is a count."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected an int of at least {least}, found {value!r}.")
 
 
 def check_flag(name: str, value: Any) -> None:
-    """An argument that is True or False."""
+    """Check an argument that is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, found {value!r}.")
 
 
 def check_word(name: str, value: Any, words: Any) -> None:
-    """An argument that is one of some words."""
+    """Check an argument that is one of the given words."""
     if value not in words:
         raise ValueError(f"{name}: expected one of {', '.join(words)}, found {value!r}.")
 
 
 def check_fraction(name: str, value: Any) -> None:
-    """An argument that is a fraction of the training."""
+    """Check an argument that is a fraction of the training."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a fraction of the training (float in [0, 1]), found {value!r}.")
     if not 0 <= value <= 1:
@@ -119,7 +120,7 @@ def check_fraction(name: str, value: Any) -> None:
 
 
 def check_until(until: Any) -> None:
-    """``rewire_until``: a step or a fraction of the training."""
+    """Check ``rewire_until``: a step or a fraction of the training."""
     if until is None:
         return
     number = isinstance(until, (int, float)) and not isinstance(until, bool)
@@ -128,7 +129,7 @@ def check_until(until: Any) -> None:
 
 
 def check_start(distribution: Any, init: Any) -> None:
-    """How connections are shared out, and where they start."""
+    """Check ``distribution`` and ``init``."""
     if not callable(distribution) and distribution not in DISTRIBUTIONS:
         raise ValueError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)} or a function, found {distribution!r}.")
     check_word("init", init, INITS)
@@ -141,9 +142,9 @@ _ENTRY = re.compile(r"        (\w+(?:, \w+)*):.*\n(?:            .*\n)*")
 
 
 def complete_documentation(cls: type) -> None:
-    """Add the arguments that a class has from its bases to the ``Args:`` of its docstring."""
+    """Add the inherited arguments of a class to the ``Args:`` of its docstring."""
     own = cls.__dict__.get("__doc__")
-    if own is None:  # python -OO, or none was written
+    if own is None:  # python -OO, or a class without a docstring
         return
     own = own if own.endswith("\n    ") else own + "\n    "
     section = _SECTION.search(own)
@@ -166,7 +167,7 @@ def complete_documentation(cls: type) -> None:
 
 
 def shown(callback: Any) -> str:
-    """A callback as it is written: its class and the arguments that are not the default."""
+    """Format a callback as its class and the arguments that differ from their defaults."""
     given = []
     for one in dataclasses.fields(callback):
         value = getattr(callback, one.name)

@@ -1,8 +1,8 @@
-"""One step of Algorithm 1 after the optimizer's, by three interchangeable backends: PyTorch, compiled for the CPU, and Triton.
+"""The step of Algorithm 1 that follows the optimizer's, in three interchangeable backends: PyTorch, compiled CPU code, Triton.
 
-:func:`in_pytorch` is the step, line by line beside the paper's. The other two do the same in a kernel, and draw the same places;
-each of them has one place where a newborn starts: :func:`rebirth` in PyTorch, ``rewire_kernel`` on the CPU, ``finish`` in Triton.
-Every backend takes a batch of tensors and writes ``item.reborn``.
+:func:`in_pytorch` has the step line by line beside the paper's. The other two backends do the same in a kernel and draw the
+same places. Each backend starts newborns in one function: :func:`rebirth` in PyTorch, ``rewire_kernel`` on the CPU, ``finish``
+in Triton. Every backend takes a batch of tensors and writes ``item.reborn``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from lightning_deepr.weights.shared import Pool
 
 @dataclass(slots=True)
 class Batch:
-    """Tensors of one dtype on one device that took the same number of steps: nearly always all of a network.
+    """Tensors of one dtype on one device that took the same number of steps: nearly always all tensors of a network.
 
     Attributes:
         items: the tensors.
-        step: how many steps each has taken before this one; with ``seed`` it is the whole random state.
-        newborn_since: a connection that was born in this step or later is a newborn.
+        seed: the seed of all draws.
+        step: the number of steps that each tensor took before this one. ``seed`` and ``step`` are the whole random state.
+        newborn_since: the first birth step of newborns.
         tables: the kernels' tables of this optimizer.
-        look: whether somebody has to know at once which slots were reborn (on a device that costs a synchronization).
+        look: whether the host must know at once which slots were reborn (on a device this costs a synchronization).
     """
 
     items: Sequence[Stepped]
@@ -52,17 +53,17 @@ class Batch:
 
     @property
     def decrements(self) -> list[Any]:
-        """eta * alpha of each tensor."""
+        """The product eta * alpha of each tensor."""
         return [item.lr * item.alpha for item in self.items]
 
     @property
     def scales(self) -> list[Any]:
-        """sqrt(2 * eta * T) of each tensor."""
+        """The root sqrt(2 * eta * T) of each tensor."""
         return [(2 * item.lr * item.temperature) ** 0.5 for item in self.items]
 
 
 def step(batch: Batch) -> None:
-    """What follows the optimizer's step, by the fastest backend that can."""
+    """Run the step after the optimizer's step, in the fastest backend that can."""
     items = batch.items
     if all(gpu_check.rewires(item.theta, item.tensor.slots) for item in items):
         in_triton(batch)
@@ -76,7 +77,7 @@ def step(batch: Batch) -> None:
 
 
 def in_pytorch(batch: Batch) -> None:
-    """The step, as Algorithm 1 has it. (theta <- theta - eta * dE/dtheta was the optimizer's.)"""
+    """Run the step of Algorithm 1 in PyTorch. (The optimizer did theta <- theta - eta * dE/dtheta.)"""
     # theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu
     drift(batch)
     # a step that does not rewire: theta < 0 becomes 0
@@ -91,19 +92,19 @@ def in_pytorch(batch: Batch) -> None:
 
 
 def drift(batch: Batch) -> None:
-    """theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu: the prior and the noise, outside of the optimizer."""
+    """Apply the prior and the noise: theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu."""
     rewiring.shrink(batch.thetas, batch.decrements)
     rewiring.diffuse(batch.thetas, batch.scales, batch.slots, batch.seed, batch.step)
 
 
 def rebirth(item: Stepped, dropped: Tensor, places: Tensor, newborn_since: int) -> None:
-    """Slots give up their connections and stand for others: theta 0, the sign of the place, the optimizer's starting state.
+    """Give slots new places. Each newborn starts at theta 0 with the sign of its place and the optimizer's starting state.
 
     Args:
         item: the tensor; its ``reborn`` is written.
-        dropped: int64 [R] slots.
-        places: int64 [R], dormant ones, all different.
-        newborn_since: see :class:`Batch`.
+        dropped: int64 [R], the slots whose connections go dormant.
+        places: int64 [R], the new places: dormant and all different.
+        newborn_since: the first birth step of newborns.
     """
     if dropped.numel() == 0:
         return
@@ -118,11 +119,11 @@ def rebirth(item: Stepped, dropped: Tensor, places: Tensor, newborn_since: int) 
 
 
 def step_of_network(batch: Batch, pool: Pool, *, rule: str, least: int) -> None:
-    """The step of layers that share one theta (``scope="global"``): the places of all layers are one set.
+    """Run the step of layers that share one theta (``scope="global"``): the places of all layers form one set.
 
     Args:
-        batch: the layers, in the order of their pieces.
-        pool: what they have in common.
+        batch: the layers, in the order of their pieces of theta.
+        pool: the layers' pool.
         rule, least: see :func:`lightning_deepr.algorithm.shared_rewiring.plan`.
     """
     items = batch.items
@@ -158,7 +159,7 @@ def step_of_network(batch: Batch, pool: Pool, *, rule: str, least: int) -> None:
 
 
 def in_numba(batch: Batch) -> None:
-    """The same, line by line, in a compiled kernel for all tensors together."""
+    """Run the same step, line by line, in one compiled kernel for all tensors."""
     items = batch.items
     thetas, slots = batch.thetas, batch.slots
     key = tuple(map(id, slots))
@@ -190,7 +191,7 @@ def _kernel_can_write(states: list[tuple[Tensor, float]]) -> bool:
 
 
 def in_triton(batch: Batch) -> None:
-    """The same in Triton. The host learns nothing of the outcome, unless it has to: looking would make it wait."""
+    """Run the same step in Triton. The host reads the result only if it must, since a read makes it wait."""
     items, slots = batch.items, batch.slots
     first = items[0].theta
     key = (first.device, first.dtype, *map(id, slots))

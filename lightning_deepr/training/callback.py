@@ -1,7 +1,7 @@
 """DEEP R as a Lightning callback, for the Trainer, for Fabric and for a plain PyTorch loop.
 
-:class:`SparseTraining` is the base of the family: it converts, finds out when an optimizer has stepped, saves and logs. An
-algorithm overrides :meth:`SparseTraining.after_step`, which is given the tensors that have just taken a step.
+:class:`SparseTraining` is the base of all methods: it converts, notices when an optimizer has stepped, saves and logs. A method
+overrides :meth:`SparseTraining.after_step`, which receives the tensors that have just taken a step.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ if TYPE_CHECKING:
 
 @dataclass
 class Rewiring:
-    """A callback at work on an optimizer of a plain loop, from :meth:`SparseTraining.attach`."""
+    """The handle that :meth:`SparseTraining.attach` returns: a callback at work on an optimizer of a plain loop."""
 
     callback: SparseTraining
     _remove: Callable[[], None] = field(repr=False)
 
     def remove(self) -> None:
-        """Stop: the connections stay as they are, and theta is the optimizer's alone."""
+        """Stop rewiring: the connections stay where they are, and only the optimizer changes theta."""
         self._remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """The callback's state (step counters, seed), for a checkpoint of your own."""
+        """Return the callback's state (step counters, seed), for your own checkpoint."""
         return self.callback.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on exactly where :meth:`state_dict` was taken; load module and optimizer too."""
+        """Continue exactly where :meth:`state_dict` was taken. Load the module and the optimizer as well."""
         self.callback.load_state_dict(state_dict)
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer whose hooks are called and whose id Fabric names, without the wrapper of Fabric or the Trainer."""
+    """Return the torch optimizer without the wrapper of Fabric or the Trainer."""
     return optimizer.optimizer if isinstance(optimizer, (_FabricOptimizer, LightningOptimizer)) else optimizer
 
 
 class SparseTraining(SharedArguments, Callback):
-    """Base of the callbacks that train a sparse network: it converts, finds out when an optimizer has stepped, saves and logs.
+    """Base of the callbacks that train a sparse network: it converts, notices when an optimizer has stepped, saves and logs.
 
     A method on K slots derives from :class:`lightning_deepr.methods.SlotTraining` and overrides :meth:`after_step`.
     """
@@ -77,18 +77,19 @@ class SparseTraining(SharedArguments, Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Convert, in every stage: a sparse checkpoint can be tested, too. Comes before ``configure_optimizers``."""
+        """Convert the network before ``configure_optimizers``, in every stage: a sparse checkpoint can also be tested."""
         guards.refuse_sharding(trainer.strategy)
         if stage == "fit":
             guards.refuse_earlier_averaging(trainer, self)
         if is_overridden("configure_model", pl_module):
-            # A callback's setup precedes the module's own hooks; as in Lightning's WeightAveraging, the layers are built here.
+            # A callback's setup precedes the module's own hooks, so the layers are built here, as Lightning's WeightAveraging
+            # does.
             pl_module.configure_model()
         new = self._take(pl_module, watch=True)
         guards.refuse_spawn(trainer, new)
 
     def _take(self, module: nn.Module, watch: bool = False, early: bool = True) -> int:
-        """Convert what is asked for and take charge of it; see :func:`lightning_deepr.training.claim.claim`."""
+        """Convert the requested weights and take charge of them; see :func:`lightning_deepr.training.claim.claim`."""
         new = claim(self, module, watch, early)
         self._forget_matches()
         self._apply_loaded()
@@ -96,20 +97,20 @@ class SparseTraining(SharedArguments, Callback):
 
     @abstractmethod
     def convert(self, module: nn.Module, new: list[Candidate], counts: Mapping[str, int]) -> list[Converted]:
-        """Convert dense weights into what the method works on.
+        """Convert dense weights into the parametrization of the method.
 
         Args:
             module: the network.
-            new: the weights.
-            counts: K of each, by name.
+            new: the weights to convert.
+            counts: K of each weight, by name.
         """
 
     @abstractmethod
     def check_kind(self, name: str, slots: Any) -> None:
-        """Refuse a tensor that was converted into something else than what the method works on.
+        """Refuse a tensor that was converted for another kind of method.
 
         Raises:
-            ValueError: says what is expected, what was found and what to do.
+            ValueError: the parametrization does not fit; the message says what was expected, what was found and what to do.
         """
 
     # -- when it runs: under a Trainer ------------------------------------------------------------------------------------
@@ -122,7 +123,7 @@ class SparseTraining(SharedArguments, Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             average = getattr(callback, "_average_model", None)
             if isinstance(average, nn.Module):
-                follow(average)  # StochasticWeightAveraging copies without an AveragedModel
+                follow(average)  # StochasticWeightAveraging makes its copy without an AveragedModel
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -138,12 +139,12 @@ class SparseTraining(SharedArguments, Callback):
         known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         idle = [t.name for t in self.tracked if id(t.theta) not in known and t.theta.requires_grad]
         if idle:
-            rank_zero_warn(f"{type(self).__name__}: no optimizer holds {', '.join(idle)}: these tensors won't be trained.")
+            rank_zero_warn(f"{type(self).__name__}: no optimizer holds {', '.join(idle)}: these tensors are not trained.")
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        # The closure has run by now. (A step pre-hook would see the gradients of the step before: under the Trainer forward
-        # and backward happen inside `optimizer.step`.)
+        # The closure has already run. (A step pre-hook would see the gradients of the previous step: under the Trainer, forward
+        # and backward run inside `optimizer.step`.)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._refuse_non_finite(optimizer, gradients=not scaled)
 
@@ -191,13 +192,13 @@ class SparseTraining(SharedArguments, Callback):
     # -- when it runs: in a plain loop ------------------------------------------------------------------------------------
 
     def prepare(self, net: nn.Module) -> nn.Module:
-        """Convert a network in place, as :meth:`setup` does under a Trainer: for a plain loop or Fabric, before the optimizer is made.
+        """Convert a network in place for a plain loop or Fabric, before the optimizer is made.
 
-        For what works on K slots it is :func:`lightning_deepr.sparsify` with the callback's own arguments; a method that needs a
-        theta for every potential connection has no other way.
+        Under a Trainer, :meth:`setup` does this. For a method on K slots it equals :func:`lightning_deepr.sparsify` with the
+        callback's arguments. A method with a theta for every potential connection can be converted only this way.
 
         Args:
-            net: any module, not converted yet.
+            net: any module that is not converted yet.
 
         Returns:
             the network itself.
@@ -213,7 +214,7 @@ class SparseTraining(SharedArguments, Callback):
         at_work, self.tracked = self.tracked, []
         loaded, self._loaded = self._loaded, None
         self._take(net)
-        for tensor in self.tracked:  # nobody is at work on it yet: attach, or Fabric's setup, takes charge
+        for tensor in self.tracked:  # no callback is at work on it yet: attach, or Fabric's setup, takes charge
             tensor.slots.owner = nobody
         self.tracked, self._loaded = at_work, loaded
         self._forget_matches()
@@ -223,15 +224,15 @@ class SparseTraining(SharedArguments, Callback):
         """Rewire after each ``optimizer.step()`` of a plain PyTorch loop.
 
         Args:
-            net: converted before (:func:`lightning_deepr.sparsify`), and before the optimizer was made.
-            optimizer: holds theta of the converted tensors, or some of them (call once per optimizer).
-            total_steps: length of the training; needed by a schedule over the progress and a fraction in ``rewire_until``.
+            net: a network that was converted (:func:`lightning_deepr.sparsify`) before the optimizer was made.
+            optimizer: an optimizer that holds theta of some or all converted tensors. Call ``attach`` once per optimizer.
+            total_steps: the length of the training. A schedule over the progress and a fraction in ``rewire_until`` need it.
 
         Returns:
             a handle with ``remove()``, ``state_dict()`` and ``load_state_dict()``.
 
         Raises:
-            ValueError: the net is not converted, or the optimizer was made before it was.
+            ValueError: the net is not converted, or the optimizer was made before the conversion.
 
         Example::
 
@@ -250,7 +251,7 @@ class SparseTraining(SharedArguments, Callback):
         if not any(True for _ in converted_tensors(net)):
             raise ValueError(
                 f"attach expects a converted network, found {type(net).__name__} without a converted tensor. Call "
-                "`sparsify(net, connectivity)` before the optimizer is made."
+                "`sparsify(net, connectivity)` before you make the optimizer."
             )
         optimizer = _unwrapped(optimizer)
         self._take_charge(net, keep=self._is_at_work)
@@ -274,11 +275,11 @@ class SparseTraining(SharedArguments, Callback):
         return Rewiring(self, remove)
 
     def _take_charge(self, net: nn.Module, keep: bool) -> None:
-        """Take charge of a network that is converted: nothing is converted any more, an optimizer exists.
+        """Take charge of a converted network, without converting more of it: an optimizer already exists.
 
         Args:
-            net: has converted tensors.
-            keep: the tensors of other networks at which this callback is at work too, a generator for one.
+            net: a network with converted tensors.
+            keep: whether to keep the tensors of other networks on which this callback is at work, for example a generator.
         """
         if {t.slots for t in self.tracked}.isdisjoint(c.slots for c in converted_tensors(net)):
             kept = self.tracked if keep else []
@@ -303,10 +304,10 @@ class SparseTraining(SharedArguments, Callback):
     # -- when it runs: under Fabric ---------------------------------------------------------------------------------------
 
     def on_after_setup(self, fabric: Any, module: nn.Module) -> None:
-        """Fabric calls this at the end of ``fabric.setup(net, optimizer)``; the net has to be converted before that."""
+        """Take charge of a network. Fabric calls this at the end of ``fabric.setup(net, optimizer)``; convert the net first."""
         guards.refuse_sharding(fabric.strategy)
         if not any(True for _ in converted_tensors(module)):
-            return  # another module of the same script, a discriminator for one
+            return  # another module of the same script, for example a discriminator
         at_work = self._is_at_work or self._at_fabric
         self._take_charge(module, keep=at_work)
         self._check_schedules(
@@ -318,22 +319,23 @@ class SparseTraining(SharedArguments, Callback):
         fabric_hooks.listen(self)
 
     def before_step_under_fabric(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Before a step of any optimizer: values that are not finite."""
+        """Refuse values that are not finite, before a step of any optimizer."""
         run = self._runs.of(optimizer)
         if not run.is_hooked and run.matched(optimizer, self.tracked):
             self._before_plain_step(optimizer, args, kwargs)
             self._call_before_step(optimizer)
 
     def after_step_under_fabric(self, optimizer: Optimizer) -> None:
-        """After a step of any optimizer: it was really taken."""
+        """Note that an optimizer really took a step."""
         if not guards.was_skipped(optimizer):
             self._runs.of(optimizer).took_step = True
 
     @override
     def on_after_optimizer_step(self, strategy: Any = None, optimizer: Optimizer | None = None) -> None:
-        """What follows an optimizer step. Fabric calls it by itself; elsewhere a hook on the optimizer does.
+        """Rewire after an optimizer step. Fabric calls this method; otherwise a hook on the optimizer does.
 
-        A tensor is rewired only if its theta is in this optimizer, requires a gradient and has one, and never twice in a step.
+        A tensor is rewired if its theta is in this optimizer, requires a gradient and has one. It is never rewired twice in a
+        step.
         """
         assert optimizer is not None
         if strategy is not None:  # Fabric
@@ -346,7 +348,7 @@ class SparseTraining(SharedArguments, Callback):
             run = self._runs.of(optimizer)
             was_taken, run.took_step = run.took_step, False
             if run.is_hooked or not was_taken:
-                return  # attached as well: the optimizer's own hook has done it; or the step was skipped
+                return  # the callback is also attached and the optimizer's own hook has run, or the step was skipped
         self._after_optimizer_step(optimizer)
 
     # -- what it knows and saves ------------------------------------------------------------------------------------------
@@ -354,7 +356,7 @@ class SparseTraining(SharedArguments, Callback):
     @property
     @override
     def state_key(self) -> str:
-        # Lightning asks for it at every hook, to name what it profiles
+        # Lightning reads it at every hook, to label its profile
         known = self._state_key
         if known and known[:3] == (id(self.target_modules), id(self.exclude_modules), id(self.connectivity)):
             return str(known[3])
@@ -371,7 +373,7 @@ class SparseTraining(SharedArguments, Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Seed and steps: with the module's own state this is everything."""
+        """Return the seed and the steps. With the module's own state this is the complete state."""
         if (not is_documented(self.l1) or not is_documented(self.temperature)) and "lambda" not in self._told:
             self._told.add("lambda")
             rank_zero_warn(
@@ -405,7 +407,7 @@ class SparseTraining(SharedArguments, Callback):
         self._apply_loaded()
 
     def _apply_loaded(self) -> None:
-        """Take over a checkpoint's state as soon as the tensors that it is about are there."""
+        """Take over a checkpoint's state as soon as its tensors exist."""
         if self._loaded is None or not self.tracked:
             return
         state, self._loaded, self._continues = self._loaded, None, True
@@ -414,14 +416,14 @@ class SparseTraining(SharedArguments, Callback):
         mine = {tensor.name: tensor for tensor in self.tracked}
         if set(recorded) != set(mine):
             raise ValueError(
-                f"The checkpoint is of another model or selection: expected the tensors {sorted(mine)}, found {sorted(recorded)}. "
-                "Give the same target_modules and connectivity as in the run that wrote it."
+                f"The checkpoint is of another model or selection: expected the tensors {sorted(mine)}, found "
+                f"{sorted(recorded)}. Give the same target_modules and connectivity as in the run that wrote it."
             )
         for name, tensor in mine.items():
             if recorded[name]["K"] != tensor.slots.wanted:
                 raise ValueError(
-                    f"`{name}`: expected a checkpoint with K = {tensor.slots.wanted}, found {recorded[name]['K']}. Give the same "
-                    "connectivity as in the run that wrote it."
+                    f"`{name}`: expected a checkpoint with K = {tensor.slots.wanted}, found {recorded[name]['K']}. Give the "
+                    "same connectivity as in the run that wrote it."
                 )
         if state["seed"] != self.seed:
             rank_zero_warn(f"{type(self).__name__}: goes on with the checkpoint's seed {state['seed']} (given: {self.seed}).")
@@ -432,5 +434,5 @@ class SparseTraining(SharedArguments, Callback):
             for key in ("streak", "warned", "steps", "reborn", "newborn_deaths"):
                 setattr(tensor.turnover, key, entry[key])
         self.load_extra_state(state.get("extra", {}))
-        if self._is_at_work or self._at_fabric:  # a loop at work: the method begins anew with what was loaded
+        if self._is_at_work or self._at_fabric:  # a loop is running: the method begins again with the loaded state
             self.begin(self.tracked)

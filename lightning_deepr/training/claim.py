@@ -1,4 +1,4 @@
-"""Taking charge of a network: what is asked for is converted, and what is converted already is taken as it is."""
+"""Let a callback take charge of a network: convert the requested weights, and adopt weights that are converted already."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_deepr.conversion.selection import Candidate, candidates, entry_fo
 from lightning_deepr.training.tracked import TrackedTensor
 from lightning_deepr.weights.find import Converted, converted_tensors
 
-Entries = dict[str, tuple[Any, Any]]  # name of a tensor -> its entries of l1 and temperature
+Entries = dict[str, tuple[Any, Any]]  # a tensor's name -> its values of l1 and temperature
 
 
 class Method(Protocol):
-    """What this has to know of a callback (see :class:`lightning_deepr.training.callback.SparseTraining`)."""
+    """The attributes of a callback that this module uses (see :class:`lightning_deepr.training.callback.SparseTraining`)."""
 
     connectivity: Any
     target_modules: Any
@@ -38,19 +38,19 @@ class Method(Protocol):
 
 
 def claim(callback: Method, module: nn.Module, watch: bool = False, early: bool = True) -> int:
-    """Convert what a callback asks for, and let it take charge of that and of what is converted already.
+    """Convert the weights that a callback requests. The callback takes charge of them and of those that are converted already.
 
     Args:
-        callback: ``callback.tracked`` are the network's tensors afterwards.
+        callback: the callback. Afterwards ``callback.tracked`` lists the network's tensors.
         module: the network.
-        watch: whether to look out for writes into converted weights until the training starts.
-        early: no optimizer exists yet, so that parameters may become others.
+        watch: whether to watch for writes to converted weights until the training starts.
+        early: whether no optimizer exists yet. Then parameters may be replaced.
 
     Returns:
-        how many tensors were converted.
+        the number of tensors that were converted.
 
     Raises:
-        ValueError: nothing is found, something does not fit the method, or another callback is at work on it.
+        ValueError: no tensor is found, a tensor does not fit the method, or another callback is at work on the tensors.
     """
     found = candidates(module)
     for argument, value in (("l1", callback.l1), ("temperature", callback.temperature)):
@@ -70,15 +70,13 @@ def claim(callback: Method, module: nn.Module, watch: bool = False, early: bool 
         sharing.join([converted for converted in converted_tensors(module) if converted.name in entries])
     mine = {tensor.weight for tensor in callback.tracked}
     if any(c.slots not in mine for c in old):
-        rank_zero_info(
-            f"{type(callback).__name__}: {len(old)} tensors are converted already; took their connections as they are."
-        )
+        rank_zero_info(f"{type(callback).__name__}: {len(old)} tensors are converted already; their connections are kept.")
     callback.tracked = _tracked(callback, module, entries)
     return len(new)
 
 
 def _chosen(callback: Method, module: nn.Module, found: list[Candidate]) -> list[Candidate]:
-    """The tensors that a callback's arguments ask for, but for those on which another callback is at work."""
+    """List the tensors that a callback's arguments select, except those on which another callback is at work."""
     method = type(callback).__name__
     free = [c for c in found if c.slots is None or c.slots.owner() in (None, callback)]
     if callback.connectivity is not None:
@@ -92,8 +90,8 @@ def _chosen(callback: Method, module: nn.Module, found: list[Candidate]) -> list
     busy = [c.name for c in found if c.slots is not None and c not in free]
     if busy:
         raise ValueError(
-            f"{method} expects converted tensors that no other callback is at work on, found only {', '.join(busy)}, which another "
-            "one rewires: call `remove()` on what its `attach` returned."
+            f"{method} expects converted tensors that no other callback rewires, found only {', '.join(busy)}, which another "
+            "one rewires: call `remove()` on the handle that its `attach` returned."
         )
     raise ValueError(
         f"{method}(connectivity=None) expects a converted module, found no converted tensor in {type(module).__name__}. Give a "
@@ -113,7 +111,7 @@ def _convert(callback: Method, module: nn.Module, new: list[Candidate], watch: b
 
 
 def _tracked(callback: Method, module: nn.Module, entries: Entries) -> list[TrackedTensor]:
-    """What the callback keeps about each tensor; what it keeps already goes on."""
+    """List the callback's records of the tensors. Existing records are kept."""
     known = {tensor.weight: tensor for tensor in callback.tracked}
     taken = []
     for converted in converted_tensors(module):
@@ -121,14 +119,14 @@ def _tracked(callback: Method, module: nn.Module, entries: Entries) -> list[Trac
             continue
         tensor = known.get(converted.slots)
         if tensor is None:
-            # a new callback on a trained network goes on counting, so that it does not repeat the draws of the old one
+            # a new callback on a trained network continues the step count, so that it does not repeat earlier draws
             step = 1 + converted.slots.last_birth()
             count = converted.slots.wanted if callback.scope == "layer" else converted.slots.count
             tensor = TrackedTensor(converted, Turnover(count), step=step, start=step)
         tensor.converted, (tensor.alpha, tensor.temperature) = converted, entries[converted.name]
         converted.slots.owner = weakref.ref(callback)
         taken.append(tensor)
-    if callback.scope == "global":  # one theta takes one number of steps
+    if callback.scope == "global":  # layers that share one theta have taken the same number of steps
         step = max(tensor.step for tensor in taken)
         for tensor in taken:
             if tensor.step != step:
@@ -138,7 +136,7 @@ def _tracked(callback: Method, module: nn.Module, entries: Entries) -> list[Trac
 
 
 def _keep_draws_apart(tensors: list[Any]) -> None:
-    """Layers that were converted one by one have the same index, and would draw alike."""
+    """Make the indices of layers unique. Layers that were converted one by one would otherwise draw the same numbers."""
     taken: set[int] = set()
     following = 1 + max((slots.index for slots in tensors), default=0)
     for slots in tensors:

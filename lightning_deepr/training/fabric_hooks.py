@@ -1,7 +1,8 @@
-"""Which optimizers have really stepped: Fabric's callbacks are called also when GradScaler has skipped the step.
+"""Find out which optimizers really stepped. Fabric calls its callbacks even if GradScaler skipped the step.
 
-torch's hooks on all optimizers know. They are registered once and stay: removing one while an optimizer goes through them, as the
-end of a callback's life would do at any moment, is an error in torch.
+torch's global optimizer hooks run only if ``optimizer.step`` ran; ``guards.was_skipped`` covers a fused optimizer, which skips
+a step by itself. The hooks are registered once and stay registered: torch raises an error if a hook is removed while an
+optimizer iterates over the hooks, and a callback can be deleted at any moment.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def listen(callback: Any) -> None:
-    """Tell a callback, as long as it lives, before and after each step of any optimizer."""
+    """Call a callback before and after each step of any optimizer, as long as the callback exists."""
     _listeners.add(callback)
     if not _registered:
         _registered.append(register_optimizer_step_pre_hook(_before))

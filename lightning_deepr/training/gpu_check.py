@@ -1,4 +1,4 @@
-"""The Triton kernels beside PyTorch on a small made-up network, on the device on which they are about to be used."""
+"""Compare the Triton kernels with PyTorch on a small artificial network, on the device that is about to use them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_deepr.algorithm import rewiring
 from lightning_deepr.kernels.gpu import gate
 from lightning_deepr.weights.k_slots import KSlots
 
-# potential connections and connections: nearly empty, half full, with a list, one of one, more places than 2**31; the last is large
-# enough for several programs to want one place
+# (N, K): nearly empty, half full, denser than half, one of one, one of 40, and more places than 2**31. The last tensor is large
+# enough that several programs draw the same place.
 SIZES = [(9_000, 90), (720, 360), (500, 400), (1, 1), (40, 1), (10**12, 300), (8_000, 3_600)]
 SEED, STEPS = 7, 3
 
 
 class Network:
-    """Tensors with all that a step writes; equal ones for equal arguments."""
+    """Tensors with everything that a step writes. Equal arguments give equal networks."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.slots: list[Any] = []
@@ -34,7 +34,7 @@ class Network:
             self.states.append([(torch.ones(count, dtype=dtype, device=device), float(start)) for start in range(1 + i % 2)])
 
     def descend(self, step: int) -> None:
-        """What stands for an optimizer's step: some slots are left below zero; all of them in the last step."""
+        """Imitate an optimizer's step: some slots fall below zero; in the last step all of them do."""
         generator = torch.Generator().manual_seed(step)
         for theta, states in zip(self.thetas, self.states, strict=True):
             value = torch.rand(theta.numel(), generator=generator) + 0.25
@@ -45,18 +45,18 @@ class Network:
 
 
 def rewires(theta: Tensor, slots: Any) -> bool:
-    """Whether the Triton kernels rewire a tensor."""
+    """Whether the Triton kernels can rewire a tensor."""
     return gate.admits("rewiring", theta, slots, rewiring_differs)
 
 
 def rewiring_differs(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What of three steps differs between Triton and PyTorch; None: nothing but the last bits of the noise."""
-    from lightning_deepr.kernels.gpu import step as triton_step  # Triton need not be there
+    """Describe how three steps in Triton differ from PyTorch's. None: only the last bits of the noise differ."""
+    from lightning_deepr.kernels.gpu import step as triton_step  # Triton may be missing
 
     fast = Network(device, dtype)
     plain = deepcopy(fast)
     table = triton_step.Table(fast.slots, dtype)
-    # a number that every dtype holds exactly: on the CPU PyTorch rounds it to bfloat16 first, on a GPU it does not
+    # every dtype holds this number exactly: PyTorch rounds it to bfloat16 first on the CPU, but not on a GPU
     decrement, eps = 0.0078125, torch.finfo(dtype).eps
     for step in range(STEPS):
         scale = 0.01 * (step == 1)

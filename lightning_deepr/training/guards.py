@@ -1,4 +1,4 @@
-"""What a callback refuses, and the checks behind ``check_invariants``. Every message: expected, found, what to do."""
+"""Checks that refuse what a callback cannot handle. Every message says what was expected, what was found and what to do."""
 
 from __future__ import annotations
 
@@ -25,76 +25,76 @@ _SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAF
 
 
 def refuse_sharding(strategy: Any) -> None:
-    """A sharded theta has its slots on several ranks; rewiring needs them together."""
+    """Refuse strategies that shard parameters: rewiring needs all slots of a theta on one rank."""
     names = [kind.__name__ for kind in type(strategy).__mro__]
     for name in _SHARDING:
         if name in names:
             raise ValueError(
                 f'DeepR expects whole parameters on every rank, found {names[0]}, which shards them. Use strategy="ddp": a '
-                "converted weight takes K values only."
+                "converted weight holds only K values."
             )
 
 
 def refuse_earlier_averaging(trainer: Any, callback: Any) -> None:
-    """An averaging callback that is set up first copies the unconverted network."""
+    """Refuse an averaging callback that is set up first: it would copy the unconverted network."""
     for other in trainer.callbacks:
         if other is callback:
             return
         if hasattr(other, "_average_model"):
             name = type(other).__name__
             raise ValueError(
-                f"{name} is listed before {type(callback).__name__}: it would copy the network before it is converted. Expected "
-                f"callbacks=[{type(callback).__name__}(...), {name}(...)]."
+                f"{name} is listed before {type(callback).__name__}: it would copy the network before it is converted. "
+                f"Expected callbacks=[{type(callback).__name__}(...), {name}(...)]."
             )
 
 
 def refuse_spawn(trainer: Any, converted_now: int) -> None:
-    """Processes that are spawned send their weights back to one in which nothing is converted: the result would be lost."""
+    """Refuse spawned processes: they return their weights to a process whose network is not converted, which loses them."""
     launcher = getattr(trainer.strategy, "launcher", None)
     if converted_now and type(launcher).__name__.startswith("_MultiProcessing"):
         raise ValueError(
-            "A strategy that starts its processes with spawn or fork returns the weights to a process in which the network is not "
+            "A strategy that starts its processes with spawn or fork returns the weights to a process whose network is not "
             'converted. Expected strategy="ddp", which runs the script once per process.'
         )
 
 
 def refuse_lost_conversions(module: nn.Module, expected: Sequence[Converted]) -> None:
-    """Layers that were made anew or re-initialized between the conversion and the start of the fit."""
+    """Refuse layers that were replaced or re-initialized between the conversion and the start of the fit."""
     present = {converted.slots for converted in converted_tensors(module)}
     for converted in expected:
         if converted.slots not in present:
             raise RuntimeError(
-                f"`{converted.name}` was converted in the callback's setup, but is not any more: the layer was made anew afterwards "
-                "(in the module's `setup`, `configure_model` or `on_fit_start`?). Build the layers in `__init__`, or in a "
-                "`configure_model` that returns at once when they are there."
+                f"`{converted.name}` was converted in the callback's setup, but is not any more: the layer was made anew "
+                "afterwards (in the module's `setup`, `configure_model` or `on_fit_start`?). Build the layers in `__init__`, "
+                "or in a `configure_model` that returns at once if they exist."
             )
         negative = converted.slots.is_watched and converted.slots.overwritten(converted.theta.detach())
         if negative or converted.slots.was_written(converted.theta):
             raise RuntimeError(
-                f"`{converted.name}` was written to after it was converted (re-initialized?): the values are no dense weight's and "
-                "are lost. Initialize layers before the fit starts, in `__init__` or `configure_model`."
+                f"`{converted.name}` was written to after it was converted (re-initialized?). The new values are lost: they do "
+                "not belong to the K connections. Initialize layers before the fit starts, in `__init__` or `configure_model`."
             )
 
 
 def warn_of_free_signs(method: str, tensors: Sequence[TrackedTensor], fate: str) -> None:
-    """A method of constant signs takes over connections that were trained with free ones: theta < 0 is about to be lost.
+    """Warn if a method with constant signs takes over connections with theta < 0, which its first step loses.
 
     Args:
-        method: its name.
-        tensors: of which it takes charge.
-        fate: what its first step does to those connections.
+        method: the method's name.
+        tensors: the tensors that the method takes over.
+        fate: what the first step does to the connections with theta < 0.
     """
     counts = [(t.name, int((t.slots.own(t.theta.detach()) < 0).sum()), t.slots.count) for t in tensors]
     found = ", ".join(f"`{name}` ({below} of {count})" for name, below, count in counts if below)
     if found:
         rank_zero_warn(
             f"{method}: theta < 0 in {found}, trained with free signs (SET, RigL, or no callback). Here the sign of a place is "
-            f'constant: in the first step {fate}. To keep them: densify(net), then convert it anew with init="largest".'
+            f'constant: in the first step {fate}. To keep them, call densify(net) and convert it again with init="largest".'
         )
 
 
 def refuse_unequal_ranks(trainer: Any, tensors: Sequence[TrackedTensor]) -> None:
-    """All ranks of a distributed run must start with the same connections; then they stay equal without a word."""
+    """Refuse ranks that start with different connections. Equal ranks stay equal without communication."""
     if trainer.world_size <= 1:
         return
     own = [(t.name, checksum(t.slots.active(t.theta)[0]), checksum(t.slots.exceptions), t.slots.sign_seed) for t in tensors]
@@ -102,13 +102,13 @@ def refuse_unequal_ranks(trainer: Any, tensors: Sequence[TrackedTensor]) -> None
     for mine, theirs in zip(own, first, strict=True):
         if tuple(mine) != tuple(theirs):
             raise RuntimeError(
-                f"`{mine[0]}` has other connections on rank {trainer.global_rank} than on rank 0: expected the same seed and (with "
-                'init="largest") the same weights on every rank. Load the weights before the fit, or call seed_everything.'
+                f"`{mine[0]}` has other connections on rank {trainer.global_rank} than on rank 0: expected the same seed and "
+                'the same weights (for init="largest") on every rank. Load the weights before the fit, or call seed_everything.'
             )
 
 
 def checksum(places: torch.Tensor) -> int:
-    """One integer for a list of places; their order counts."""
+    """Hash a list of places into one integer. The order of the places matters."""
     if places.numel() == 0:
         return 0
     position = torch.arange(places.numel(), device=places.device)
@@ -116,14 +116,14 @@ def checksum(places: torch.Tensor) -> int:
 
 
 def was_skipped(optimizer: Optimizer) -> bool:
-    """Whether GradScaler has found infinities and the (fused) optimizer skipped its step."""
+    """Whether GradScaler found infinities and the (fused) optimizer skipped its step."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
 
 
 def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None:
-    """Stop before a step that would spread a value that is not finite; names the tensor and the step."""
-    values: list[torch.Tensor] = list({id(t.theta): t.theta for t in tensors}.values())  # layers may share one
+    """Stop before a step if a theta or a gradient is not finite. The message names the tensor and the step."""
+    values: list[torch.Tensor] = list({id(t.theta): t.theta for t in tensors}.values())  # layers may share one theta
     if gradients:
         values += [theta.grad for theta in values if theta.grad is not None]
     if kernels.all_finite(values):
@@ -132,7 +132,7 @@ def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None
     if gradients:
         looked += [("the gradient of theta", t, t.slots.own(t.theta.grad)) for t in tensors if t.theta.grad is not None]
     values = [value for _, _, value in looked if value.numel()]
-    # one number first: the largest magnitude of all is not finite if any value is not
+    # check one number first: the sum of the largest magnitudes is not finite if any value is not
     norms = torch._foreach_norm(values, float("inf"))
     if bool(torch.isfinite(torch.stack([norm.float() for norm in norms]).sum())):
         return
@@ -140,13 +140,13 @@ def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None
         finite = torch.isfinite(value)
         if not bool(finite.all()):
             raise RuntimeError(
-                f"`{tensor.name}`, step {tensor.step}: {what} is not finite at {int((~finite).sum())} of {value.numel()} connections. "
-                "The step was not taken. Lower the learning rate, or clip gradients."
+                f"`{tensor.name}`, step {tensor.step}: {what} is not finite at {int((~finite).sum())} of {value.numel()} "
+                "connections. The step was not taken. Lower the learning rate, or clip gradients."
             )
 
 
 def refuse_sharing(optimizer: Optimizer, others: Sequence[Optimizer], tensors: Sequence[Any]) -> None:
-    """One theta is one parameter: refuse two optimizers that hold it, and one that would step on it twice."""
+    """Refuse a shared theta that two optimizers hold, or that one optimizer holds twice."""
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     elsewhere = {id(p) for other in others for group in other.param_groups for p in group["params"]}
     for tensor in tensors:
@@ -157,21 +157,21 @@ def refuse_sharing(optimizer: Optimizer, others: Sequence[Optimizer], tensors: S
         if times > 1 or (times and id(tensor.theta) in elsewhere):
             found = f"it {times} times in one" if times > 1 else "it in two"
             raise ValueError(
-                f'With scope="global" {", ".join(f"`{name}`" for name in names)} have one parameter, theta: expected it once in one '
-                f"optimizer, found {found}. Make the optimizer from net.parameters(), which has it once."
+                f'With scope="global" {", ".join(f"`{name}`" for name in names)} have one parameter, theta: expected it once '
+                f"in one optimizer, found {found}. Make the optimizer from net.parameters(), which lists it once."
             )
 
 
 def explain(message: str, module: nn.Module) -> str | None:
-    """What torch's complaint about parameter groups means here; None: it is another complaint, or nothing is shared."""
+    """Explain torch's error about duplicate parameter groups. None: it is another error, or the layers share no theta."""
     if "more than one parameter group" not in message:
         return None
     for one in converted_tensors(module):
         names = one.slots.shares
         if names:
             return (
-                f'With scope="global" {", ".join(f"`{name}`" for name in names)} have one parameter, theta of K = {one.slots.wanted} '
-                "slots: expected it in one parameter group, found it in several (or once per layer). Put it into one group, "
-                'or use scope="layer".'
+                f'With scope="global" {", ".join(f"`{name}`" for name in names)} have one parameter, theta of '
+                f"K = {one.slots.wanted} slots: expected it in one parameter group, found it in several (or once per layer). "
+                'Put it into one group, or use scope="layer".'
             )
     return None

@@ -1,4 +1,4 @@
-"""What must hold after every step (``check_invariants``)."""
+"""The conditions that hold after every step (``check_invariants``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_deepr.training.tracked import Stepped, TrackedTensor
 
 
 def requirement(tensor: TrackedTensor) -> Callable[[bool, str], None]:
-    """What ``check_invariants`` calls with a condition and what to say where it does not hold."""
+    """Make a function that takes a condition and its description, and raises an error if the condition is false."""
 
     def require(holds: bool, what: str) -> None:
         if not holds:
@@ -28,17 +28,17 @@ def check_invariants(
     least: int = 0,
     signed: bool = False,
 ) -> None:
-    """Everything that must hold after every step of a method on K slots.
+    """Check all conditions that hold after every step of a method on K slots.
 
     Args:
-        item: the tensor that took the step, with what was reborn.
+        item: the tensor that took the step, with its reborn slots.
         optimizer: the optimizer that holds its theta.
-        starts_of: gives the value with which each of the optimizer's state tensors begins, by name.
-        least: how many connections a layer must have that shares one theta with others.
+        starts_of: a function that returns the starting value of each of the optimizer's state tensors, by name.
+        least: the least number of connections of a layer that shares one theta with others.
         signed: whether theta may be negative.
 
     Raises:
-        RuntimeError: names the tensor, the step and what is broken.
+        RuntimeError: a condition does not hold; the message names the tensor, the step and the condition.
     """
     tensor, slots, theta = item.tensor, item.tensor.slots, item.tensor.theta
     require = requirement(tensor)

@@ -1,4 +1,4 @@
-"""Counts of a step that stay on a device until somebody wants to see them: looking costs a host synchronization."""
+"""Keep the counts of recent steps on their device until the host needs them. A read costs a host synchronization."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightning_deepr.training.tracked import TrackedTensor
 
-MOST_STEPS = 50  # that are kept; the watch for a collapse is late by as many
+MOST_STEPS = 50  # steps that are kept; the warning of a collapse can be this many steps late
 
 
 class _Entry(NamedTuple):
-    counts: Tensor  # int64 [tensors, 2]: births, and how many of the reborn had been newborns
+    counts: Tensor  # int64 [tensors, 2]: reborn slots, and how many of them were newborns when they died
     position: int
     tensor: TrackedTensor
-    alpha: Any  # that held in the step
+    alpha: Any  # alpha of the step
 
 
 class Ledger:
-    """Steps whose births have not been counted yet, in their order."""
+    """The steps whose births are not counted yet, in order."""
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
         self._steps = 0
 
     def note(self, counts: Tensor, position: int, tensor: TrackedTensor, alpha: Any) -> None:
-        """Keep one tensor's step, which rewired.
+        """Keep one tensor's rewiring step.
 
         Args:
-            counts: int64 [tensors, 2], not to be written to again.
-            position: the tensor's row.
-            tensor: whose :class:`lightning_deepr.algorithm.statistics.Turnover` it is for.
-            alpha: for the message of a collapse.
+            counts: int64 [tensors, 2]. Nobody may write to it afterwards.
+            position: the tensor's row in ``counts``.
+            tensor: the tensor; its :class:`lightning_deepr.algorithm.statistics.Turnover` receives the counts later.
+            alpha: alpha of the step, for the warning of a collapse.
         """
         if not self._entries or self._entries[-1].counts is not counts:
             self._steps += 1
@@ -46,10 +46,10 @@ class Ledger:
         return self._steps >= MOST_STEPS
 
     def settle(self) -> Iterator[tuple[TrackedTensor, Any]]:
-        """Count all that is kept, with one transfer from each device.
+        """Count all kept steps, with one transfer from each device.
 
         Yields:
-            tensors that have collapsed, and their alpha.
+            each tensor that has collapsed, and its alpha.
         """
         entries, self._entries, self._steps = self._entries, [], 0
         by_device: dict[torch.device, dict[int, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""What belongs to one optimizer on which a callback is at work."""
+"""The records that a callback keeps for each of its optimizers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning_deepr.training.tracked import State, Stepped, TrackedTensor
 
 
 class Run:
-    """A callback at work on one optimizer.
+    """The records of a callback for one optimizer.
 
     Attributes:
-        hooks: of the optimizer's steps, while they are registered.
-        starting: what the optimizer's state starts with.
-        tables: the kernels' tables, by their tensors. They hold addresses.
-        took_step: whether a step was really taken of which Fabric has not told yet (GradScaler may skip one).
+        hooks: the registered hooks of the optimizer's steps.
+        starting: the starting values of the optimizer's state.
+        tables: the kernels' tables, by their tensors. They hold memory addresses.
+        took_step: whether the optimizer really took a step that Fabric has not reported yet (GradScaler may skip a step).
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = weakref.ref(optimizer)  # an id is free again when its optimizer is gone: this tells
+        self.optimizer = weakref.ref(optimizer)  # Python may reuse the id of a deleted optimizer; the reference shows that
         self.hooks: list[Any] = []
         self.starting = StartingState()
         self.tables: dict[Any, Any] = {}
@@ -35,7 +35,7 @@ class Run:
         return bool(self.hooks)
 
     def matched(self, optimizer: Optimizer, tensors: Sequence[TrackedTensor]) -> list[tuple[TrackedTensor, int]]:
-        """The tensors whose theta the optimizer holds, with the index of their parameter group."""
+        """List the tensors whose theta the optimizer holds, each with the index of its parameter group."""
         groups = optimizer.param_groups
         size = sum([len(group["params"]) for group in groups])
         if size != self._size:
@@ -45,17 +45,17 @@ class Run:
         return self._matched
 
     def forget_tensors(self) -> None:
-        """The callback's tensors are others now."""
+        """Forget the matched tensors: the callback's tensors have changed."""
         self._size, self._matched = -1, []
 
     def states(self, item: Stepped) -> list[State]:
-        """Every state tensor that has theta's shape, with its starting value."""
+        """List every state tensor that has theta's shape, with its starting value."""
         optimizer = self.optimizer()
         assert optimizer is not None
         return self.starting.tensors(optimizer, item.group_index, item.tensor.theta)
 
     def starts(self, item: Stepped) -> dict[str, float]:
-        """The starting value of each state tensor, by name."""
+        """Map the name of each state tensor to its starting value."""
         optimizer = self.optimizer()
         assert optimizer is not None
         return self.starting.of(optimizer, item.group_index, item.tensor.theta)
@@ -67,13 +67,13 @@ class Run:
 
 
 class Runs:
-    """The runs of a callback, by optimizer. A copy of the callback is at work on none."""
+    """The runs of a callback, by optimizer. A copy of the callback starts with no runs."""
 
     def __init__(self) -> None:
         self._by_id: dict[int, Run] = {}
 
     def of(self, optimizer: Optimizer) -> Run:
-        """The optimizer's run; a new one where it has none."""
+        """Return the optimizer's run, or make one."""
         run = self._by_id.get(id(optimizer))
         if run is None or run.optimizer() is not optimizer:
             self._by_id = {key: one for key, one in self._by_id.items() if one.optimizer() is not None}
@@ -84,7 +84,7 @@ class Runs:
         return iter(list(self._by_id.values()))
 
     def hooked(self) -> list[Run]:
-        """Those whose optimizer calls the callback after each step."""
+        """List the runs whose optimizer calls the callback after each step."""
         return [run for run in self if run.is_hooked and run.optimizer() is not None]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Runs:

@@ -17,8 +17,8 @@ class LrPower:
     """T = coefficient * lr ** power. The paper's MNIST experiment has T = eta^2 * 1e-12.
 
     Args:
-        coefficient: at least 0.
-        power: of the learning rate.
+        coefficient: the factor, at least 0.
+        power: the exponent of the learning rate.
 
     Example::
 
@@ -39,11 +39,11 @@ class LrPower:
 
 
 class LinearDecay:
-    """From ``start`` at the beginning of training to ``end`` at its end, linearly in the progress.
+    """A value that changes linearly with the progress, from ``start`` at the beginning of training to ``end`` at its end.
 
     Args:
-        start: value at progress 0.
-        end: value at progress 1.
+        start: the value at progress 0.
+        end: the value at progress 1.
 
     Example::
 
@@ -68,12 +68,12 @@ L1_PLAIN, L1_NORMALIZED = 1e-4, 0.03
 
 
 def default_l1(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[float, str | None]:
-    """alpha by the optimizer: the paper's two values.
+    """Choose alpha by the optimizer, from the paper's two values.
 
-    Under SGD 1e-4 / (1 - momentum); .03 under an optimizer that normalizes its gradients (Adam's family, RMSprop).
+    alpha is 1e-4 / (1 - momentum) under SGD, and .03 under an optimizer that normalizes its gradients (Adam's family, RMSprop).
 
     Returns:
-        alpha, and a line for the user where the optimizer is not known.
+        alpha, and a message for the user if the optimizer is unknown, else None.
     """
     if isinstance(optimizer, SGD):
         return L1_PLAIN / (1 - group["momentum"]), None
@@ -81,8 +81,8 @@ def default_l1(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[float, s
     if isinstance(optimizer, _NORMALIZING) or any("adam" in kind or "rmsprop" in kind for kind in kinds):
         return L1_NORMALIZED, None
     return L1_PLAIN, (
-        f"DeepR: no default l1 is known for {type(optimizer).__name__}; took {L1_PLAIN:g}, SGD's. Give l1=... (about "
-        f"{L1_NORMALIZED:g} if it normalizes its gradients)."
+        f"DeepR: no default l1 is known for {type(optimizer).__name__}; took {L1_PLAIN:g}, the value for SGD. Give l1=... "
+        f"(about {L1_NORMALIZED:g} if it normalizes its gradients)."
     )
 
 
@@ -119,10 +119,10 @@ def check_temperature(temperature: Any, where: str = "temperature") -> None:
 
 
 def evaluate(schedule: Any, argument: Any, what: str) -> Any:
-    """A schedule's value, checked: a number (or a 0-d tensor) that is finite and not negative."""
+    """Evaluate a schedule and check the value: a number (or a tensor of one element) that is finite and not negative."""
     value: Any = schedule(argument) if callable(schedule) else schedule
     if isinstance(value, Tensor) and value.device.type != "cpu":
-        return value  # looking would cost a host synchronization
+        return value  # a check would cost a host synchronization
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float, np.number, Tensor))
@@ -135,7 +135,7 @@ def evaluate(schedule: Any, argument: Any, what: str) -> Any:
 
 
 def is_documented(schedule: Any) -> bool:
-    """Whether a schedule can be written to YAML and a checkpoint (a lambda can't)."""
+    """Whether a schedule can be written to YAML and to a checkpoint (a lambda cannot)."""
     if isinstance(schedule, Mapping):
         return all(is_documented(value) for value in schedule.values())
     return not callable(schedule) or isinstance(schedule, (LrPower, LinearDecay))

@@ -1,7 +1,7 @@
-"""What a callback of the family does when an optimizer has stepped, whoever calls: Trainer, Fabric or a plain loop.
+"""The work of a callback after an optimizer step, the same for the Trainer, Fabric and a plain loop.
 
-:class:`Stepper` finds the tensors that took the step, works out what holds in it (learning rate, alpha, T, whether to rewire),
-lets the algorithm act, and counts.
+:class:`Stepper` finds the tensors that took the step, evaluates the values of the step (learning rate, alpha, T, whether to
+rewire), calls the method, and counts.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from lightning_deepr.training.tracked import Stepped, TrackedTensor
 class Stepper(ABC):
     """The part of a callback that needs no Trainer.
 
-    A method overrides :meth:`after_step` and, where it needs them, the other verbs: :meth:`begin`, :meth:`before_step`,
-    :meth:`end`, :meth:`check`, :meth:`statistics`, :meth:`extra_state` and :meth:`load_extra_state`. ``docs/extending.md`` has examples.
+    A method overrides :meth:`after_step` and, if it needs them, the other verbs: :meth:`begin`, :meth:`before_step`,
+    :meth:`end`, :meth:`check`, :meth:`statistics`, :meth:`extra_state` and :meth:`load_extra_state`. ``docs/extending.md`` has
+    examples.
 
     Attributes:
-        tracked: the tensors at work.
-        total_steps: of the present training; None: not known.
-        watches_for_collapse: whether to warn when a tensor is reborn over and over; the advice is DEEP R's.
+        tracked: the tensors that the callback trains.
+        total_steps: the number of steps of the present training; None: unknown.
+        watches_for_collapse: whether to warn when most of a tensor is reborn in every step; the advice applies to DEEP R.
     """
 
-    # what a method has whose arguments do not say otherwise: no L1, no noise, a rewiring after every step
+    # the defaults of a method without these arguments: no L1, no noise, a rewiring after every step
     l1: Any = 0.0
     temperature: Any = 0.0
     rewire_every_n_steps: int = 1
@@ -50,48 +51,55 @@ class Stepper(ABC):
         self.total_steps: float | None = None
         self._runs = Runs()
         self._ledger = Ledger()
-        self._continues = False  # a state was loaded: what begins is no new training
+        self._continues = False  # whether a loaded training continues, instead of a new one
         self._told: set[str] = set()
 
     # -- the verbs of a method --------------------------------------------------------------------------------------------
 
     @abstractmethod
     def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> None:
-        """What follows an optimizer step, for the tensors that took it. In place; ``item.reborn`` says what was reborn."""
+        """Act in place on the tensors that took an optimizer step, and set ``item.reborn`` of each tensor that was rewired."""
 
     def begin(self, tensors: Sequence[TrackedTensor]) -> None:  # noqa: B027
-        """The training of some tensors begins, or goes on with a state that was loaded.
+        """Prepare for the training of some tensors, which begins or continues from a loaded state.
 
         Args:
-            tensors: all of :attr:`tracked`, but for a further network that a callback takes charge of while it is at work.
+            tensors: all of :attr:`tracked`. If a callback at work takes charge of a further network: only its tensors.
         """
 
     def before_step(self, items: Sequence[Stepped], optimizer: Optimizer) -> None:  # noqa: B027
-        """Just before an optimizer changes these thetas; the gradients may not exist yet."""
+        """Act just before an optimizer changes these thetas. The gradients may not exist yet."""
 
     def end(self) -> None:  # noqa: B027
-        """The callback is no longer at work; also after an exception."""
+        """Clean up when the callback stops, also after an exception."""
 
     def extra_state(self) -> dict[str, Any]:
-        """What a method keeps beside its tensors, for the checkpoint: tensors and Python's own types."""
+        """Return the method's own state for the checkpoint: tensors and Python's built-in types."""
         return {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`extra_state` gave; the tensors are there."""
+        """Load the state that :meth:`extra_state` returned. :attr:`tracked` is filled by then."""
         if state:
             raise ValueError(f"The checkpoint is of another method: {type(self).__name__} keeps no {', '.join(state)}.")
 
     def check(self, item: Stepped, optimizer: Optimizer) -> None:
-        """Everything that must hold after every step (``check_invariants``)."""
+        """Check the invariants of a tensor after a step (``check_invariants``)."""
         invariants.check_invariants(item, optimizer, self._runs.of(optimizer).starts)
 
     def statistics(self) -> dict[str, float]:
-        """Means per step since the last call: ``deepr/<tensor>/turnover``, ``.../newborn_deaths``, ``.../mature_deaths``."""
+        """Return means per step since the last call.
+
+        The keys are ``deepr/<tensor>/turnover``, ``.../newborn_deaths`` and ``.../mature_deaths``.
+        """
         self._settle()
         return {f"deepr/{t.name}/{key}": value for t in self.tracked for key, value in t.turnover.take().items()}
 
     def rewires(self, done: int) -> bool:
-        """Whether a step rewires, by how many steps of this training came before it."""
+        """Whether a step rewires.
+
+        Args:
+            done: the number of steps of this training before it.
+        """
         until = self.rewire_until
         if isinstance(until, float):
             assert self.total_steps is not None
@@ -99,11 +107,11 @@ class Stepper(ABC):
         return (done + 1) % self.rewire_every_n_steps == 0 and (until is None or done < until)
 
     def newborn_since(self, step: int) -> int:
-        """A connection that was born in this step or later has not survived a rewiring yet."""
+        """Return the first birth step of newborns: a connection born then or later has not survived a rewiring yet."""
         return step - self.rewire_every_n_steps
 
     def on_after_optimizer_step(self, strategy: Any = None, optimizer: Optimizer | None = None) -> None:
-        """What follows an optimizer step. A hook on the optimizer calls it, and Fabric by itself."""
+        """Act after an optimizer step. A hook on the optimizer or Fabric calls this method."""
         assert optimizer is not None
         self._after_optimizer_step(optimizer)
 
@@ -136,7 +144,7 @@ class Stepper(ABC):
             self._settle()
 
     def _settle(self) -> None:
-        """Count the births that lie on a device still, before somebody reads the counts."""
+        """Count the births that are still on a device. Call this before the counts are read."""
         for tensor, alpha in self._ledger.settle():
             if self.watches_for_collapse:
                 rank_zero_warn(collapse_message(tensor.name, alpha))
@@ -146,7 +154,7 @@ class Stepper(ABC):
         lr, done = group["lr"], tensor.step - tensor.start
         alpha, temperature = tensor.alpha, tensor.temperature
         if alpha is None:
-            alpha, _ = default_l1(optimizer, group)  # the momentum may be on a schedule
+            alpha, _ = default_l1(optimizer, group)  # in every step: a scheduler may change the momentum
         if type(alpha) is not float:
             progress = done / self.total_steps if self.total_steps else 0.0
             alpha = evaluate(alpha, min(progress, 1.0), f"l1 of `{tensor.name}`")
@@ -167,8 +175,8 @@ class Stepper(ABC):
             self.before_step(items, optimizer)
 
     def _before_plain_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # With a closure the gradients of this step do not exist yet; those of a fused optimizer under GradScaler may hold
-        # infinities for which it is going to skip the step. (The first of `args` is the optimizer itself.)
+        # With a closure, the gradients of this step do not exist yet. The gradients of a fused optimizer under GradScaler may
+        # hold infinities; then it skips the step. (`args[0]` is the optimizer itself.)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         self._refuse_non_finite(optimizer, gradients=closure is None and getattr(optimizer, "found_inf", None) is None)
 
@@ -178,25 +186,25 @@ class Stepper(ABC):
             return
         first = matched[0][0]
         if first.theta.device.type != "cpu" and not self.check_invariants and first.step % self.log_every_n_steps:
-            return  # looking costs a host synchronization
+            return  # a check costs a host synchronization
         guards.refuse_non_finite([tensor for tensor, _ in matched], gradients)
 
     # -- the beginning and the end of a training ------------------------------------------------------------------------------
 
     def _wire(self, optimizer: Optimizer, check_before: bool = False) -> bool:
-        """Hook an optimizer that holds some of our thetas. Returns whether it does."""
+        """Hook an optimizer if it holds any tracked theta. Returns whether it does."""
         run = self._runs.of(optimizer)
         if not run.matched(optimizer, self.tracked):
             return False
         if isinstance(optimizer, LBFGS):
-            raise ValueError("LBFGS keeps a history over all parameters, which rewiring would falsify: use another optimizer.")
+            raise ValueError("LBFGS keeps a history over all parameters, and rewiring would falsify it: use another optimizer.")
         if run.is_hooked:
             return True
         others = [other for one in self._runs.hooked() if (other := one.optimizer()) is not None]
         guards.refuse_sharing(optimizer, others, self.tracked)
 
         def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            # a fused optimizer calls its hooks also when GradScaler has made it skip the step
+            # a fused optimizer calls its hooks even if GradScaler made it skip the step
             if not guards.was_skipped(optimizer):
                 self.on_after_optimizer_step(optimizer=optimizer)
 
@@ -212,7 +220,7 @@ class Stepper(ABC):
         return True
 
     def _note_l1(self, optimizer: Optimizer) -> None:
-        """For the report: which alpha each tensor has, and a line where it is a guess."""
+        """Record each tensor's alpha for the report, and warn if alpha is a guess."""
         for tensor, group_index in self._runs.of(optimizer).matched(optimizer, self.tracked):
             alpha = tensor.alpha
             if alpha is None:
@@ -236,8 +244,9 @@ class Stepper(ABC):
             tensor.slots.watch(watching)
 
     def _begin_training(self) -> None:
-        """A new training (not the continuation of one): the progress starts at 0, draws and steps go on."""
-        # A checkpoint of another method brings weights and no state of this callback: it goes on after them and repeats no draw.
+        """Begin a training. In a new one the progress starts at 0; the step counts, and with them the draws, continue."""
+        # A checkpoint of another method has weights but no state of this callback: the step count moves past the last birth, so
+        # that no draw is repeated.
         ahead = max((1 + tensor.slots.last_birth() - tensor.step for tensor in self.tracked), default=0)
         for tensor in self.tracked:
             tensor.step += max(ahead, 0)
@@ -251,6 +260,6 @@ class Stepper(ABC):
         needs = [tensor.name for tensor in self.tracked if callable(tensor.alpha)]
         if self.total_steps is None and (needs or isinstance(self.rewire_until, float)):
             raise ValueError(
-                f"{'l1 changes' if needs else 'rewire_until is a fraction: it ends'} with the progress of the training, but its "
-                f"length is not known. {what_to_do}"
+                f"{'l1 changes' if needs else 'rewire_until is a fraction: it ends'} with the progress of the training, but "
+                f"its length is not known. {what_to_do}"
             )

@@ -1,4 +1,4 @@
-"""The records that a step works on."""
+"""The records that one training step reads and writes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lightning_deepr.weights.k_slots import KSlots
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-State = tuple[Tensor, float]  # a state tensor of theta's shape, and what the optimizer starts it with
+State = tuple[Tensor, float]  # a state tensor of theta's shape, and the value with which the optimizer starts it
 
 
 @dataclass
 class TrackedTensor:
-    """A tensor at work: the converted weight and what the callback keeps about it."""
+    """A converted weight and the callback's records of it."""
 
     converted: Converted
     turnover: Turnover
-    alpha: Any = None  # l1's entry for it; None: by the optimizer
-    temperature: Any = 0.0  # temperature's entry for it
-    step: int = 0  # optimizer steps that it took part in
-    start: int = 0  # ... at which the present training began
+    alpha: Any = None  # this tensor's value of l1; None: the optimizer decides
+    temperature: Any = 0.0  # this tensor's value of temperature
+    step: int = 0  # number of optimizer steps that the tensor has taken
+    start: int = 0  # value of ``step`` at which the present training began
 
     @property
     def name(self) -> str:
@@ -49,18 +49,18 @@ class TrackedTensor:
 
     @property
     def done(self) -> int:
-        """Steps of the present training."""
+        """Number of steps of the present training."""
         return self.step - self.start
 
 
 class Reborn(NamedTuple):
-    """What a step did to a tensor."""
+    """The slots of a tensor that a step rewired."""
 
     births: int
-    newborns: int  # how many of the slots had been reborn in the rewiring before, too
-    numbers: Tensor | None = None  # int64: the first ``births`` are the slots that were reborn; valid until the next step
-    moved: int = 0  # how many more connections died than were born: they are born in other layers (scope="global")
-    # births and newborns stay on the device: int64 [tensors, 2] and the row of this tensor; ``numbers`` is None then
+    newborns: int  # how many of these slots were also reborn in the previous rewiring
+    numbers: Tensor | None = None  # int64: the first ``births`` entries are the reborn slots; valid until the next step
+    moved: int = 0  # deaths minus births: these connections are born in other layers (scope="global")
+    # counts that are still on the device: int64 [tensors, 2] and this tensor's row. Then ``numbers`` is None.
     pending: tuple[Tensor, int] | None = None
 
     @property
@@ -73,17 +73,17 @@ NOTHING = Reborn(0, 0)
 
 @dataclass(slots=True)
 class Stepped:
-    """A tensor that has just taken an optimizer step, with what holds in this step."""
+    """A tensor that has just taken an optimizer step, with the values of this step."""
 
     tensor: TrackedTensor
-    theta: Tensor  # detached: written in place
+    theta: Tensor  # detached; methods write to it in place
     group_index: int
     lr: Any
     alpha: Any
     temperature: Any
     rewires: bool  # False: theta < 0 is set to 0
     states_of: Callable[[Stepped], list[State]]
-    reborn: Reborn = NOTHING  # written by the algorithm
+    reborn: Reborn = NOTHING  # the algorithm writes this
 
     @property
     def slots(self) -> KSlots:
@@ -94,5 +94,5 @@ class Stepped:
         return self.tensor.step
 
     def states(self) -> list[State]:
-        """Every state tensor of the optimizer that has theta's shape, with its starting value."""
+        """List every state tensor of the optimizer that has theta's shape, with its starting value."""
         return self.states_of(self)

@@ -13,10 +13,10 @@ from lightning_deepr.weights.base import Parametrization
 
 
 def follow(average: nn.Module) -> None:
-    """Let the averaged copy of a converted module follow its rewiring.
+    """Make the averaged copy of a converted module follow the module's rewiring.
 
-    The average of a reborn slot starts anew: when a slot is given another place, its average is set to the newborn's theta,
-    0, and to the new place and sign. ``AveragedModel`` (and with it Lightning's ``WeightAveraging``) is found by itself.
+    The average of a reborn slot starts again at 0, the newborn's theta, with the new place and sign. An ``AveragedModel`` (and
+    so Lightning's ``WeightAveraging``) is found automatically.
     """
     for submodule in average.modules():
         if isinstance(submodule, parametrize.ParametrizationList) and isinstance(submodule[0], Parametrization):
@@ -26,7 +26,7 @@ def follow(average: nn.Module) -> None:
 
 
 def _follow_averaged_models(parent: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    # AveragedModel takes its deep copy with `self.module = deepcopy(model)`: torch calls this hook just then.
+    # AveragedModel makes its copy with `self.module = deepcopy(model)`: torch calls this hook at that assignment.
     if name == "module" and isinstance(parent, AveragedModel) and submodule is not None:
         follow(submodule)
 
@@ -35,19 +35,19 @@ _registered: list[Any] = []
 
 
 def watch_for_averaged_models() -> None:
-    """Have torch tell of every ``AveragedModel`` from now on; called when the first weight is converted."""
+    """Register a torch hook that reports every new ``AveragedModel``. The first conversion of a weight calls this."""
     if not _registered:
         _registered.append(nn.modules.module.register_module_module_registration_hook(_follow_averaged_models))
 
 
 def restart_averages(slots: Any, reborn: Tensor) -> None:
-    """Start the averages of reborn slots anew (see :func:`follow`)."""
+    """Restart the averages of reborn slots (see :func:`follow`)."""
     for holder in slots.averages:
         _restart(holder, slots, reborn)
 
 
 def realign_averages(slots: Any) -> None:
-    """After other connections were loaded: an average that has a slot elsewhere starts anew there."""
+    """Align averages with loaded connections: an average whose slot has another place restarts at the loaded place."""
     for holder in slots.averages:
         average: Any = holder[0]
         average.sign_seed, average.exceptions = slots.sign_seed, slots.exceptions.to(average.places.device)

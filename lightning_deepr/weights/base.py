@@ -1,7 +1,7 @@
-"""What every parametrization of a converted weight has in common.
+"""The base of every parametrization of a converted weight.
 
-``torch.nn.utils.parametrize`` keeps the parameter, theta, under ``<module>.parametrizations.<tensor>.original``; the module beside
-it knows what theta means: :class:`lightning_deepr.weights.k_slots.KSlots` (theta of K slots) or one of
+``torch.nn.utils.parametrize`` keeps the parameter, theta, under ``<module>.parametrizations.<tensor>.original``. The
+parametrization computes the weight from theta: :class:`lightning_deepr.weights.k_slots.KSlots` (theta of K slots) or a class of
 :mod:`lightning_deepr.weights.dense_theta` (a theta for every potential connection).
 """
 
@@ -22,11 +22,11 @@ from lightning_deepr.algorithm.randomness import signs_of
 from lightning_deepr.compute.layer import DENSE, LayerCompute
 
 FORMAT_VERSION = 1
-# torch lists unexpected keys by name, and that is all a class that builds the dense model can show its user when it is given
-# a sparse checkpoint. So the key that holds the version of the format says what to call.
+# If a sparse checkpoint is loaded into a dense model, torch's error lists the unexpected keys by name. So the key of the format
+# version tells the user which function to call.
 FORMAT_KEY = "lightning_deepr.load_state_dict"
-SHARING_KEY = "pool"  # what a checkpoint records of a tensor that shares its theta with others, beside its connections
-LARGEST_READ = 1 << 30  # bytes; a larger dense weight is not built by reading an attribute
+SHARING_KEY = "pool"  # the checkpoint's record of a tensor that shares its theta with others, beside its connections
+LARGEST_READ = 1 << 30  # bytes; reading an attribute does not build a larger dense weight
 
 
 class Notice:
@@ -41,29 +41,28 @@ class Notice:
             warnings.warn(
                 f"A backward pass reached `{name}`, a converted weight, but no callback rewires it: its connections stay where "
                 "they are, and values may pass through zero and change sign. Use `Trainer(callbacks=[DeepR()])`, or "
-                "`DeepR().attach(net, optimizer)` in a loop of your own.",
+                "`DeepR().attach(net, optimizer)` in your own loop.",
                 stacklevel=3,
             )
 
 
 class Parametrization(nn.Module):
-    """The parametrization of one weight: theta in, the dense-shaped weight out.
+    """The parametrization of one weight: it computes the dense-shaped weight from theta.
 
-    What it keeps about the connections are plain attributes and no buffers: averaging (``AveragedModel(use_buffers=True)``)
-    would turn places into other places, and DDP would broadcast them in each forward. They follow ``.to`` through :meth:`_apply`
-    and are in the module's ``state_dict``.
+    Places and signs are plain attributes, not buffers: averaging (``AveragedModel(use_buffers=True)``) would change the places,
+    and DDP would broadcast them in each forward. They follow ``.to`` through :meth:`_apply`, and the module's ``state_dict``
+    has them.
 
     Args:
-        shape: the weight's shape, N potential connections.
-        index: the tensor's place in the order of conversion.
-        sign_seed: seed of the hashed signs.
-        exceptions: int64 [E], sorted: places whose sign is the opposite of the hash (of a pretrained network).
-        dtype: of theta.
-        notice: shared by the tensors of one conversion.
+        shape: the weight's shape, with N potential connections.
+        index: the tensor's position in the order of conversion.
+        sign_seed: the seed of the hashed signs.
+        exceptions: int64 [E], sorted: the places of a pretrained network whose sign is the opposite of the hash.
+        notice: the warning that all tensors of one conversion share.
     """
 
     tensors: tuple[str, ...] = ("exceptions", "signs")  # attributes that follow ``.to``
-    records: tuple[str, ...] = ()  # attributes in the state_dict, beside those of every kind
+    records: tuple[str, ...] = ()  # attributes in the state_dict, beside those of every parametrization
 
     signs: Tensor  # [K] or the weight's shape
 
@@ -83,9 +82,9 @@ class Parametrization(nn.Module):
         self.sign_seed = sign_seed
         self.exceptions = exceptions
         self.notice = notice or Notice()
-        self.policy = "dense"  # "auto" | "dense" | "sparse": what was asked for
-        self.compute = "dense"  # what came of it
-        self.layer: LayerCompute = DENSE  # how the module computes, and how it gets its own forward back
+        self.policy = "dense"  # "auto" | "dense" | "sparse": the user's choice
+        self.compute = "dense"  # the present choice, "dense" or "sparse"
+        self.layer: LayerCompute = DENSE  # how the module computes, and how its own forward is restored
         self.l1_taken: float | str | None = None
         self.owner: Callable[[], Any] = nobody  # weak reference to the callback at work
         self.copied_from: Callable[[], Any] = nobody
@@ -96,62 +95,62 @@ class Parametrization(nn.Module):
     @property
     @abstractmethod
     def count(self) -> int:
-        """How many connections are active (K)."""
+        """The number of active connections (K)."""
 
     @property
     def wanted(self) -> int:
-        """The number of connections that was asked for."""
+        """The requested number of connections."""
         return self.count
 
     @abstractmethod
     def active(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """The active connections: places (int64, flat indices) and values, copies; never builds a dense tensor of its own."""
+        """Return copies of the active connections: places (int64, flat indices) and values. It builds no dense tensor."""
 
     @abstractmethod
     def dense(self, theta: Tensor) -> Tensor:
-        """The dense-shaped weight, connected to theta's gradient."""
+        """Compute the dense-shaped weight, differentiable in theta."""
 
     def whole(self, theta: Tensor) -> Tensor:
-        """The dense-shaped weight, however large."""
+        """Compute the dense-shaped weight without a limit on its size."""
         return self.dense(theta)
 
     def own(self, theta: Tensor) -> Tensor:
-        """This tensor's part of the parameter: all of it, unless tensors share one."""
+        """Return this tensor's part of the parameter: all of it, unless tensors share one theta."""
         return theta
 
     def shared_with(self) -> list[tuple[Parametrization, str]]:
-        """The tensors that have one theta together, this one included, each with its name; none: theta is this tensor's own."""
+        """List the tensors that share this theta, including this one, each with its name; empty if theta is not shared."""
         return []
 
     @property
     def shares(self) -> list[str]:
-        """The names of the tensors that have one theta together, this one included; none: theta is this tensor's own."""
+        """The names of the tensors that share this theta, including this one; empty if theta is not shared."""
         return [name for _, name in self.shared_with()]
 
     def may_have(self, count: int) -> bool:
-        """Whether a checkpoint that records so many connections of this tensor can fit."""
+        """Whether a checkpoint with this number of connections of the tensor can fit."""
         return count == self.wanted
 
     def uses_sparse(self, x: Tensor, module: nn.Module) -> bool:
-        """Whether this forward pass shall be sparse."""
+        """Whether this forward pass computes sparsely."""
         return False
 
     def hold(self, holder: parametrize.ParametrizationList) -> None:
-        """What holds theta and this; called once both are in place."""
+        """Note the holder of theta and of this parametrization. It is called once both are installed."""
 
     def choose_compute(self, policy: str, capable: bool) -> None:
-        """Take the ``compute`` argument; what is not made of K slots is computed densely."""
+        """Apply the ``compute`` argument. A parametrization without K slots always computes densely."""
 
     def overwritten(self, theta: Tensor) -> bool:
-        """Whether theta holds what no conversion puts there (``reset_parameters`` of an LSTM writes it)."""
+        """Whether theta holds values that no conversion writes (``reset_parameters`` of an LSTM writes them)."""
         return bool((self.own(theta) < 0).any())
 
     def last_birth(self) -> int:
-        """The last step in which a connection was reborn; -1: none was."""
+        """Return the last step that gave birth to a connection; -1 if there was none."""
         return -1
 
     def signs_at(self, places: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The constant sign of each place: the hash, except at the recorded places of a pretrained network."""
+        """Compute the constant sign of each place: the hash, with the opposite sign at the recorded exceptions."""
         signs = signs_of(self.sign_seed, places, dtype or self.signs.dtype)
         if self.exceptions.numel():
             found = torch.searchsorted(self.exceptions, places).clamp_(max=self.exceptions.numel() - 1)
@@ -165,16 +164,17 @@ class Parametrization(nn.Module):
         return weight
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        # ParametrizationList ignores a NotImplementedError while it is constructed, and passes it on at an assignment.
+        # ParametrizationList ignores a NotImplementedError while it is constructed, and raises it at an assignment.
         raise NotImplementedError(
-            f"A converted weight (shape {tuple(self.shape)}, {self.wanted} connections) can't be assigned: expected a layer that "
-            "keeps its connections, found a dense value. Initialize the layer before it is converted, or call "
+            f"A converted weight (shape {tuple(self.shape)}, {self.wanted} connections) can't be assigned: expected a layer "
+            "that keeps its connections, found a dense value. Initialize the layer before it is converted, or call "
             "`lightning_deepr.densify(module)`, assign, and convert again."
         )
 
     # -- re-initialization after conversion -------------------------------------------------------------------------------
-    # `nn.init.xavier_uniform_(layer.weight)` writes into a transient weight and is lost. Between the conversion by a callback
-    # and the start of the fit, where a LightningModule's own `setup` runs, the last weight that was read is kept to see that.
+    # `nn.init.xavier_uniform_(layer.weight)` writes to a transient weight, and the values are lost. To detect this, the last
+    # weight that was read is kept between the conversion by a callback and the start of the fit. A LightningModule's own
+    # `setup` runs then.
 
     def watch(self, watching: bool) -> None:
         self.is_watched, self.watched = watching, None
@@ -184,7 +184,7 @@ class Parametrization(nn.Module):
             self.watched = weight
 
     def was_written(self, theta: Tensor) -> bool:
-        """Whether somebody wrote into the weight that was read last."""
+        """Whether the last weight that was read has been written to."""
         if self.watched is None:
             return False
         with torch.no_grad():
@@ -202,10 +202,10 @@ class Parametrization(nn.Module):
         return self
 
     def moved(self) -> None:
-        """After ``.to``."""
+        """Update after ``.to`` moved the tensors."""
 
     def take_after(self, source: Parametrization, memo: dict[int, Any]) -> None:
-        """What a deep copy has of its source, whatever its kind."""
+        """Copy the common attributes of the source into this deep copy."""
         self.compute, self.l1_taken, self.training = source.compute, source.l1_taken, source.training
         self.policy, self.layer = source.policy, source.layer
         self.copied_from = weakref.ref(source)
@@ -236,9 +236,9 @@ class Parametrization(nn.Module):
         found = [name for name in ("places", "wanted") if name not in self.records and prefix + name in state_dict]
         if missing and found:
             error_msgs.append(
-                f"`{prefix.removesuffix('.0.').replace('parametrizations.', '')}`: expected what {type(self).__name__} records, found "
-                f"a checkpoint of another kind (with `{found[0]}`). Load it into a dense model with "
-                "`lightning_deepr.load_state_dict(module, checkpoint)`, or give the callback that it was trained with."
+                f"`{prefix.removesuffix('.0.').replace('parametrizations.', '')}`: expected what {type(self).__name__} "
+                f"records, found a checkpoint of another kind (with `{found[0]}`). Load it into a dense model with "
+                "`lightning_deepr.load_state_dict(module, checkpoint)`, or give the callback that trained it."
             )
         if missing:
             missing_keys.extend(missing)
@@ -254,14 +254,14 @@ class Parametrization(nn.Module):
         self.exceptions = record["sign_exceptions"].detach().to(self.exceptions.device).clone()
         with torch.no_grad():
             self.take_over(record)
-        self.watch(False)  # what is loaded was trained, perhaps with free signs: theta < 0 is no sign of a re-initialization
+        self.watch(False)  # a loaded theta may have been trained with free signs: theta < 0 does not show a re-initialization
 
     @abstractmethod
     def take_over(self, record: dict[str, Tensor]) -> None:
-        """Load what :attr:`records` names; sign seed and exceptions are loaded already."""
+        """Load the attributes that :attr:`records` names. Sign seed and exceptions are loaded already."""
 
     def _refusal(self, record: dict[str, Tensor]) -> str | None:
-        """Why a recorded connectivity does not fit this tensor, or None."""
+        """Say why a recorded connectivity does not fit this tensor, or return None."""
         version, shape = int(record[FORMAT_KEY]), tuple(record["shape"].tolist())
         if version > FORMAT_VERSION:
             return f"expected format {FORMAT_VERSION} or older, found {version}: update lightning-deepr."
@@ -271,8 +271,8 @@ class Parametrization(nn.Module):
         shared, recorded = bool(self.shares), SHARING_KEY in record
         if shared != recorded:
             return (
-                f"expected {scopes[shared]}, found {scopes[recorded]}: give DeepR or sparsify the scope with which the checkpoint was "
-                'made ("layer" or "global"), or convert as recorded with `lightning_deepr.load_state_dict(module, checkpoint)`.'
+                f"expected {scopes[shared]}, found {scopes[recorded]}: give DeepR or sparsify the scope of the checkpoint "
+                '("layer" or "global"), or convert as recorded with `lightning_deepr.load_state_dict(module, checkpoint)`.'
             )
         return None
 
@@ -281,4 +281,4 @@ class Parametrization(nn.Module):
 
 
 def nobody() -> None:
-    """The owner of what no callback is at work on."""
+    """Return None, as the owner of a tensor on which no callback is at work."""

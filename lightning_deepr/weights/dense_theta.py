@@ -1,8 +1,7 @@
-"""The parametrizations with a theta for every potential connection: dense, where K slots are not.
+"""The parametrizations with a theta for every potential connection. They are dense.
 
-:class:`SoftTheta` is what soft-DEEP R works on: dormant connections have a theta of their own, below 0. :class:`MaskedTheta` is
-an ordinary weight with a mask, for pruning and l1-shrinkage. Both become K slots when they are written by
-:func:`lightning_deepr.save_sparse`.
+:class:`SoftTheta` is for soft-DEEP R: dormant connections have a theta below 0. :class:`MaskedTheta` is an ordinary weight with
+a mask, for pruning and l1-shrinkage. :func:`lightning_deepr.save_sparse` writes both as K slots.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from lightning_deepr.weights.k_slots import KSlots
 
 
 class DenseTheta(Parametrization):
-    """Base of the two: theta has the weight's shape.
+    """Base of both parametrizations: theta has the weight's shape.
 
     Args:
-        shape: the weight's shape, N potential connections.
-        wanted: the number of connections that is asked for (K).
-        index: the tensor's place in the order of conversion.
-        sign_seed: seed of the hashed signs.
-        exceptions: int64 [E], sorted: places whose sign is the opposite of the hash (of a pretrained network).
-        dtype: of theta.
-        notice: shared by the tensors of one conversion.
+        shape: the weight's shape, with N potential connections.
+        wanted: K, the requested number of connections.
+        index: the tensor's position in the order of conversion.
+        sign_seed: the seed of the hashed signs.
+        exceptions: int64 [E], sorted: the places of a pretrained network whose sign is the opposite of the hash.
+        dtype: the dtype of theta.
+        notice: the warning that all tensors of one conversion share.
     """
 
     def __init__(
@@ -47,16 +46,16 @@ class DenseTheta(Parametrization):
     ) -> None:
         super().__init__(shape, index, sign_seed, exceptions, notice)
         self._wanted = wanted
-        self.steps = 0  # that a callback has taken on it
-        # theta is the holder's; a reference to theta itself would be lost in `.to` and in a deep copy
+        self.steps = 0  # number of steps that a callback has taken on the tensor
+        # the holder owns theta; a reference to theta itself would become invalid after `.to` or a deep copy
         self._holder: Callable[[], parametrize.ParametrizationList | None] = lambda: None
 
     def hold(self, holder: parametrize.ParametrizationList) -> None:
-        """Tell where theta is: how many connections are active is a question about its values."""
+        """Keep a reference to the holder of theta: the number of active connections depends on theta's values."""
         self._holder = weakref.ref(holder)
 
     def theta(self) -> Tensor:
-        """theta, detached."""
+        """Return theta, detached."""
         holder = self._holder()
         if holder is None:
             raise RuntimeError("This parametrization belongs to no module any more: copy or keep the module that holds it.")
@@ -75,7 +74,7 @@ class DenseTheta(Parametrization):
 
     @abstractmethod
     def is_active(self, theta: Tensor) -> Tensor:
-        """bool, of the weight's shape."""
+        """Return which connections are active: bool, in the weight's shape."""
 
     @torch.no_grad()
     def active(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,9 +83,9 @@ class DenseTheta(Parametrization):
 
     @torch.no_grad()
     def as_slots(self, theta: Tensor) -> tuple[Tensor, KSlots]:
-        """The active connections as K slots: theta [K] and its :class:`KSlots`.
+        """Return the active connections as K slots: theta [K] and its :class:`KSlots`.
 
-        A tensor in which nothing is active keeps one connection of weight 0: K is at least 1.
+        A tensor without active connections keeps one connection of weight 0: K is at least 1.
         """
         places, values = self.active(theta)
         if places.numel() == 0:
@@ -95,7 +94,7 @@ class DenseTheta(Parametrization):
         hashed = randomness.signs_of(self.sign_seed, places, values.dtype)
         exceptions = places[(own != 0) & (own != hashed)]
         slots = KSlots(self.shape, places, self.index, self.sign_seed, exceptions, values.dtype)
-        slots.born.fill_(self.last_birth())  # a callback goes on counting, and repeats no draws
+        slots.born.fill_(self.last_birth())  # a callback continues the count, and repeats no draws
         return values.abs(), slots
 
     # -- copying, loading, averaging --------------------------------------------------------------------------------------
@@ -104,7 +103,7 @@ class DenseTheta(Parametrization):
         replica.steps = self.steps
         replica.take_after(self, memo)
         copied = memo.get(id(self._holder()))
-        if isinstance(copied, parametrize.ParametrizationList):  # the copy of the module is being made
+        if isinstance(copied, parametrize.ParametrizationList):  # the whole module is being copied
             replica.hold(copied)
 
     def _refusal(self, record: dict[str, Tensor]) -> str | None:
@@ -112,33 +111,37 @@ class DenseTheta(Parametrization):
         if problem is None and int(record["wanted"]) != self.wanted:
             return (
                 f"expected a wanted connectivity of K = {self.wanted} ({self.wanted / self.total:.3%}), found "
-                f"{int(record['wanted'])} ({int(record['wanted']) / self.total:.3%}): give the connectivity with which the "
-                "checkpoint was made, or convert as recorded with `lightning_deepr.load_state_dict(module, checkpoint)`."
+                f"{int(record['wanted'])} ({int(record['wanted']) / self.total:.3%}): give the connectivity of the "
+                "checkpoint, or convert as recorded with `lightning_deepr.load_state_dict(module, checkpoint)`."
             )
         return problem
 
     def align_averages(self) -> None:
-        """Let averages follow: what they must not average over is taken as it is."""
+        """Make averaged copies follow this tensor: they copy the state that must not be averaged."""
         for holder in self.averages:
             average: Any = holder[0]
             average.follow(self, holder.original.detach())
 
     @abstractmethod
     def follow(self, source: Any, average: Tensor) -> None:
-        """Let this one, with its averaged theta, follow the parametrization that it is a copy of. In place."""
+        """Make this averaged copy follow its source, in place.
+
+        Args:
+            source: the parametrization that this one is a copy of.
+            average: the averaged theta.
+        """
 
 
 class SoftTheta(DenseTheta):
-    """soft-DEEP R's: a connection is active where theta >= 0, with the weight s * theta and s its constant sign; else 0.
+    """The parametrization of soft-DEEP R: the weight is s * theta where theta >= 0, else 0; s is the place's constant sign.
 
-    At theta = 0 a connection is active and has a gradient; a dormant one has none.
+    A connection at theta = 0 is active and has a gradient. A dormant connection has no gradient.
 
-    Before its first step under a callback, the theta of the dormant connections is uniform on [-1, 0): what theta_min is depends
-    on the optimizer (its alpha, its learning rate), and they are spread over [theta_min, 0) as soon as it is known.
+    Before the first step under a callback, the theta of dormant connections is uniform on [-1, 0): theta_min depends on the
+    optimizer (alpha, learning rate) and is still unknown. The first step scales them to [theta_min, 0).
 
-    In an averaged copy (``AveragedModel``, Lightning's averaging callbacks) exactly the connections of the network are
-    active: an average covers the values of a connection since it became active last, and where the network is dormant, so is
-    its average.
+    An averaged copy (``AveragedModel``, Lightning's averaging callbacks) has exactly the network's active connections. An
+    average covers the values of a connection since it last became active.
     """
 
     tensors = ("exceptions", "signs")
@@ -156,8 +159,8 @@ class SoftTheta(DenseTheta):
     ) -> None:
         super().__init__(shape, wanted, index, sign_seed, exceptions, dtype, notice)
         self.signs = self.all_signs(dtype)  # the weight's shape
-        self.theta_min: Any = math.nan  # of the last step that had one; nan: not known yet
-        self.before: Tensor | None = None  # theta before the optimizer's step, for the length of that step
+        self.theta_min: Any = math.nan  # the last step's theta_min; nan: still unknown
+        self.before: Tensor | None = None  # theta before the optimizer's step, used during that step
 
     def all_signs(self, dtype: torch.dtype) -> Tensor:
         places = torch.arange(self.total, device=self.exceptions.device)
@@ -167,7 +170,8 @@ class SoftTheta(DenseTheta):
         return theta >= 0
 
     def dense(self, theta: Tensor) -> Tensor:
-        # neither relu nor clamp: at 0 a connection is active and has a gradient. (where would do, and takes twice as long.)
+        # neither relu nor clamp: at 0 a connection is active and has a gradient. (torch.where is also right, and twice as
+        # slow.)
         return theta * (theta.detach() >= 0).to(theta.dtype).mul_(self.signs)
 
     def overwritten(self, theta: Tensor) -> bool:
@@ -205,10 +209,10 @@ class SoftTheta(DenseTheta):
 
 
 class MaskedTheta(DenseTheta):
-    """A dense weight with a mask: theta is the signed weight, and 0 is read where the mask does not allow a connection.
+    """A dense weight with a mask: theta is the signed weight, and the weight is 0 outside the mask.
 
-    Until the mask is ``fixed`` the connections are the weights that are not 0; from then on they are what the mask allows.
-    An averaged copy has the network's mask; where l1-shrinkage has a weight at 0, its average starts anew.
+    Before the mask is ``fixed``, the connections are the weights that are not 0. Afterwards they are the places of the mask.
+    An averaged copy has the network's mask. If l1-shrinkage sets a weight to 0, its average restarts at 0.
     """
 
     tensors = ("exceptions", "signs", "mask")
@@ -225,7 +229,7 @@ class MaskedTheta(DenseTheta):
         notice: Notice | None = None,
     ) -> None:
         super().__init__(shape, wanted, index, sign_seed, exceptions, dtype, notice)
-        self.signs = torch.empty(0, dtype=dtype, device=exceptions.device)  # free: theta has them
+        self.signs = torch.empty(0, dtype=dtype, device=exceptions.device)  # free signs: theta has them
         self.mask = torch.ones(self.shape, dtype=torch.bool, device=exceptions.device)
         self.fixed = False
 
@@ -233,15 +237,20 @@ class MaskedTheta(DenseTheta):
         return self.mask.clone() if self.fixed else self.mask & (theta != 0)
 
     def dense(self, theta: Tensor) -> Tensor:
-        # as long as nothing is masked the weight is theta
+        # while nothing is masked, the weight is theta
         return torch.where(self.mask, theta, 0.0) if self.fixed else theta.view_as(theta)
 
     def overwritten(self, theta: Tensor) -> bool:
-        return False  # theta is the weight: who writes it writes the weight
+        return False  # theta is the weight, so any value is valid
 
     @torch.no_grad()
     def keep(self, mask: Tensor, theta: Tensor) -> None:
-        """From now on only these connections (of those that are allowed) can be active."""
+        """Restrict the mask to these connections, and set theta to 0 elsewhere.
+
+        Args:
+            mask: bool, in the weight's shape: the connections that may stay active.
+            theta: the tensor's theta, detached; written in place.
+        """
         self.mask &= mask
         self.fixed = True
         theta.masked_fill_(~self.mask, 0.0)
@@ -268,9 +277,3 @@ class MaskedTheta(DenseTheta):
         self.mask.copy_(source.mask)
         self.fixed, self.steps = source.fixed, source.steps
         average.masked_fill_(source.theta().to(average) == 0, 0.0)
-
-
-# -- the start --------------------------------------------------------------------------------------------------------------
-
-
-# -- what a checkpoint records ----------------------------------------------------------------------------------------------

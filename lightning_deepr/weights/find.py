@@ -24,7 +24,7 @@ class Converted(NamedTuple):
 
     @property
     def theta(self) -> nn.Parameter:
-        # (looked up directly: it is asked for several times in every step)
+        # looked up directly for speed: every step reads it several times
         return self.holder._parameters["original"]  # type: ignore[return-value]
 
     @property
@@ -33,7 +33,7 @@ class Converted(NamedTuple):
 
 
 def slots_of(module: nn.Module, tensor_name: str) -> Any:
-    """The parametrization of a module's own tensor (KSlots, nearly always), or None where it is not converted."""
+    """Return the parametrization of a module's own tensor (nearly always KSlots), or None if it is not converted."""
     if not parametrize.is_parametrized(module, tensor_name):
         return None
     first = module.parametrizations[tensor_name][0]  # type: ignore[index, union-attr]
@@ -41,7 +41,11 @@ def slots_of(module: nn.Module, tensor_name: str) -> Any:
 
 
 def converted_tensors(module: nn.Module) -> Iterator[Converted]:
-    """All converted tensors of a module, in the order in which they were converted."""
+    """Iterate over the converted tensors of a module, in the order of conversion.
+
+    Args:
+        module: the network to search.
+    """
     found = []
     for prefix, submodule in module.named_modules():
         if parametrize.is_parametrized(submodule):
@@ -53,6 +57,6 @@ def converted_tensors(module: nn.Module) -> Iterator[Converted]:
 
 
 def plain_name(prefix: str, tensor_name: str) -> str:
-    """A tensor's name without what compilers, Fabric and DDP wrap around a module."""
+    """Return a tensor's name without the prefixes of the wrappers that compilers, Fabric and DDP put around a module."""
     wrappers = {"_orig_mod", "_forward_module", "_original_module", ""}
     return ".".join([part for part in prefix.split(".") if part not in wrappers] + [tensor_name])

@@ -1,4 +1,4 @@
-"""Putting a parametrization in the place of a weight, and taking it out again."""
+"""Replace a weight by a parametrization, and undo that."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ from lightning_deepr.weights.find import Converted, slots_of
 
 
 def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametrization, name: str) -> None:
-    """Replace a weight by K slots. theta becomes a *new* parameter: an optimizer that holds the old one is found out.
+    """Replace a weight by a parametrization.
 
-    ``slots.layer`` says what the module's forward becomes; :func:`remove` asks it to give the old one back.
+    theta is a *new* parameter. This makes an optimizer with the old parameter detectable.
+    ``slots.layer`` replaces the module's forward if needed; :func:`remove` calls it to restore the old one.
+
+    Args:
+        module: the layer.
+        tensor_name: the name of the weight in the layer.
+        theta: the values of the new parameter.
+        slots: the parametrization.
+        name: the weight's name in the network, for a warning.
     """
     watch_for_averaged_models()
     _own_class(module)
@@ -24,7 +32,8 @@ def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametri
     requires_grad = True if old is None else old.requires_grad
     parameter = nn.Parameter(theta, requires_grad=requires_grad)
     module._parameters[tensor_name] = parameter
-    # unsafe: torch checks dtype and shape by building the weight, which a layer too large to be dense could not afford
+    # unsafe=True: torch would otherwise build the weight to check dtype and shape, and a very large layer has no memory for
+    # that
     parametrize.register_parametrization(module, tensor_name, slots, unsafe=True)
     slots.layer.take_over(module, tensor_name)
     type(module).register_parameter = _register_parameter  # type: ignore[method-assign]
@@ -32,7 +41,7 @@ def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametri
 
 
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-    """``layer.weight = nn.Parameter(...)`` is answered as the assignment of a tensor is, not by torch's KeyError."""
+    """Raise the same error for ``layer.weight = nn.Parameter(...)`` as for the assignment of a tensor, not torch's KeyError."""
     slots = slots_of(self, name)
     if slots is not None and param is not None:
         slots.right_inverse(param)
@@ -40,7 +49,7 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
 
 
 def remove(converted: Converted) -> None:
-    """Turn a converted weight back into an ordinary dense parameter, with zeros where nothing is connected."""
+    """Turn a converted weight back into an ordinary dense parameter, with zeros at dormant places."""
     with torch.no_grad():
         weight = converted.slots.whole(converted.theta.detach())
     requires_grad = converted.theta.requires_grad
@@ -51,10 +60,10 @@ def remove(converted: Converted) -> None:
 
 
 def _own_class(module: nn.Module) -> None:
-    """Give a parametrized module a class of its own.
+    """Give a parametrized module its own class.
 
-    torch makes a class per parametrized module and puts the converted tensors' properties there, but a deep copy shares it:
-    converting or densifying the copy would change the original as well.
+    torch makes a class per parametrized module, and this class has the properties of the converted tensors. A deep copy shares
+    the class, so converting or densifying the copy would also change the original.
     """
     if parametrize.is_parametrized(module):
         shared = type(module)
@@ -63,6 +72,7 @@ def _own_class(module: nn.Module) -> None:
 
 
 def warn_if_nobody_rewires(theta: nn.Parameter, slots: Parametrization, name: str) -> None:
+    """Register a hook that warns when a backward pass reaches theta and no callback is at work on it."""
     slots_ref, theta_ref = weakref.ref(slots), weakref.ref(theta)
 
     def after_accumulation(_: Tensor) -> None:
@@ -71,6 +81,6 @@ def warn_if_nobody_rewires(theta: nn.Parameter, slots: Parametrization, name: st
             slots.notice.untrained(name)
 
     trainable = theta.requires_grad
-    theta.requires_grad_(True)  # torch wants this for a hook; a frozen theta may be unfrozen later
+    theta.requires_grad_(True)  # torch requires this to register a hook; a frozen theta may be unfrozen later
     theta.register_post_accumulate_grad_hook(after_accumulation)
     theta.requires_grad_(trainable)

@@ -1,8 +1,8 @@
-"""The K-slot parametrization: what a converted weight consists of.
+"""The K-slot parametrization of a converted weight.
 
-``torch.nn.utils.parametrize`` keeps the parameter, theta, under ``<module>.parametrizations.<tensor>.original``; here it is a
-vector of K slots, and so are its gradient, its optimizer state and its share of a checkpoint. :class:`KSlots` sits beside
-it and knows where each slot's connection is (``places``) and what sign it has (``signs``).
+``torch.nn.utils.parametrize`` keeps the parameter, theta, under ``<module>.parametrizations.<tensor>.original``. Here theta is
+a vector of K slots. Its gradient, its optimizer state and its part of a checkpoint have size K, too. :class:`KSlots` has the
+place (``places``) and the sign (``signs``) of each slot's connection.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ _told: set[str] = set()
 
 
 class KSlots(Parametrization):
-    """theta of K slots in, the dense-shaped weight out.
+    """The parametrization that computes the dense-shaped weight from a theta of K slots.
+
+    It keeps K places and K signs. It keeps no tensor of size N.
 
     Args:
-        shape: the weight's shape, N potential connections.
+        shape: the weight's shape, with N potential connections.
         places: int64 [K], unique, 0 <= place < N.
-        index: the tensor's place in the order of conversion.
-        sign_seed: seed of the hashed signs.
-        exceptions: int64 [E], sorted: places whose sign is the opposite of the hash (of a pretrained network).
-        dtype: of theta.
-        notice: shared by the tensors of one conversion.
+        index: the tensor's position in the order of conversion.
+        sign_seed: the seed of the hashed signs.
+        exceptions: int64 [E], sorted: the places of a pretrained network whose sign is the opposite of the hash.
+        dtype: the dtype of theta.
+        notice: the warning that all tensors of one conversion share.
     """
 
     tensors = ("places", "born", "signs", "exceptions")
@@ -56,14 +58,14 @@ class KSlots(Parametrization):
         self.born = torch.full_like(self.places, -1)
         self.signs = self.signs_at(self.places, dtype)
         self.order: Order | None = None  # made when sparse compute needs it, and kept up to date
-        # the last question of uses_sparse: nearly always the next one, too
+        # the cached decision of uses_sparse, with the input size and the device that it is for
         self._asked_size, self._asked_device, self._asked = -1, torch.device("cpu"), False
-        # given the dense weight's gradient, where an algorithm wants to see it (RigL, in the steps in which it rewires)
+        # receives the dense weight's gradient if a method needs it (RigL does in the steps that rewire)
         self.on_dense_gradient: Callable[[Tensor], None] | None = None
 
     @property
     def count(self) -> int:
-        """K."""
+        """K, the number of connections."""
         return self.places.numel()
 
     def last_birth(self) -> int:
@@ -82,10 +84,10 @@ class KSlots(Parametrization):
         return self.weight_of(self.own(theta))
 
     def weight_of(self, part: Tensor) -> Tensor:
-        """The dense-shaped weight from this tensor's own theta [K].
+        """Compute the dense-shaped weight from this tensor's own theta [K].
 
         Raises:
-            RuntimeError: it would take more than 1 GiB.
+            RuntimeError: the weight would take more than 1 GiB.
         """
         if not torch.compiler.is_dynamo_compiling() and self.total * part.element_size() > LARGEST_READ:
             raise RuntimeError(
@@ -103,24 +105,24 @@ class KSlots(Parametrization):
     # -- sparse compute ---------------------------------------------------------------------------------------------------
 
     def choose_compute(self, policy: str, capable: bool) -> None:
-        """Take the ``compute`` argument for this tensor.
+        """Apply the ``compute`` argument to this tensor.
 
         Args:
             policy: "auto" | "dense" | "sparse".
-            capable: whether sparse compute may take this tensor.
+            capable: whether sparse compute supports this tensor.
         """
         self.policy = policy if capable else "dense"
         self._asked_size = -1
         sparse = self.policy == "sparse" or (self.policy == "auto" and kernels.available() and self.layer.guess(self))
         if self.policy == "auto" and self.total * self.signs.element_size() > LARGEST_READ:
-            sparse = True  # there is no other way
+            sparse = True  # the dense weight is too large
             self.policy = "sparse"
         self.compute = "sparse" if sparse else "dense"
         if sparse and self.places.device.type == "cpu" and self.signs.dtype in _KERNEL_TYPES and kernels.available():
             self.refresh_order()
 
     def uses_sparse(self, x: Tensor, module: nn.Module) -> bool:
-        """Whether this forward pass shall be sparse.
+        """Whether this forward pass computes sparsely.
 
         Args:
             x: the layer's input; under ``compute="auto"`` its size decides.
@@ -138,23 +140,24 @@ class KSlots(Parametrization):
         return chosen
 
     def has_kernel(self, theta: Tensor) -> bool:
-        """Whether a compiled kernel can compute with this theta; says once on which device or dtype it can't."""
+        """Whether a compiled kernel can compute with this theta. It warns once per device and dtype without a kernel."""
         if torch.compiler.is_dynamo_compiling():
-            return self.order is not None  # made when the tensor was converted, loaded or moved
+            return self.order is not None  # conversion, loading and moving make the order
         if theta.device.type == "cpu" and theta.dtype in _KERNEL_TYPES and kernels.available():
             return True
         kind = f"{theta.device.type}, {theta.dtype}"
         if kind not in _told:
             _told.add(kind)
             warnings.warn(
-                f"Sparse compute has no kernel for {kind}: it runs in plain PyTorch, which is slower. Kernels are there for float32 and "
-                'float64 on the CPU, where numba can be imported, and for CUDA, where Triton can. compute="dense" is the alternative.',
+                f"Sparse compute has no kernel for {kind}: it runs in plain PyTorch, which is slower. Kernels exist for "
+                "float32 and float64 on the CPU if numba can be imported, and for CUDA if Triton can be imported. "
+                'compute="dense" is the alternative.',
                 stacklevel=4,
             )
         return False
 
     def ordered(self) -> Order:
-        """The connections by row and by column, up to date."""
+        """Return the up-to-date order of the connections by row and by column."""
         order = self.order
         if torch.compiler.is_dynamo_compiling():
             assert order is not None
@@ -168,7 +171,7 @@ class KSlots(Parametrization):
         self._asked_size = -1
 
     def refresh_order(self) -> Order:
-        """Put the connections in order anew; the buffer stays the same while K does, for compiled graphs that hold it."""
+        """Rebuild the order of the connections. If K is the same, reuse the buffer, which compiled graphs may hold."""
         if self.order is None or self.order.count != self.count:
             self.order = Order(self.places, self.signs, self.shape)
         else:
@@ -176,7 +179,7 @@ class KSlots(Parametrization):
         return self.order
 
     def places_changed(self) -> None:
-        """After somebody wrote places: what is kept about them follows (a compiled graph could not look)."""
+        """Rebuild the order after a change of places. (A compiled graph cannot detect the change.)"""
         if self.order is not None:
             self.refresh_order()
 
@@ -191,13 +194,13 @@ class KSlots(Parametrization):
         least: int = 0,
         signed: bool = False,
     ) -> str | None:
-        """What is not as it has to be after every step, or None.
+        """Describe the first violated invariant of a step, or return None.
 
         Args:
             theta: the parameter, detached.
             born: int64, the slots of this tensor that were reborn in this step.
-            states: name, tensor and starting value of each tensor of theta's shape in the optimizer's state.
-            least: how many connections this tensor has to have, if it can; K slots of its own are always as many.
+            states: the name, tensor and starting value of each tensor of theta's shape in the optimizer's state.
+            least: the least number of connections of a layer that shares its theta; unshared slots ignore it.
             signed: whether theta may be negative.
         """
         mine, places = self.own(theta), self.places
@@ -254,12 +257,12 @@ class KSlots(Parametrization):
         return None
 
     def _count_refusal(self, record: dict[str, Tensor]) -> str | None:
-        """Why a recorded number of connections does not fit, or None."""
+        """Say why a recorded number of connections does not fit, or return None."""
         count = record["places"].numel()
         if count == self.count:
             return None
         return (
             f"expected K = {self.count} connections ({self.count / self.total:.3%}), found {count} "
-            f"({count / self.total:.3%}): give the connectivity with which the checkpoint was made, or convert as "
+            f"({count / self.total:.3%}): give the connectivity of the checkpoint, or convert as "
             "recorded with `lightning_deepr.load_state_dict(module, checkpoint)`."
         )

@@ -1,8 +1,8 @@
-"""One K for a whole network: layers that share one theta, in which connections move from layer to layer.
+"""One K for a whole network: the layers share one theta, and connections move from layer to layer.
 
-theta is one parameter of K slots, sorted by layer, and is registered with every layer (``<layer>.parametrizations.<tensor>.original``
-is the same object everywhere): an optimizer has one parameter, whose identity and shape never change. Each layer has
-:class:`SharedSlots` with places, signs and births of its own, and asks the :class:`Pool` for its piece of theta.
+theta is one parameter of K slots, sorted by layer. Every layer registers it (``<layer>.parametrizations.<tensor>.original`` is
+the same object everywhere), so an optimizer has one parameter, and its identity and shape never change. Each layer has
+:class:`SharedSlots` with its own places, signs and births, and gets its piece of theta from the :class:`Pool`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from lightning_deepr.algorithm.shared_rewiring import Geometry
 from lightning_deepr.weights.base import SHARING_KEY, Parametrization
 from lightning_deepr.weights.k_slots import KSlots
 
-State = tuple[Tensor, float]  # a state tensor of theta's shape, and what the optimizer starts it with
+State = tuple[Tensor, float]  # a state tensor of theta's shape, and the value with which the optimizer starts it
 
 
 class Tally(NamedTuple):
-    """What a step did to each layer."""
+    """The numbers of births and deaths of each layer in one step."""
 
     births: list[int]
     deaths: list[int]
@@ -32,22 +32,22 @@ class Tally(NamedTuple):
 
 
 class SharedSlots(KSlots):
-    """K slots that are a part of a larger theta. How many they are changes from step to step; the theta's length never does.
+    """The slots of one layer in a shared theta. Their number changes from step to step; the length of theta never does.
 
     :func:`lightning_deepr.conversion.sharing.join` makes them from the K slots of each layer.
     """
 
-    pool: Pool  # of the layers that share the theta
-    position: int  # in the pool
-    budget: int  # with how many connections this layer started: N_l * p_l
+    pool: Pool  # the pool of the layers that share the theta
+    position: int  # the layer's position in the pool
+    budget: int  # the layer's number of connections at the start: N_l * p_l
 
     @classmethod
     def of(cls, slots: KSlots) -> SharedSlots:
-        """The same slots, ready to be a member of a :class:`Pool`. ``slots`` itself is of no use afterwards."""
+        """Make a member of a :class:`Pool` from the slots of a layer. Do not use ``slots`` afterwards."""
         if isinstance(slots, SharedSlots):
             return slots
         shared = cls.__new__(cls)
-        vars(shared).update(vars(slots))  # all that is known of them: births, order, owner, averages, hooks, ...
+        vars(shared).update(vars(slots))  # all attributes: births, order, owner, averages, hooks, ...
         shared.budget = slots.count
         return shared
 
@@ -56,11 +56,11 @@ class SharedSlots(KSlots):
 
     @property
     def wanted(self) -> int:
-        """The number of connections that stays: K of all the layers."""
+        """The constant number of connections: K of all layers together."""
         return self.pool.count
 
     def may_have(self, count: int) -> bool:
-        return True  # it is the total that has to fit, which loading checks
+        return True  # only the total has to fit, and loading checks it
 
     def own(self, theta: Tensor) -> Tensor:
         return self.pool.piece(theta, self)
@@ -95,7 +95,7 @@ class SharedSlots(KSlots):
         destination[prefix + SHARING_KEY] = self.pool.record(self.position)
 
     def take_over(self, record: dict[str, Tensor]) -> None:
-        # new tensors: this layer may have another number of connections now
+        # new tensors: the layer's number of connections may have changed
         self.places = record["places"].detach().to(self.places.device, copy=True)
         self.born = record["born"].detach().to(self.born.device, copy=True)
         self.signs = self.signs_at(self.places)
@@ -108,12 +108,12 @@ class SharedSlots(KSlots):
 
 
 class Pool:
-    """What the layers of one theta have in common.
+    """The layers that share one theta.
 
     Args:
-        members: the layers, in the order of their pieces.
-        names: of the layers, for messages.
-        number: tells the pools of one network apart in a checkpoint.
+        members: the layers, in the order of their pieces of theta.
+        names: the names of the layers, for messages.
+        number: the pool's number, which identifies it in a checkpoint if a network has several pools.
     """
 
     def __init__(self, members: Sequence[SharedSlots], names: Sequence[str], number: int) -> None:
@@ -125,23 +125,23 @@ class Pool:
         self._reset()
 
     def _reset(self) -> None:
-        self._unloaded: set[int] = set()  # layers that a checkpoint, which is being loaded, has yet to say something about
-        self._changes = 0  # of the counts
+        self._unloaded: set[int] = set()  # the layers that a checkpoint has not loaded yet, while it is being loaded
+        self._changes = 0  # number of changes of the counts
         self._pieces: tuple[Any, ...] | None = None
         self._geometry: tuple[Any, Geometry] | None = None
 
     @property
     def budgets(self) -> list[int]:
-        """With how many connections each layer started, by which "budget" chooses the layer of a newborn."""
+        """The number of connections of each layer at the start. The rule "budget" chooses a newborn's layer by it."""
         return [member.budget for member in self.members]
 
     # -- pieces of theta --------------------------------------------------------------------------------------------------
 
     def piece(self, theta: Tensor, member: SharedSlots) -> Tensor:
-        """A layer's part of theta, a view.
+        """Return a layer's part of theta, a view.
 
-        One ``split`` serves all layers, so that the backward pass puts theta's gradient together once, in O(K). It is made anew
-        after every step and whenever theta is not what it was.
+        One ``split`` serves all layers, so the backward pass assembles theta's gradient once, in O(K). The split is repeated
+        after every step and whenever theta has changed.
         """
         position = member.position
         if torch.compiler.is_dynamo_compiling():
@@ -167,14 +167,14 @@ class Pool:
         if theta.numel() != sum(self.counts):
             missing = ", ".join(f"`{self.names[i]}`" for i in sorted(self._unloaded))
             raise RuntimeError(
-                f"These layers share one theta: expected {sum(self.counts)} slots for {', '.join(self.names)}, found {theta.numel()}."
-                + (f" A checkpoint was loaded in part: load {missing}, too." if missing else "")
+                f"These layers share one theta: expected {sum(self.counts)} slots for {', '.join(self.names)}, found "
+                f"{theta.numel()}." + (f" A checkpoint was loaded in part: load {missing}, too." if missing else "")
             )
 
-    # -- what is kept about all slots -------------------------------------------------------------------------------------
+    # -- the records of all slots -----------------------------------------------------------------------------------------
 
     def whole(self, name: str) -> Tensor:
-        """ "places", "signs" or "born" of all layers, end to end."""
+        """Concatenate an attribute of all layers: "places", "signs" or "born"."""
         return torch.cat([getattr(member, name) for member in self.members])
 
     def geometry(self) -> Geometry:
@@ -186,7 +186,7 @@ class Pool:
 
     def put(self, places: Tensor, signs: Tensor, born: Tensor, counts: Sequence[int]) -> None:
         """Give each layer its part of new places, signs and births."""
-        # a backward pass through the connections of before would be wrong, dense or sparse: autograd refuses it
+        # a later backward pass through the old connections would be wrong, dense or sparse: make autograd refuse it
         old = [member.places for member in self.members]
         old += [member.order.buffer for member in self.members if member.order is not None]
         torch.autograd.graph.increment_version([tensor for tensor in old if not tensor.is_inference()])
@@ -194,26 +194,34 @@ class Pool:
         self._changes += 1
         parts = places.split(self.counts), signs.split(self.counts), born.split(self.counts)
         for member, *part in zip(self.members, *parts, strict=True):
-            vars(member).update(zip(("places", "signs", "born"), part, strict=True))  # (a module's setattr is slow)
+            vars(member).update(zip(("places", "signs", "born"), part, strict=True))  # a module's setattr is slow
             member.places_changed()
-            member.ask_again()  # dense or sparse: it must not depend on what was, lest a resume be inexact
+            member.ask_again()  # the dense/sparse decision must not depend on earlier counts: a resume would be inexact
 
     # -- one step ---------------------------------------------------------------------------------------------------------
 
     def rewire(
-        self, theta: Tensor, grad: Tensor | None, states: Iterable[State], *, rule: str, least: int, newborn_since: int, seed: int,
+        self,
+        theta: Tensor,
+        grad: Tensor | None,
+        states: Iterable[State],
+        *,
+        rule: str,
+        least: int,
+        newborn_since: int,
+        seed: int,
         step: int,
-    ) -> Tally | None:  # fmt: skip
-        """After L1 and noise: what is below 0 goes dormant, as many connections are born, everything else moves up. In place.
+    ) -> Tally | None:
+        """Rewire in place after L1 and noise: drop connections with theta < 0, create as many, and move the survivors' slots.
 
         Args:
             theta: [K], detached.
-            grad: its gradient; a newborn's is 0.
-            states: the optimizer's.
+            grad: theta's gradient; newborns get 0.
+            states: the optimizer's state tensors with their starting values.
             rule, least, newborn_since, seed, step: see :func:`lightning_deepr.algorithm.shared_rewiring.plan`.
 
         Returns:
-            None where nothing has gone dormant.
+            the numbers of each layer, or None if no connection has gone dormant.
         """
         self.settle()
         averages = [(pool, value) for pool, value in self._averages() if pool.count == self.count]
@@ -273,26 +281,26 @@ class Pool:
     # -- loading ----------------------------------------------------------------------------------------------------------
 
     def record(self, position: int) -> Tensor:
-        """What a checkpoint says about a layer beside its connections."""
+        """Return the checkpoint's record of a layer, beside its connections."""
         return torch.tensor([self.number, position, len(self.members), self.count, self.members[position].budget])
 
     def refusal(self, member: SharedSlots, record: Tensor) -> str | None:
-        """Why a layer's recorded place in a pool does not fit, or None."""
+        """Say why a layer's recorded position in a pool does not fit, or return None."""
         _, position, layers, count, _ = record.tolist()
         if count != self.count:
             return (
-                f"expected K = {self.count} connections in all, found {count}: give the connectivity with which the checkpoint was "
-                "made, or convert as recorded with `lightning_deepr.load_state_dict(module, checkpoint)`."
+                f"expected K = {self.count} connections in all, found {count}: give the connectivity of the checkpoint, "
+                "or convert as recorded with `lightning_deepr.load_state_dict(module, checkpoint)`."
             )
         if (position, layers) != (member.position, len(self.members)):
             return (
-                f"expected layer {member.position + 1} of {len(self.members)} that share one K ({', '.join(self.names)}), found layer "
-                f"{position + 1} of {layers}: convert the same layers as in the run that wrote the checkpoint."
+                f"expected layer {member.position + 1} of {len(self.members)} that share one K ({', '.join(self.names)}), "
+                f"found layer {position + 1} of {layers}: convert the same layers as in the run that wrote the checkpoint."
             )
         return None
 
     def loaded(self, member: SharedSlots, record: Tensor) -> None:
-        """A layer has been given other connections: its count may be another, too."""
+        """Note that a layer has loaded other connections. Its count may have changed."""
         if not self._unloaded:
             self._unloaded = set(range(len(self.members)))
         self._unloaded.discard(member.position)
@@ -304,7 +312,7 @@ class Pool:
             self._realign_averages()
 
     def settle(self) -> None:
-        """Training goes on: what has not been loaded by now stays as it is."""
+        """End a partial load when training continues: layers that were not loaded keep their connections."""
         if self._unloaded:
             self._unloaded = set()
             self._realign_averages()
@@ -312,7 +320,7 @@ class Pool:
     # -- averages ---------------------------------------------------------------------------------------------------------
 
     def _averages(self) -> list[tuple[Pool, Tensor]]:
-        """The pools of averaged copies (see :func:`lightning_deepr.weights.averages.follow`), each with its theta."""
+        """List the pools of averaged copies (see :func:`lightning_deepr.weights.averages.follow`), each with its theta."""
         found: dict[int, tuple[Pool, Tensor]] = {}
         for member in self.members:
             for holder in member.averages:
@@ -322,7 +330,7 @@ class Pool:
         return list(found.values())
 
     def _take(self, other: Pool) -> None:
-        """Have the same connections as another pool."""
+        """Copy the connections of another pool."""
         first = self.members[0]
         self.put(
             other.whole("places").to(first.places.device, copy=True),
@@ -332,7 +340,7 @@ class Pool:
         )
 
     def _realign_averages(self) -> None:
-        """After other connections were loaded: the average of a place that it does not have starts anew."""
+        """Align averages with loaded connections: the average of a place that it did not have restarts at 0."""
         for average, theta in self._averages():
             device = theta.device
             sizes = [member.total for member in self.members]

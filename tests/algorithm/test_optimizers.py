@@ -1,5 +1,7 @@
-"""With any optimizer: a reborn slot has the state that the optimizer starts with, the others keep theirs, and L1 and noise take
-the plain learning rate of theta's parameter group."""
+"""Any optimizer works: a reborn slot gets the optimizer's starting state, and the other slots keep theirs.
+
+L1 and noise use the plain learning rate of theta's parameter group.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from tests.helpers.trainer import trainer
 
 
 class Odd(optim.Optimizer):
-    """Takes a dict and a required keyword; its K-shaped ``level`` starts at ``start``, in ``step``, and decays from there."""
+    """An optimizer with a dict and a required keyword. ``step`` starts its K-shaped ``level`` at ``start`` and decays it."""
 
     def __init__(self, named: dict[str, nn.Parameter], *, rate: float, start: float = 1.0) -> None:
         self.start = start
@@ -45,7 +47,7 @@ class Odd(optim.Optimizer):
 
 
 class Hidden(Odd):
-    """An ordinary constructor, but what its state starts with is in no parameter group."""
+    """An optimizer with an ordinary constructor whose starting value is in no parameter group."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 0.1, start: float = 1.0) -> None:
         super().__init__(dict(enumerate(params)), rate=lr, start=start)  # type: ignore[arg-type]
@@ -54,7 +56,7 @@ class Hidden(Odd):
 @dataclass
 class Case:
     make: Callable[[Named], optim.Optimizer]
-    starts: dict[str, float] = field(default_factory=dict)  # of the state's tensors, by name; 0 where nothing is said
+    starts: dict[str, float] = field(default_factory=dict)  # the starting value of each state tensor, by name; the default is 0
     alpha: float = 0.05
 
 
@@ -98,7 +100,7 @@ EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 STEPS = 50
 
 
-# -- the state of the reborn --------------------------------------------------------------------------------------------------
+# -- the state of reborn slots -- ---------------------------------------------------------------------------------------------
 
 
 @EVERY_CASE
@@ -133,12 +135,12 @@ def test_the_reborn_start_anew_and_the_others_go_on(case: Case) -> None:
                 if reborn is not None and value.shape == p.shape:
                     wanted[reborn] = case.starts.get(name, 0.0)
                 assert torch.equal(value, wanted), name
-    assert reborn_total > STEPS and survived_total > STEPS, "too few rebirths or survivors to have tested anything"
+    assert reborn_total > STEPS and survived_total > STEPS, "too few rebirths or survivors: nothing was tested"
 
 
 @pytest.mark.filterwarnings("ignore:A backward pass reached")
 def test_every_name_in_the_table_exists() -> None:
-    """The expectation of a state that no optimizer has would test nothing."""
+    """Every expected state exists in the optimizer; an unknown name would test nothing."""
     for case_ in CASES.values():
         net = mlp()
         optimizer = case_.make(net.named_parameters())
@@ -149,7 +151,7 @@ def test_every_name_in_the_table_exists() -> None:
 
 @EVERY_CASE
 def test_a_single_connection(case: Case) -> None:
-    """K = 1: theta has one element, and so do some states that are no state of a slot."""
+    """K = 1: theta has one element, and so do some state tensors that do not belong to a slot."""
     net = mlp({"0": 2, "2.weight": 0.01})
     assert thetas(net)[1].shape == (1,)
     optimizer = case.make(net.named_parameters())
@@ -162,7 +164,7 @@ def test_a_single_connection(case: Case) -> None:
 
 
 def test_the_state_of_an_optimizer_that_is_gone_is_not_taken_for_another() -> None:
-    """A new optimizer often lies where the old one lay."""
+    """A new optimizer often has the id of a deleted one."""
     starting, theta, seen = StartingState(), nn.Parameter(torch.ones(4)), set()
     for i in range(20):
         initial = 0.5 + i
@@ -173,11 +175,11 @@ def test_the_state_of_an_optimizer_that_is_gone_is_not_taken_for_another() -> No
         assert optimizer.state[theta]["sum"].tolist() == [initial + 1, initial, initial + 1, initial]
         seen.add(id(optimizer))
         del optimizer
-    assert len(seen) < 20, "no two lay at one place: nothing was tested"
+    assert len(seen) < 20, "no id was reused: nothing was tested"
 
 
 def test_finding_the_start_leaves_the_optimizer_alone() -> None:
-    """A second optimizer takes a step to show its start: no hook fires, and neither state nor groups of the first change."""
+    """A second optimizer takes a step to show its start: no hook fires, and the first one's state and groups do not change."""
     theta, fired = nn.Parameter(torch.ones(4)), []
     for optimizer in (
         Odd({"theta": theta}, rate=0.1, start=3.0),
@@ -204,7 +206,7 @@ def test_finding_the_start_leaves_the_optimizer_alone() -> None:
 
 
 def test_a_step_size_starts_at_the_initial_learning_rate() -> None:
-    """Rprop's, whenever a connection is reborn and whatever the scheduler has made of the learning rate since."""
+    """Rprop's step size starts at the initial learning rate at any rebirth, under any scheduler."""
     net = mlp()
     optimizer = optim.Rprop(net.parameters(), lr=0.02)
     scheduler = optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -232,7 +234,7 @@ def one_cycle(optimizer: optim.Optimizer) -> Any:
 @pytest.mark.parametrize("schedule", [lambda_lr, one_cycle])
 @pytest.mark.parametrize("name", ["sgd nesterov", "adam", "adamw fused", "rmsprop momentum centered"])
 def test_l1_and_noise_take_the_groups_learning_rate(name: str, schedule: Callable[[optim.Optimizer], Any]) -> None:
-    """A group per layer with a learning rate of its own, and a scheduler over both."""
+    """Each layer has a group with its own learning rate, and one scheduler changes both."""
     table, temperature = CASES[name], 1e-4
 
     def make(named: Named) -> optim.Optimizer:

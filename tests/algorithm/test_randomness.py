@@ -1,4 +1,4 @@
-"""The counter-based draws: the same integers in PyTorch and NumPy, uniform in their lowest bits, and no generator touched."""
+"""The counter-based draws: equal integers in PyTorch and NumPy, uniform in their lowest bits, and no generator is used."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.regression import DEVICES, batches, mlp, plain_mlp, train
 from tests.helpers.state import all_slots, state_of
 from tests.helpers.statistics import chi_square_p
 
-SMALLEST_P = 1e-4  # seeds are fixed: a test that passes once passes always
+SMALLEST_P = 1e-4  # the seeds are fixed, so a test that passes once always passes
 SEEDS = range(4)
 
 COUNTERS = torch.tensor([0, 1, 2, 3, 1000, 2**31, 2**32 + 1, 2**40 - 1, 2**40, 7 * 2**40 + 5, 2**62, 2**63 - 1, -1, -(2**63)])
@@ -26,7 +26,7 @@ COUNTERS = torch.tensor([0, 1, 2, 3, 1000, 2**31, 2**32 + 1, 2**40 - 1, 2**40, 7
 
 
 def test_the_hash_is_splitmix64() -> None:
-    """Its published first outputs for seed 0."""
+    """The hash reproduces SplitMix64's published first outputs for seed 0."""
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC, 0x1B39896A51A8749B]
     found = randomness.bits(0, torch.arange(1, 6)).tolist()
     assert [word % 2**64 for word in found] == published
@@ -63,7 +63,7 @@ def test_numpy_and_torch_agree_on_deviates(device: str) -> None:
 
 
 def test_keys_keep_their_coordinates_apart() -> None:
-    """No two of many neighbouring coordinates share a key, nor do the streams."""
+    """Neighbouring coordinates and different streams have different keys."""
     keys = {randomness.key(*c) for c in np.ndindex(6, 6, 20, 6)} | {randomness.key(*c) for c in np.ndindex(30, 30)}
     assert len(keys) == 6 * 6 * 20 * 6 + 900
     streams = (randomness.START_PLACES, randomness.START_THETA, randomness.SIGN, randomness.BIRTH, randomness.NOISE)
@@ -107,7 +107,7 @@ def test_places_of_a_small_total_are_uniform(total: int) -> None:
 
 
 def counter_of(draw: int, stream: int) -> int:
-    """The counter whose 64 bits are ``draw``: every step of the hash is a bijection, so that it can be gone backwards."""
+    """Return the counter with the hash ``draw``: every step of the hash is a bijection, so it can be inverted."""
 
     def unshift(word: int, by: int) -> int:
         result = word
@@ -125,7 +125,7 @@ def counter_of(draw: int, stream: int) -> int:
     "total", [1, 2, 3, 5, 784 * 300, 10**12 + 39, 2**40, 2**61 + 1, 3 * 2**61, 2**62, 2**63 - 2, 2**63 - 1]
 )
 def test_the_remainder_favours_no_place(total: int) -> None:
-    """Exactly: the draws that are accepted are 0 ... m * N - 1 with the largest m, so that each place has m of them."""
+    """The accepted draws are exactly 0 ... m * N - 1 with the largest m, so each place has m draws."""
     accepted = 2**63 // total * total
     stream = randomness.key(3, total)
     last = [accepted - 1, accepted - 2, 0, 1, total - 1] if total > 1 else [accepted - 1, 0]
@@ -141,7 +141,7 @@ def test_the_remainder_favours_no_place(total: int) -> None:
 
 
 def test_a_plain_remainder_would_show() -> None:
-    """At N = 3 * 2**61 a plain remainder gives the lowest third half of all draws."""
+    """At N = 3 * 2**61, half of all draws would fall into the lowest third with a plain remainder."""
     total = 3 * 2**61
     places = randomness.uniform_places(randomness.key(1), torch.arange(40_000), torch.tensor(total))
     rejected = places < 0
@@ -154,7 +154,7 @@ def test_a_plain_remainder_would_show() -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_signs_are_balanced_by_row_column_and_block(seed: int) -> None:
-    """A layer of LeNet-300-100: each row's and column's balance, and the 16 patterns of 2 x 2 blocks."""
+    """In a layer of LeNet-300-100 the signs are balanced in each row, each column and the 16 patterns of 2 x 2 blocks."""
     rows, columns = 300, 784
     sign_seed = randomness.key(seed, randomness.SIGN, 0) & randomness.LARGEST
     signs = randomness.signs_of(sign_seed, torch.arange(rows * columns), torch.float64).view(rows, columns)
@@ -199,21 +199,28 @@ def test_deviates_are_normal(seed: int) -> None:
         assert abs(float((a * b).mean())) / scale < 4 * count**-0.5, "steps or slots are correlated"
 
 
-# -- the generators of others -------------------------------------------------------------------------------------------------
+# -- the global generators -- -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("init", ["module", "deepr", "largest"])
 def test_no_global_generator_is_used(init: str) -> None:
     net = plain_mlp()
     data = batches(20)
-    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[union-attr]  # noqa: NPY002
+    states = (
+        torch.get_rng_state(),
+        np.random.get_state()[1].copy(),  # type: ignore[union-attr]  # noqa: NPY002
+        random.getstate(),
+    )
     sparsify(net, 0.3, init=init)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
     DeepR(l1=0.5, temperature=1e-4, check_invariants=True).attach(net, optimizer)
     train(net, optimizer, data)
     assert all(int(slots.born.max()) > 0 for slots in all_slots(net)), "nothing was rewired"
     assert torch.equal(torch.get_rng_state(), states[0])
-    assert np.array_equal(np.random.get_state()[1], states[1]) and random.getstate() == states[2]  # type: ignore[union-attr]  # noqa: NPY002
+    assert (
+        np.array_equal(np.random.get_state()[1], states[1])  # type: ignore[union-attr]  # noqa: NPY002
+        and random.getstate() == states[2]
+    )
 
 
 def test_the_seed_and_nothing_else_decides() -> None:

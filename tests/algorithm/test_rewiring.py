@@ -18,7 +18,7 @@ from tests.helpers.statistics import chi_square_p
 
 LR, ALPHA = 0.3, 0.01
 STEPS = 200
-SMALLEST_P = 1e-4  # seeds are fixed: a test that passes once passes always
+SMALLEST_P = 1e-4  # the seeds are fixed, so a test that passes once always passes
 
 
 def slots_with(total: int, count: int, index: int = 0, seed: int = 0) -> tuple[torch.Tensor, KSlots]:
@@ -57,7 +57,7 @@ def test_every_step_equals_the_oracle(connectivity: object, sizes: tuple[int, ..
         optimizer.zero_grad()
         loss_of(net, batch).backward()
         gradients = [theta.grad.numpy() for theta in thetas(net)]
-        # what is added up, before it cancels: a CPU without fused multiply-add rounds three times, the oracle twice
+        # the size of the terms before they cancel: a CPU without fused multiply-add rounds three times, the oracle twice
         terms = [np.abs(t.detach().numpy()) + LR * np.abs(g) for t, g in zip(thetas(net), gradients, strict=True)]
         slow.descend(gradients, LR)
         slow.shrink_and_diffuse(step, LR, ALPHA, temperature)
@@ -112,7 +112,7 @@ def test_a_free_run_in_double_precision_equals_an_oracle_with_gradients_of_its_o
 
 
 def test_with_noise_the_distribution_is_the_oracles() -> None:
-    """Another seed on either side, so that nothing but the distribution can agree."""
+    """The two sides use different seeds, so only their distributions can agree."""
     size, steps, lr, alpha, temperature = 32, 80, 0.1, 0.3, 0.1
     torch.manual_seed(0)
     wanted = torch.randn(size, size)
@@ -150,7 +150,7 @@ def test_with_noise_the_distribution_is_the_oracles() -> None:
 
 @pytest.mark.parametrize("count", [15, 20, 21, 30], ids=["rejection", "rejection at 1/2", "listing at 1/2", "listing"])
 def test_reactivation_is_uniform_over_all_dormant_places(count: int) -> None:
-    """Three of K slots die: the places that they leave are candidates like any other, and each is drawn at most once."""
+    """Three of K slots die: the places that they leave are candidates, too, and each place is drawn at most once."""
     total, tensors, steps, dying = 40, 100, 40, torch.tensor([1, 4, 7])
     places = rewiring.random_places(total, count, 0, 5)
     kept = set(places.tolist()) - set(places[dying].tolist())
@@ -178,14 +178,14 @@ def test_reactivation_is_uniform_over_all_dormant_places(count: int) -> None:
     triples = drawn.sort(dim=1).values
     spread = torch.bincount(triples[:, 0] * n + triples[:, 2], minlength=n * n).view(n, n)
     gaps = torch.arange(n)[None, :] - torch.arange(n)[:, None]
-    ways = (gaps - 1).clamp(min=0).double()  # of a middle one, for each smallest and largest
+    ways = (gaps - 1).clamp(min=0).double()  # the number of middle places for each pair of smallest and largest
     by_gap = [(float(spread[gaps == g].sum()), float(ways[gaps == g].sum())) for g in range(2, n)]
     by_gap = [(seen, ways * len(drawn) * 6 / (n * (n - 1) * (n - 2))) for seen, ways in by_gap]
     assert chi_square_p([seen for seen, _ in by_gap], [expected for _, expected in by_gap]) > SMALLEST_P
 
 
 def test_uniform_over_a_large_tensor_when_many_die_at_once() -> None:
-    """Low and high places alike, though hundreds of draws collide (a sloppy draw favours the low ones)."""
+    """Low and high places are equally likely, though hundreds of draws collide (an inexact draw favours low places)."""
     total, count = 2000, 1000
     tally = torch.zeros(total)
     for step in range(60):
@@ -226,7 +226,9 @@ def test_exact_at_any_density(total: int, count: int, share: float) -> None:
         assert torch.equal(slots.signs, slots.signs_at(slots.places))
         assert torch.equal(slots.born == step, ~staying)
         if count == total:
-            assert set(new.tolist()) == set(before[dying].tolist()), "at K = N only what has just died is dormant"
+            assert set(new.tolist()) == set(before[dying].tolist()), (
+                "at K = N only the places of this step's deaths are dormant"
+            )
 
 
 def test_zero_is_active_and_the_smallest_negative_number_is_not() -> None:
@@ -239,7 +241,7 @@ def test_zero_is_active_and_the_smallest_negative_number_is_not() -> None:
 
 @pytest.mark.filterwarnings("ignore:A backward pass reached")
 def test_a_connection_at_zero_receives_its_gradient() -> None:
-    """A newborn survives by its gradient: it must arrive at theta = 0."""
+    """A newborn survives by its gradient: the gradient must exist at theta = 0."""
     net = sparsify(nn.Linear(6, 5, bias=False), 0.5, seed=1)
     with torch.no_grad():
         thetas(net)[0].zero_()
@@ -250,7 +252,7 @@ def test_a_connection_at_zero_receives_its_gradient() -> None:
     torch.testing.assert_close(thetas(net)[0].grad, expected)
 
 
-# -- what a draw depends on ---------------------------------------------------------------------------------------------------
+# -- the coordinates of a draw -- ---------------------------------------------------------------------------------------------
 
 
 def reborn_at(total: int, count: int, dying: list[int], *, index: int = 0, seed: int = 0, step: int = 0) -> dict[int, int]:
@@ -266,18 +268,18 @@ def test_a_draw_is_a_function_of_its_coordinates() -> None:
     drawn = reborn_at(total, 50, dying, index=2, seed=5, step=12)
     stream = oracle.key(5, oracle.BIRTH, 12, 0)
     assert drawn == {slot: oracle.place(stream, 2 * 2**40 + slot, total) for slot in dying}
-    # other slots that die beside it, and how many slots there are, do not matter
+    # other dying slots and the number of slots do not matter
     for slot in dying:
         assert reborn_at(total, 50, [slot], index=2, seed=5, step=12)[slot] == drawn[slot]
         assert reborn_at(total, 500, [slot, 99], index=2, seed=5, step=12)[slot] == drawn[slot]
-    # each coordinate does
+    # each coordinate matters
     for change in ({"index": 3}, {"seed": 6}, {"step": 13}):
         other = reborn_at(total, 50, dying, **{"index": 2, "seed": 5, "step": 12, **change})
         assert all(other[slot] != drawn[slot] for slot in dying)
 
 
 def test_tensors_do_not_disturb_each_other() -> None:
-    """Together, in another order and alone they draw the same places; rejecting and listing tensors mixed."""
+    """Tensors draw the same places together, in another order and alone, with rejection and listing mixed."""
     shapes = [(50, 20), (40, 35), (1000, 10), (9, 9), (30, 12)]
 
     def dying() -> list[tuple[torch.Tensor, KSlots]]:

@@ -1,4 +1,4 @@
-"""``scope="global"``: a step against a slow one in NumPy, which layer a connection goes to, and the floor of a layer."""
+"""``scope="global"``: a step against a slow one in NumPy, the choice of a newborn's layer, and a layer's least connections."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tests.helpers.regression import SEED, batches, loss_of, plain_mlp, train
 from tests.helpers.state import all_slots, assert_equal_states, state_of
 from tests.helpers.statistics import chi_square_p
 
-LAYER = 6  # the stream of draws among layers
+LAYER = 6  # the stream of the draws of layers
 
 
-# -- what holds after every step ----------------------------------------------------------------------------------------------
+# -- invariants of every step -- --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -79,9 +79,9 @@ def slow_step(
     seed: int,
     step: int,
 ) -> list[list[tuple[int, int | None]]]:
-    """Who is where after a step: for each layer (place, old slot or None for a newborn), slot by slot.
+    """Compute the slots of each layer after a step: (place, old slot or None for a newborn), slot by slot.
 
-    ``layers`` holds (N, index, places) of each.
+    ``layers`` has (N, index, places) of each layer.
     """
     alive: list[list[tuple[int, int | None]]] = []
     slot = 0
@@ -163,7 +163,7 @@ def test_one_step_against_the_slow_one(rule: str, case: str, least: int, kernel:
     connectivity, dying = CASES[case]
     net = sparsify(plain_mlp((12, 10, 8, 6)), connectivity, scope="global", distribution="uniform", seed=SEED)
     theta, budgets = shared(net), counts(net)
-    # every slot is tagged in the optimizer's state and in the gradient, and the optimizer itself changes nothing
+    # the optimizer's state and the gradient tag every slot, and the optimizer changes no theta
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=1.0)
     DeepR(scope="global", l1=0.0, reactivation=rule, least_per_layer=least, seed=SEED).attach(net, optimizer)
     rng = np.random.default_rng(4)
@@ -249,7 +249,7 @@ def test_the_kernel_and_pytorch_train_alike(rule: str, monkeypatch: pytest.Monke
 
 
 def births_by_layer(rule: str, steps: int = 150) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counter[int]]:
-    """Births, and how many each rule expects, when random slots die; places of births in the first layer."""
+    """Kill random slots. Returns births, the expected births of the rule, and the places of births in the first layer."""
     net = sparsify(plain_mlp((20, 30, 10, 10)), {"0": 60, "2": 60, "4": 30}, scope="global", seed=SEED)
     theta, budgets = shared(net), np.array(counts(net))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
@@ -285,7 +285,7 @@ def test_layers_are_chosen_with_the_probabilities_of_the_rule(rule: str) -> None
 
 def test_a_full_layer_is_never_chosen_and_the_rest_keeps_its_proportions() -> None:
     weights, room, count = (8, 3, 1), (1, 2, 4), 4
-    # exactly: one birth after the other, each in proportion to the weights of the layers that are not full
+    # exact: one birth after the other, with probabilities proportional to the weights of the layers that are not full
     expected: Counter[tuple[int, ...]] = Counter()
 
     def walk(left: tuple[int, ...], done: tuple[int, ...], probability: float) -> None:
@@ -322,7 +322,7 @@ def test_what_has_a_budget_is_full() -> None:
     assert torch.bincount(layers)[0] == 2 and layers.numel() == 30 and int(torch.bincount(layers)[1]) > 10
 
 
-# -- the floor ----------------------------------------------------------------------------------------------------------------
+# -- least_per_layer -- -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -334,7 +334,7 @@ def test_a_layer_never_falls_below_the_floor(rule: str, least: int) -> None:
     for step in range(20):
         with torch.no_grad():
             theta.fill_(1.0)
-            all_slots(net)[1].own(theta).fill_(-1.0)  # all of the last layer
+            all_slots(net)[1].own(theta).fill_(-1.0)  # all connections of the last layer
             all_slots(net)[0].own(theta)[step] = -1.0
         theta.grad = torch.zeros_like(theta)
         optimizer.step()

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Net(LightningModule):
-    """A two-layer classifier that keeps what it has seen: enough for any test of a fit."""
+    """A two-layer classifier that records its batches and losses, for tests of a fit."""
 
     def __init__(self, lr: float = 0.3, hidden: int = 16, norm: bool = False) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Net(LightningModule):
 
 
 def batches(count: int = 12, size: int = 8) -> DataLoader:
-    """The same few batches in the same order for every run."""
+    """Return the same few batches in the same order for every run."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(count * size, 12, generator=generator)
     return DataLoader(TensorDataset(x, (x[:, :4] + x[:, 4:8]).argmax(1)), batch_size=size)
@@ -50,7 +50,7 @@ def batches(count: int = 12, size: int = 8) -> DataLoader:
 def fit_plain(
     net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, each_step: Callable[[], None] | None = None
 ) -> None:
-    """A plain PyTorch loop over the same batches."""
+    """Train in a plain PyTorch loop over the same batches."""
     data = list(batches())
     for step in range(steps):
         x, y = data[step % len(data)]

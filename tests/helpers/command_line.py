@@ -1,4 +1,4 @@
-"""The command line in a process of its own, as a user runs it."""
+"""Run the command line in its own process, as a user does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What it says and how it ends."""
+    """Return the output and the exit status."""
     return subprocess.run(
         [sys.executable, "-m", "lightning_deepr.commands.main", *arguments],
         cwd=cwd,

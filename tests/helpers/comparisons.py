@@ -1,4 +1,4 @@
-"""What the tests of SET, RigL and fixed random connectivity share."""
+"""Helpers for the tests of SET, RigL and fixed random connectivity."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EVERY_OTHER = {**ALWAYS, "rewire_every_n_steps": 2}
 
 
 def dense_twin(plain: nn.Module, sparse: nn.Module) -> nn.Module:
-    """The same network with ordinary dense weights."""
+    """Make the same network with ordinary dense weights."""
     for name, value in sparse.named_parameters():
         if ".original" not in name and not name.startswith("parametrizations"):
             plain.get_parameter(name).data.copy_(value.data)

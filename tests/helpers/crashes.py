@@ -31,7 +31,7 @@ class CrashAt(pl.Callback):
 
 
 class Crashing(Regression):
-    """Crashes before a given step; its batches go by the step, since a plain data loader does not remember where it was."""
+    """A module that crashes before a given step. The step selects its batch, since a plain data loader keeps no position."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Crashing(Regression):
 def whole_and_resumed(
     folder: Path, callbacks: Callable[[], list[pl.Callback]], every: int, crash_at: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The states at the end of a fit that runs through, and of one that crashes and resumes from its last checkpoint."""
+    """Return the final states of an uninterrupted fit and of one that crashes and resumes from its last checkpoint."""
 
     def fit(where: Path, crash_at: int | None, path: Path | None = None) -> list[Tensor]:
         saver = ModelCheckpoint(where, every_n_train_steps=every, save_top_k=-1)

@@ -1,4 +1,4 @@
-"""What the tests of the callbacks with a theta for every potential connection share."""
+"""Helpers for the tests of the callbacks with a theta for every potential connection."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OPTIMIZERS = {"sgd": sgd, "adam": adam, "adamw": adamw, "adagrad": adagrad, "rpr
 
 
 def network(callback: Any, make: Make = sgd, total_steps: int | None = STEPS) -> tuple[nn.Module, optim.Optimizer]:
-    """A network that the callback has converted and rewires."""
+    """Make a network that the callback has converted and rewires."""
     net = callback.prepare(plain_mlp())
     optimizer = make(net.parameters())
     callback.attach(net, optimizer, total_steps=total_steps)
@@ -47,7 +47,7 @@ def network(callback: Any, make: Make = sgd, total_steps: int | None = STEPS) ->
 
 
 def full_state(net: nn.Module, optimizer: optim.Optimizer | None = None) -> list[Tensor]:
-    """Everything that a training determines, without names."""
+    """Return everything that a training determines, without names."""
     values = [value.detach().clone() for value in net.state_dict().values()]
     if optimizer is not None:
         for parameter in net.parameters():
@@ -57,7 +57,7 @@ def full_state(net: nn.Module, optimizer: optim.Optimizer | None = None) -> list
 
 
 def assert_same(first: list[Tensor], second: list[Tensor]) -> None:
-    """Bit for bit (nan is equal to nan)."""
+    """Compare two states bit for bit (nan equals nan)."""
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):
         assert a.dtype == b.dtype
@@ -65,7 +65,7 @@ def assert_same(first: list[Tensor], second: list[Tensor]) -> None:
 
 
 def weights(net: nn.Module) -> dict[str, Tensor]:
-    """The dense-shaped weight of every converted tensor."""
+    """Return the dense-shaped weight of every converted tensor."""
     return {c.name: getattr(c.module, c.tensor_name).detach().clone() for c in converted_tensors(net)}
 
 
@@ -108,7 +108,7 @@ def by_fabric(callback: Any, make: Make, accumulate: int = 1, attach: bool = Fal
 
 
 def resumed(make_callback: Callable[[], Any], make: Make, at: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The states at the end of a plain loop that runs through, and of one that is taken up at a step by new objects."""
+    """Return the final states of an uninterrupted plain loop and of one that new objects continue from a given step."""
     data = batches(STEPS)
     callback = make_callback()
     net = callback.prepare(plain_mlp())
@@ -141,7 +141,7 @@ def _copied(value: Any) -> Any:
 
 
 class Seen(pl.Callback):
-    """Notes the network's state before each training batch."""
+    """A callback that records the network's state before each training batch."""
 
     def __init__(self) -> None:
         self.states: dict[int, list[Tensor]] = {}

@@ -18,7 +18,7 @@ def small_net() -> nn.Sequential:
 
 
 def after_training(callback: Any, net: nn.Module, size: int = 40, steps: int = 5) -> nn.Module:
-    """A few steps of training in a plain loop, so that values, places and dormant weights are those of the method."""
+    """Train a few steps in a plain loop, so that values, places and dormant weights are those of the method."""
     callback.prepare(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     rewiring = callback.attach(net, optimizer, total_steps=steps)

@@ -1,11 +1,12 @@
-"""Loads mutated files of sparse models: each is refused with a clear error, or is a sound file.
+"""Load mutated files of sparse models: each is refused with a clear error, or is a valid file.
 
     python -m tests.helpers.fuzz_format [COUNT] [SEED]
 
-Half of the mutants are changed anywhere (bits, bytes, length), as damage does: unless they are unchanged they must be refused. The other half
-are changed where it hurts (K, shapes, offsets, places, values, the record) and given a right digest, as an attacker would: they are refused with a
-``FormatError``, or load as a network that has what the file says. Watched meanwhile: the address space (a limit a little above what is in use), the resident set, Python's
-and NumPy's own peak per file, and whether anything is imported, compiled, executed or unpickled.
+Half of the mutants are damaged at random positions (bits, bytes, length). They must be refused, unless nothing changed. The
+other half are attacks: K, shapes, offsets, places, values or the record change, and the digest is right. They must be refused
+with a ``FormatError``, or load as the network that the file describes. The test watches the address space (its limit is a
+little above the present use), the resident set, the peak memory of Python and NumPy per file, and whether anything is imported,
+compiled, executed or unpickled.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from lightning_deepr import connections, sparsify, zoo
 from lightning_deepr.files import container
 from lightning_deepr.models import BLSTMClassifier, LeNet300100
 
-ROOM = 96 << 20  # bytes of address space above what is in use before the first mutant
+ROOM = 96 << 20  # bytes of address space above the use before the first mutant
 EVENTS = ("exec", "compile", "import", "pickle.find_class", "os.system", "os.exec", "subprocess.Popen", "ctypes.dlopen")
 ODD_NUMBERS: tuple[Any, ...] = (
-    -1, 0, 1, 2, 7, 40, 41, 255, 2**31, 2**47, 2**48, 2**48 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 0.5, 1e308, True, None, "1", [], {},
+    -1, 0, 1, 2, 7, 40, 41, 255, 2**31, 2**47, 2**48, 2**48 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 0.5, 1e308,
+    True, None, "1", [], {},
 )  # fmt: skip
 
 
 def base_files(folder: Path) -> list[bytes]:
-    """Sound files to begin with: with and without exceptions, one of an LSTM, one with a connection at -0.0."""
+    """Make valid files: with and without exceptions, one of an LSTM, one with a connection at -0.0."""
     torch.manual_seed(0)
     plain = sparsify(LeNet300100(), 0.002)
     next(iter(plain.parameters())).data[:3] = 0.0
@@ -86,14 +88,14 @@ DAMAGE = (flip_bits, truncate, extend, overwrite, header_length)
 
 
 class Parts:
-    """A file taken apart: header, record, data."""
+    """The parts of a file: header, record, data."""
 
     def __init__(self, file: bytes) -> None:
         length = struct.unpack("<Q", file[:8])[0]
         self.header = json.loads(file[8 : 8 + length])
         self.record = json.loads(self.header["__metadata__"]["record"])
         self.data = bytearray(file[8 + length :])
-        self.text: str | None = None  # of the record, where it is not to be JSON
+        self.text: str | None = None  # the text of the record, if it is not JSON
 
     def file(self) -> bytearray:
         metadata = self.header.get("__metadata__")
@@ -113,7 +115,7 @@ def signed(file: bytearray) -> bytearray:
 
 
 def entry_number(rng: random.Random, parts: Parts) -> None:
-    """K, N, widths, seeds, shapes of a sparse tensor: negative, huge, of another type, off by one."""
+    """Change K, N, widths, seeds or shapes of a sparse tensor: negative, huge, of another type, off by one."""
     entry = parts.record["sparse"][rng.choice(list(parts.record["sparse"]))]
     key = rng.choice([*entry, "exceptions"])
     if key == "shape":
@@ -125,7 +127,7 @@ def entry_number(rng: random.Random, parts: Parts) -> None:
 
 
 def consistent_count(rng: random.Random, parts: Parts) -> None:
-    """Another K wherever K is said: the shape of the values, the sums, the length of the data."""
+    """Change K everywhere: in the shape of the values, the sums and the length of the data."""
     name = rng.choice(list(parts.record["sparse"]))
     entry, values = parts.record["sparse"][name], parts.header[f"{name}.values"]
     by = rng.choice((-1, 1, 2, -entry["active"]))
@@ -170,7 +172,7 @@ def tensor_entry(rng: random.Random, parts: Parts) -> None:
 
 
 def places(rng: random.Random, parts: Parts) -> None:
-    """Gaps that lead beyond the last place, end too soon or too late."""
+    """Change gaps so that they lead beyond the last place, or end too soon or too late."""
     _, entry = parts.tensor(rng, ".gaps")
     begin, end = entry["data_offsets"]
     where = rng.randrange(begin, min(end, len(parts.data)))
@@ -192,7 +194,7 @@ def value_bits(rng: random.Random, parts: Parts) -> None:
 
 
 def record(rng: random.Random, parts: Parts) -> None:
-    """Another architecture, arguments out of their limits, keys missing or left over, deep nesting, text that is no JSON."""
+    """Change the architecture, use arguments out of range, missing or extra keys, deep nesting, or text that is not JSON."""
     changes: tuple[Callable[[], Any], ...] = (
         lambda: parts.record.update(
             architecture=rng.choice(("os.system", "cifar10_cnn", "timit_blstm", "", None, 3, "x" * 5000))
@@ -217,7 +219,7 @@ def record(rng: random.Random, parts: Parts) -> None:
 
 
 def text(rng: random.Random, parts: Parts) -> bytearray:
-    """The header's own text: a name twice, NaN, nesting without end."""
+    """Change the header's text: a duplicate name, NaN, endless nesting."""
     file = parts.file()
     length = struct.unpack("<Q", file[:8])[0]
     header = bytes(file[8 : 8 + length])
@@ -240,7 +242,7 @@ ATTACKS = (entry_number, consistent_count, tensor_entry, places, not_finite, val
 
 
 def mutants(files: list[bytes], count: int, seed: int) -> Any:
-    """(kind, whether the digest is right, the mutant, what it was made of)."""
+    """Make (kind, whether the digest is right, the mutant, its base file)."""
     rng = random.Random(seed)
     for i in range(count):
         base = rng.choice(files)
@@ -262,7 +264,7 @@ def mutants(files: list[bytes], count: int, seed: int) -> Any:
                 TypeError,
                 ValueError,
                 struct.error,
-            ):  # the second had nothing left to change
+            ):  # the second mutation had nothing left to change
                 continue
             yield attacks[0].__name__, True, bytes(mutant), base
 
@@ -271,7 +273,7 @@ def mutants(files: list[bytes], count: int, seed: int) -> Any:
 
 
 def outcome(path: Path, digest_is_right: bool, mutant: bytes, base: bytes) -> str:
-    """ "refused" or "loaded"; raises AssertionError at anything else."""
+    """Return "refused" or "loaded". Raises AssertionError at anything else."""
     path.write_bytes(mutant)
     try:
         net = zoo.load(path)
@@ -304,7 +306,7 @@ def main(count: int = 20_000, seed: int = 0) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = base_files(Path(folder))
         path = Path(folder) / "mutant.safetensors"
-        for file in files:  # what is imported or compiled at first use
+        for file in files:  # do imports and compilation of the first use now
             assert outcome(path, True, file, file) == "loaded"
             for _, right, mutant, base in mutants([file], 200, seed=-1):
                 outcome(path, right, mutant, base)
@@ -315,7 +317,7 @@ def main(count: int = 20_000, seed: int = 0) -> None:
         found: Counter[str] = Counter()
         excess: dict[
             str, int
-        ] = {}  # kind -> bytes above twice the file and the model, which is about as large as the sound file
+        ] = {}  # kind -> bytes above twice the file and the model, which is about as large as the valid file
         for i, (kind, right, mutant, base) in enumerate(mutants(files, count, seed)):
             measured = i % 16 == 1
             if measured:
@@ -340,7 +342,7 @@ def main(count: int = 20_000, seed: int = 0) -> None:
     print(f"{sum(found.values())} mutants; the resident set grew by {grown:.1f} MiB")
     print(f"Python's and NumPy's peak above 2 x file + model, KiB: { {kind: value // 1024 for kind, value in excess.items()} }")
     print(f"imported, compiled, executed, unpickled: {dict(events) or 'nothing'}")
-    assert not events, "a file made something run"
+    assert not events, "a file executed something"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Networks with one K for all layers, and what holds of them."""
+"""Networks with one K for all layers, and their invariants."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def small(connectivity: Any = 0.3, **options: Any) -> nn.Module:
 
 
 def shared(net: nn.Module) -> nn.Parameter:
-    """theta, which has to be one object, and one of the parameters."""
+    """Return theta, and check that it is one object and one of the parameters."""
     found = {id(c.theta): c.theta for c in converted_tensors(net)}
     assert len(found) == 1, "the layers do not share one theta"
     theta = next(iter(found.values()))
@@ -96,7 +96,7 @@ def assert_sound(net: nn.Module, total: int, least: int = 1) -> None:
 
 
 def by_connection(net: nn.Module, *values: Tensor) -> dict[tuple[int, int], tuple[float, ...]]:
-    """{(layer, place): what each tensor of theta's shape has there}."""
+    """Return {(layer, place): the value of each tensor of theta's shape there}."""
     theta, found, start = shared(net).detach(), {}, 0
     for layer, slots in enumerate(all_slots(net)):
         for i, place in enumerate(slots.places.tolist()):

@@ -1,4 +1,4 @@
-"""What the tests of the Hub share."""
+"""Helpers for the tests of the Hub."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     if ours.keys() != theirs.keys():
         return False
     for name, (shape, places, values) in ours.items():
-        mine, yours = places.argsort(), theirs[name][1].argsort()  # files are in the order of places
+        mine, yours = places.argsort(), theirs[name][1].argsort()  # files store connections in the order of places
         if shape != theirs[name][0] or not torch.equal(places[mine], theirs[name][1][yours]):
             return False
         if values[mine].numpy().tobytes() != theirs[name][2][yours].numpy().tobytes():

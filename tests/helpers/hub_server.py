@@ -1,7 +1,8 @@
 """A Hugging Face Hub on loopback: the part of its HTTP API that the real client needs to publish and to load models.
 
-Two servers, as at the Hub: the API with the regular files, and a store for large files of another origin, which knows no token. Everything is in
-memory. Each request is kept in ``hub.requests``; ``hub.fail`` makes the next ones fail, ``hub.cut`` ends the connection in the middle of a body.
+There are two servers, as at the Hub: the API with the regular files, and a store for large files at another origin, without
+    tokens. Everything is in memory. ``hub.requests`` lists all requests; ``hub.fail`` makes the next ones fail, ``hub.cut``
+    ends the connection in the middle of a body.
 
     with HubServer() as hub:
         hub.url, hub.tokens["hf_writer"] == "writer"
@@ -31,7 +32,7 @@ class Stored(NamedTuple):
 
     @property
     def etag(self) -> str:
-        """As at the Hub: sha256 of a large file, git's hash of a regular one."""
+        """The ETag, as at the Hub: sha256 of a large file, git's hash of a regular one."""
         if self.large:
             return hashlib.sha256(self.content).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.content) + self.content).hexdigest()
@@ -39,7 +40,7 @@ class Stored(NamedTuple):
 
 @dataclass
 class Repository:
-    """Commits (name -> files), and the branches and tags that point to them."""
+    """A repository: commits (name -> files), and the branches and tags that point to them."""
 
     private: bool = False
     gated: bool = False
@@ -59,7 +60,7 @@ class Repository:
 
 
 class Request(NamedTuple):
-    """What a client asked."""
+    """A client's request."""
 
     server: str  # "hub" | "store"
     method: str
@@ -73,7 +74,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Fault:
-    """What shall go wrong: an answer with a status, or (``after``) a body that ends after so many bytes."""
+    """A planned fault: an answer with a status, or (``after``) a body that ends after this number of bytes."""
 
     pattern: re.Pattern[str]
     times: int
@@ -83,7 +84,7 @@ class Fault:
 
 
 class Refused(Exception):
-    """An answer other than 200."""
+    """An answer with a status other than 200."""
 
     def __init__(self, status: int, code: str = "", message: str = "", **body: str) -> None:
         self.status, self.code, self.message, self.body = status, code, message, body
@@ -120,12 +121,12 @@ class HubServer:
             server.server_close()
 
     def fail(self, pattern: str, status: int, times: int = 1 << 30, **headers: str) -> None:
-        """Answer requests whose ``METHOD path`` matches with a status; headers with _ for -."""
+        """Answer requests with a matching ``METHOD path`` with a status. Header names have _ for -."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self.faults.append(Fault(re.compile(pattern), times, status=status, headers=named))
 
     def cut(self, pattern: str, after: int, times: int = 1) -> None:
-        """Close the connection after so many bytes of the body."""
+        """Close the connection after this number of bytes of the body."""
         self.faults.append(Fault(re.compile(pattern), times, after=after))
 
     def take_fault(self, request: str) -> Fault | None:
@@ -137,12 +138,12 @@ class HubServer:
         return None
 
     def asked(self, pattern: str) -> list[Request]:
-        """The requests so far whose ``METHOD path`` matches."""
+        """Return the requests so far with a matching ``METHOD path``."""
         return [request for request in self.requests if re.search(pattern, str(request))]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Keep-alive, no log on the terminal, faults."""
+    """The common part of both handlers: keep-alive, no log on the terminal, faults."""
 
     hub: HubServer
     protocol_version = "HTTP/1.1"
@@ -202,7 +203,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def content(self, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes, Mapping[str, str]]:
-        """A file or the range of it that was asked for."""
+        """Send a file or the requested range of it."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked is None:
             return 200, body, {"Accept-Ranges": "bytes", **headers}
@@ -213,7 +214,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class StoreHandler(Handler):
-    """Large files, by their sha256. A token that arrives here has left the Hub."""
+    """The store of large files, by sha256. A client must not send it a token."""
 
     kind = "store"
 
@@ -230,7 +231,7 @@ class StoreHandler(Handler):
 
 
 class HubHandler(Handler):
-    """The API and the regular files."""
+    """The server of the API and the regular files."""
 
     def answer(self) -> tuple[int, bytes, Mapping[str, str]]:
         url = urlsplit(self.path)
@@ -257,7 +258,7 @@ class HubHandler(Handler):
                 return result if isinstance(result, tuple) else (200, json.dumps(result).encode(), {})
         raise Refused(404, message=f"no such page: {path}")
 
-    # -- who may what -------------------------------------------------------------------------------------------------------
+    # -- permissions -- -----------------------------------------------------------------------------------------------------
 
     def user(self) -> str | None:
         sent = self.headers.get("Authorization")

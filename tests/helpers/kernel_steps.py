@@ -1,4 +1,4 @@
-"""Networks, gradients and optimizers on which compiled steps are compared with PyTorch's."""
+"""Networks, gradients and optimizers for comparisons of compiled steps with PyTorch's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers.regression import SEED
 from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
 
 LR, ALPHA = 0.5, 0.01
-Run = Callable[[Callable[[], Any]], Any]  # calls a function without kernels
+Run = Callable[[Callable[[], Any]], Any]  # call a function without kernels
 Size = tuple[int, int, int]  # rows, columns, K
 
 
@@ -24,7 +24,7 @@ def network(sizes: Sequence[Size], dtype: torch.dtype = torch.float32, compute: 
 
 
 def let_die(net: nn.Module, share: float, step: int) -> None:
-    """Gradients that move a share of the slots (at least one, unless 0) just below zero, and leave the others where they are."""
+    """Make gradients that move a share of the slots (at least one, unless 0) just below zero, and do not move the others."""
     for i, theta in enumerate(thetas(net)):
         count = theta.numel()
         number = min(count, max(1, round(share * count))) if share else 0
@@ -66,7 +66,7 @@ def signs_by_place(net: nn.Module) -> list[dict[int, float]]:
 
 
 class ManyStates(optim.Optimizer):
-    """More state tensors than the kernel takes, or such as it can't write: of another dtype, or with strides."""
+    """An optimizer with more state tensors than the kernel takes, or with some that it cannot write (other dtype, strides)."""
 
     def __init__(self, params: Any, lr: float, kinds: str) -> None:
         super().__init__(params, {"lr": lr, "kinds": kinds})
@@ -102,7 +102,7 @@ OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
 
 
 def step_separately(pytorch: Run, alpha: float, steps: int) -> list[nn.Module]:
-    """Two equal networks with two optimizers each, a tensor that has no gradient at times, and two dtypes: one without kernels."""
+    """Train two equal networks with two optimizers each, sometimes without a gradient, and with a dtype without kernels."""
     sizes = [(30, 20, 100), (20, 10, 90), (7, 5, 30), (6, 50, 120)]
     nets = [network(sizes), network(sizes)]
     made = []

@@ -1,4 +1,4 @@
-"""A table of one entry per kind of layer, and what a layer's output is worth."""
+"""A table with one entry per kind of layer, and a loss for a layer's output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_deepr import connections
 
 
 class Scaled(nn.Module):
-    """A layer of the user's own: its weight is used by ``F.linear`` and can only be converted by name."""
+    """A user's own layer: ``F.linear`` uses its weight, and it can only be converted by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Scaled(nn.Module):
 
 @dataclass(frozen=True)
 class Layer:
-    """One line of the table: how to make a layer, what to feed it, and which of its tensors are converted."""
+    """An entry of the table: how to make a layer, its input, and its converted tensors."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -120,7 +120,7 @@ LAYERS = [
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """The tensors of a layer's output, whatever it is made of."""
+    """Return the tensors of a layer's output, which may be nested."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, (tuple, list)):
@@ -129,18 +129,18 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
 
 
 def flat(output: Any) -> Tensor:
-    """A layer's output as one vector."""
+    """Return a layer's output as one vector."""
     return torch.cat([part.reshape(-1) for part in tensors_in(output)])
 
 
 def loss_of(output: Any) -> Tensor:
-    """A loss in which each entry of the output has its own, fixed weight."""
+    """Return a loss that gives each entry of the output its own, fixed weight."""
     vector = flat(output)
     return (vector * torch.linspace(-1, 2, vector.numel()).to(vector)).sum()
 
 
 def set_dense(plain: nn.Module, sparse: nn.Module) -> nn.Module:
-    """Give a plain module the weights of a converted one; only :func:`connections` says what they are."""
+    """Give a plain module the weights of a converted one, as :func:`connections` reports them."""
     for name, (shape, places, values) in connections(sparse).items():
         weight = torch.zeros(shape.numel(), dtype=values.dtype)
         weight[places] = values

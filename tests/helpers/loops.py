@@ -1,4 +1,4 @@
-"""One training by a plain loop, the Trainer and Fabric."""
+"""One training in a plain loop, under the Trainer and with Fabric."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = 30
 
 @dataclass
 class Run:
-    """A training that has ended."""
+    """A finished training."""
 
     net: nn.Module
     optimizer: optim.Optimizer
@@ -80,7 +80,7 @@ def by_trainer(setting: Setting) -> Run:
 
 
 def by_fabric(setting: Setting, attached: str = "no") -> Run:
-    """``attached``: whether the callback is attached as well, before Fabric's setup or to what the setup returned."""
+    """Train with Fabric. ``attached``: whether the callback is also attached, before Fabric's setup or to its result."""
     callback = setting.callback()
     fabric = Fabric(accelerator="cpu", devices=1, callbacks=[callback])
     net = mlp()

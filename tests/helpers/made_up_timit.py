@@ -1,4 +1,4 @@
-"""Small corpora in the layout of TIMIT: noise for speech, phones at random, so that nothing of the licensed corpus is needed."""
+"""Small corpora in the layout of TIMIT, with noise as speech and random phones: the licensed corpus is not needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Samples = np.ndarray[Any, Any]
 
 
 def real_sample() -> Path:
-    """The free sample, where the data is at hand: below the folder that LIGHTNING_DEEPR_DATA names."""
+    """Return the free sample, if it exists in the folder that LIGHTNING_DEEPR_DATA names."""
     given = os.environ.get("LIGHTNING_DEEPR_DATA")
     for folder in (Path(given), Path(given) / "timit-sample", Path(given) / "corpora" / "timit") if given else ():
         if (folder / "dr1-fvmh0").is_dir():
@@ -29,7 +29,7 @@ def real_sample() -> Path:
 
 
 def noise(samples: int, seed: int) -> Samples:
-    """int16: low-pass noise over a tone, so that frames differ."""
+    """Make int16 samples: low-pass noise over a tone, so that frames differ."""
     generator = np.random.default_rng(seed)
     rough = generator.normal(0, 3000, samples + 7)
     smooth = np.convolve(rough, np.ones(8) / 8, mode="valid")
@@ -66,7 +66,7 @@ def write_phones(path: Path, samples: int, seed: int, segments: int = 6) -> None
 
 
 def make_sample(root: Path, shortest: int = 4000, longest: int = 8000) -> Path:
-    """16 speakers with 10 sentences of .25 to .5 s each; like the original, one of them is SPHERE."""
+    """Write 16 speakers with 10 sentences of .25 to .5 s each. As in the original, one file is SPHERE."""
     seed = 0
     for region, pair in enumerate(SAMPLE_SPEAKERS, 1):
         for speaker in pair:
@@ -82,7 +82,7 @@ def make_sample(root: Path, shortest: int = 4000, longest: int = 8000) -> Path:
 
 
 def full_speakers() -> dict[str, list[tuple[int, str]]]:
-    """Region and name: 462 speakers for training, and 168 for testing, the core test set among them."""
+    """Return region and name of 462 speakers for training and 168 for testing, including the core test set."""
     others = [f"M{letter}{number:02d}" for letter in "ABCDEFGH" for number in range(100)]
     test = sorted(CORE_TEST) + others[:144]
     train = others[144 : 144 + 462]
@@ -90,7 +90,7 @@ def full_speakers() -> dict[str, list[tuple[int, str]]]:
 
 
 def make_full_names(root: Path, upper: bool = True) -> Path:
-    """The full corpus' 6,300 sentences as empty files, in LDC's layout."""
+    """Write the full corpus' 6,300 sentences as empty files, in LDC's layout."""
     case = str.upper if upper else str.lower
     for part, speakers in full_speakers().items():
         for region, speaker in speakers:
@@ -103,7 +103,7 @@ def make_full_names(root: Path, upper: bool = True) -> Path:
 
 
 def make_full(root: Path, speakers: int = 2) -> Path:
-    """LDC's layout in upper case with few speakers, all of it SPHERE: incomplete, but with sound."""
+    """Write LDC's layout in upper case with few speakers and only SPHERE files: incomplete, but with sound."""
     seed = 0
     for part, listed in full_speakers().items():
         for region, speaker in listed[:speakers]:

@@ -1,4 +1,4 @@
-"""The optimizers that most trainings of the tests take."""
+"""The optimizers of most trainings in the tests."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""A slow DEEP R in NumPy, to hold the fast one against.
+"""A slow DEEP R in NumPy, as a reference for the fast one.
 
-Written from Algorithm 1 of the paper and from the documented draw rules, with a Python loop over every slot; it shares no code
-with the package, the hash included.
+It follows Algorithm 1 of the paper and the documented draw rules, with a Python loop over every slot. It shares no code with
+the package, not even the hash.
 
-The draw rules. A draw is named by coordinates (seed, stream, step, attempt), which are hashed into a key, and a counter,
+The draw rules. A draw has coordinates (seed, stream, step, attempt), which are hashed into a key, and a counter,
 ``tensor index * 2**40 + slot``. Its 64 bits are SplitMix64's finalizer of ``key + counter * golden``. A place of N is the low
 63 bits modulo N, unless they lie in the incomplete last block of N. A sign is the top bit of the hash of the place. A normal
-deviate is Box and Muller's of the two 32-bit halves.
+deviate is the Box-Muller transform of the two 32-bit halves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ START_PLACES, START_THETA, SIGN, BIRTH, NOISE = 1, 2, 3, 4, 5
 
 
 def finalizer(word: np.ndarray) -> np.ndarray:
-    """SplitMix64's, on an array of uint64."""
+    """Apply SplitMix64's finalizer to an array of uint64."""
     word = (word ^ (word >> U64(30))) * U64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> U64(27))) * U64(0x94D049BB133111EB)
     return word ^ (word >> U64(31))
@@ -44,7 +44,7 @@ def bits(stream_key: int, counters: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def place(stream_key: int, counter: int, total: int) -> int | None:
-    """A place, or None where the draw has to be repeated."""
+    """Return a place, or None if the draw must be repeated."""
     draw = int(bits(stream_key, [counter])[0]) % 2**63
     whole_blocks = 2**63 // total * total
     return draw % total if draw < whole_blocks else None
@@ -61,7 +61,7 @@ def normal(stream_key: int, counters: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def first_free(seed: tuple[int, ...], counters: Sequence[int], total: int, occupied: set[int]) -> list[int]:
-    """In rounds, every slot without a place draws one, and takes it unless it is occupied."""
+    """Draw places in rounds: every slot without a place draws one, and takes it unless it is occupied."""
     found: dict[int, int] = {}
     waiting, attempt = list(counters), 0
     while waiting:
@@ -79,7 +79,7 @@ def first_free(seed: tuple[int, ...], counters: Sequence[int], total: int, occup
 
 
 def shuffled(stream_key: int, index: int, places: Sequence[int]) -> list[int]:
-    """Places in the order of their hashes (as signed integers)."""
+    """Sort places by their hashes (as signed integers)."""
     hashes = bits(stream_key, [index * 2**40 + p for p in places]).astype(np.int64)
     return [p for _, p in sorted(zip(hashes.tolist(), places, strict=True))]
 
@@ -114,7 +114,7 @@ class Tensor:
         return signs(self.sign_seed, np.array(self.places))
 
     def dense(self) -> np.ndarray:
-        """The weight, flat: w_k = s_k * theta_k."""
+        """Return the flat weight: w_k = s_k * theta_k."""
         weight = np.zeros(self.total)
         for p, s, theta in zip(self.places, self.signs, self.theta, strict=True):
             weight[p] = s * theta
@@ -163,7 +163,7 @@ class Network:
         return dormant
 
     def keep_active(self) -> None:
-        """A step without rewiring: theta < 0 becomes 0."""
+        """Take a step without rewiring: theta < 0 becomes 0."""
         for tensor in self.tensors:
             for slot in range(len(tensor.theta)):
                 tensor.theta[slot] = max(tensor.theta[slot], 0.0)

@@ -1,4 +1,4 @@
-"""A slow soft-DEEP R (Algorithm 2) in NumPy, beside :mod:`tests.helpers.oracle`'s Algorithm 1: one connection after the other."""
+"""A slow soft-DEEP R (Algorithm 2) in NumPy, one connection after the other. :mod:`tests.helpers.oracle` has Algorithm 1."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def step(
     bound: float,
     rewires: bool = True,
 ) -> np.ndarray:
-    """theta (flat) from what it was before the optimizer's step and after it."""
+    """Compute the new theta (flat) from theta before and after the optimizer's step."""
     kind = after.dtype.type
     stream = oracle.key(seed, oracle.NOISE, number)
     nu = oracle.normal(stream, [index * 2**40 + k for k in range(len(after))])
@@ -37,7 +37,7 @@ def step(
         if before[k] >= 0:  # active: the optimizer's step counts, and L1
             moved = kind(kind(after[k] - kind(lr * alpha)) + noise)
             theta[k] = max(moved, kind(bound)) if rewires else max(moved, kind(0))
-        elif rewires:  # dormant: nothing counts but the noise
+        elif rewires:  # dormant: only the noise counts
             theta[k] = max(kind(before[k] + noise), kind(bound))
         else:
             theta[k] = before[k]
@@ -49,7 +49,7 @@ def weight(theta: np.ndarray, signs: np.ndarray) -> np.ndarray:
 
 
 def start(total: int, count: int, index: int, seed: int, bound: float) -> tuple[list[int], np.ndarray]:
-    """The places that are active at first, and the thetas of all others (0 at those places)."""
+    """Return the places that are active at the start, and the thetas of all others (0 at the active places)."""
     places = oracle.start_places(total, count, index, seed)
     word = oracle.bits(oracle.key(seed, oracle.START_THETA, 1), [index * 2**40 + k for k in range(total)])
     uniform = ((word >> np.uint64(40)).astype(np.float64) + 1) / 2**24

@@ -20,7 +20,7 @@ Named = Iterable[tuple[str, nn.Parameter]]
 
 
 def plain_mlp(sizes: tuple[int, ...] = (12, 10, 6)) -> nn.Sequential:
-    """Linear layers with ReLU between them, the same weights in every call."""
+    """Make linear layers with ReLU between them, with the same weights in every call."""
     torch.manual_seed(1)
     layers: list[nn.Module] = []
     for size_in, size_out in itertools.pairwise(sizes):
@@ -29,12 +29,12 @@ def plain_mlp(sizes: tuple[int, ...] = (12, 10, 6)) -> nn.Sequential:
 
 
 def mlp(connectivity: Any = 0.3, *, seed: int = SEED, **options: Any) -> nn.Module:
-    """The same, converted."""
+    """Make the same network, converted."""
     return sparsify(plain_mlp(), connectivity, distribution="uniform", seed=seed, **options)
 
 
 class Branches(nn.Module):
-    """Two layers side by side: gradients reach both, however sparse they are."""
+    """Two parallel layers: gradients reach both, even if they are very sparse."""
 
     def __init__(self, sizes: tuple[int, int]) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Branches(nn.Module):
 
 
 def batches(steps: int, size_in: int = 12, size_out: int = 6, count: int = 8) -> list[tuple[Tensor, Tensor]]:
-    """Regression on a linear teacher; the noise of the targets keeps connections dying."""
+    """Make batches of a linear teacher. The noise of the targets keeps connections dying."""
     generator = torch.Generator().manual_seed(7)
     teacher = torch.randn(size_in, size_out, generator=generator)
     inputs = [torch.randn(count, size_in, generator=generator) for _ in range(steps)]
@@ -60,7 +60,7 @@ def loss_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Twin:
-    """The step that the optimizer would take without rewiring, taken on copies."""
+    """Take the optimizer's step without rewiring, on copies."""
 
     def __init__(self, net: nn.Module, optimizer: optim.Optimizer, make: Callable[[Named], optim.Optimizer]) -> None:
         self.params = {name: nn.Parameter(p.detach().clone()) for name, p in net.named_parameters()}
@@ -74,7 +74,7 @@ class Twin:
 def train(
     net: nn.Module, optimizer: torch.optim.Optimizer, data: Iterable[tuple[Tensor, Tensor]], scheduler: Any = None
 ) -> None:
-    """The plain PyTorch loop."""
+    """Train in a plain PyTorch loop."""
     for batch in data:
         optimizer.zero_grad()
         loss_of(net, batch).backward()
@@ -84,7 +84,7 @@ def train(
 
 
 class Regression(pl.LightningModule):
-    """The same network and loss as a LightningModule, where it is called ``net``."""
+    """The same network, named ``net``, and loss as a LightningModule."""
 
     def __init__(self, make: Callable[[Any], Any], steps: int = 30) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A small network, and a check that nothing of it changes."""
+"""A small network, and a check that it does not change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
-    """The module is, afterwards, what it was before: the same parameters with the same values."""
+    """Check that the module has the same parameters with the same values afterwards."""
     before = {name: value.clone() for name, value in module.state_dict().items()}
     parameters = {name: id(parameter) for name, parameter in module.named_parameters()}
     yield

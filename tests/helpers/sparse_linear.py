@@ -1,4 +1,4 @@
-"""Sparse linear layers, a training with either kind of compute, and a mode that sees which tensors are made."""
+"""Sparse linear layers, and a training with either kind of compute."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ def sparse_layer(
     compute: str = "sparse",
 ) -> nn.Linear:
     torch.manual_seed(0)
-    return sparsify(nn.Linear(columns, rows, bias=bias, dtype=dtype), connectivity, compute=compute, seed=SEED)  # type: ignore[return-value]
+    return sparsify(  # type: ignore[return-value]
+        nn.Linear(columns, rows, bias=bias, dtype=dtype), connectivity, compute=compute, seed=SEED
+    )
 
 
 def dense_twin(layer: nn.Module) -> nn.Linear:
-    """An ordinary layer with the same weights, taken from what :func:`connections` says."""
+    """Make an ordinary layer with the same weights, as :func:`connections` reports them."""
     ((shape, places, values),) = connections(layer).values()
     plain = nn.Linear(shape[1], shape[0], bias=layer.bias is not None, dtype=values.dtype)
     with torch.no_grad():
@@ -42,7 +44,7 @@ def dense_twin(layer: nn.Module) -> nn.Linear:
 
 
 def theta_gradient(layer: nn.Module, of_weight: Tensor) -> Tensor:
-    """What theta's gradient has to be, given that of the dense weight."""
+    """Compute theta's expected gradient from the dense weight's gradient."""
     slots = slots_by_name(layer)["weight"]
     return of_weight.reshape(-1)[slots.places] * slots.signs
 
@@ -52,7 +54,7 @@ Batch = list[tuple[Tensor, Tensor]]
 
 
 class Trained:
-    """A network under training with one kind of compute; the same seed and data for either."""
+    """A training of a network with one kind of compute, with the same seed and data for both kinds."""
 
     def __init__(self, compute: str, connectivity: float = 0.2) -> None:
         self.net: nn.Module = sparsify(plain_mlp(WIDTHS).double(), connectivity, seed=SEED, compute=compute)

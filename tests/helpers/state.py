@@ -1,4 +1,4 @@
-"""What a converted network holds: its thetas and slots, all that a training determines, and what must hold of it."""
+"""The state of a converted network: its thetas and slots, everything that a training determines, and its invariants."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def all_slots(net: nn.Module) -> list[KSlots]:
 
 
 def theta_of(module: nn.Module, name: str) -> nn.Parameter:
-    """theta of a tensor, found by the name that the public contract gives it."""
+    """Return theta of a tensor, by its documented parameter name."""
     owner, _, tensor = name.rpartition(".")
     prefix = f"{owner}." if owner else ""
     return module.get_parameter(f"{prefix}parametrizations.{tensor}.original")
@@ -34,7 +34,7 @@ def slots_by_name(module: nn.Module) -> dict[str, KSlots]:
 
 
 def state_of(net: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Tensor]:
-    """Everything that a training determines, without names (they differ between the Trainer and a plain loop)."""
+    """Return everything that a training determines, without names (the Trainer and a plain loop use different names)."""
     values = [p.detach().clone() for p in net.parameters()]
     for slots in all_slots(net):
         values += [slots.places.clone(), slots.signs.clone(), slots.born.clone()]
@@ -46,14 +46,14 @@ def state_of(net: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
 
 
 def assert_equal_states(first: list[Tensor], second: list[Tensor]) -> None:
-    """Bit for bit."""
+    """Compare two states bit for bit."""
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 def assert_connected(module: nn.Module, counts: dict[str, int] | None = None) -> None:
-    """What must hold of every converted tensor at every moment between two steps."""
+    """Check the invariants of every converted tensor between two steps."""
     found = slots_by_name(module)
     assert found, "nothing is converted"
     for name, slots in found.items():
@@ -69,7 +69,7 @@ def assert_connected(module: nn.Module, counts: dict[str, int] | None = None) ->
 
 
 def oracle_of(net: nn.Module, seed: int = SEED) -> oracle.Network:
-    """The slow network that starts where a converted one does: it draws its own places."""
+    """Make the slow network with the same start as a converted one. It draws its own places."""
     found = list(converted_tensors(net))
     tensors = [oracle.Tensor(c.slots.total, i, seed, c.theta.detach().clone().numpy()) for i, c in enumerate(found)]
     return oracle.Network(tensors, seed)

@@ -1,4 +1,4 @@
-"""Which operators run, and how large the tensors are that they make."""
+"""Record the operators that run and the sizes of the tensors that they make."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_deepr.compute.weight import SparseWeight
 
 
 class Recording(TorchDispatchMode):
-    """The names of the operators, and the elements of every tensor that one of them gives (a view of nothing larger included)."""
+    """A mode that records the names of operators and the number of elements of every tensor that they return."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Fixed random connectivity, SET and RigL wherever DEEP R itself is tested: Trainer, Fabric, plain loop, resume, bad input."""
+"""Fixed random connectivity, SET and RigL in the same settings as DEEP R: Trainer, Fabric, plain loop, resume, bad input."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ def test_trainer_fabric_and_plain_loop_are_equal(kind: str, make: Callable[[Any]
     for other in found[1:]:
         assert_equal_states(found[0], other)
     births = {birth for slots in all_slots(net) for birth in slots.born.tolist()}
-    assert max(births) == {"set": 11, "rigl": 8}.get(kind, -1)  # (RigL's cosine has come to less than one connection)
+    assert max(births) == {"set": 11, "rigl": 8}.get(kind, -1)  # RigL's cosine has fallen below one connection
 
 
 class ByStep(Regression):
-    """The batch is chosen by the step: a plain data loader does not remember where it was."""
+    """Choose the batch by the step: a plain data loader does not remember its position."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return loss_of(self.net, batches(30)[self.trainer.global_step])
@@ -99,7 +99,7 @@ def test_resumed_runs_go_on_exactly(kind: str, tmp_path: Path) -> None:
         return state_of(module, runner.optimizers[0])
 
     whole = fit("whole")
-    # 8: the very next step is an update; 13: in the middle; 24: frozen since step 18
+    # 8: the next step is an update; 13: between updates; 24: frozen since step 18
     for step in (8, 13, 24):
         assert_equal_states(whole, fit(f"from_{step}", tmp_path / "whole" / f"{step:02d}.ckpt"))
     last = torch.load(tmp_path / "whole" / "24.ckpt", weights_only=False)["state_dict"]
@@ -126,7 +126,9 @@ def test_a_plain_loop_resumes_exactly(kind: str, at: int) -> None:
     saved = copy.deepcopy((net.state_dict(), optimizer.state_dict(), rewiring.state_dict()))
     train(net, optimizer, data[at:])
     again, second, handle = start()
-    train(again, second, data[:1])  # a loop at work: what was planned for its next steps is not what the loaded ones need
+    train(
+        again, second, data[:1]
+    )  # the loop is running: its planned dense gradients do not match the steps of the loaded state
     for part, state in zip((again, second, handle), saved, strict=True):
         part.load_state_dict(state)
     train(again, second, data[at:])
@@ -161,7 +163,7 @@ def test_the_checkpoint_of_another_method(tmp_path: Path) -> None:
     recorded = torch.load(tmp_path / "deepr.ckpt", weights_only=False)["state_dict"]
     last = max(int(value.max()) for name, value in recorded.items() if name.endswith(".born"))
     assert last >= 8
-    assert all(tensor.step == last + 11 for tensor in callback.tracked)  # it repeats no draw
+    assert all(tensor.step == last + 11 for tensor in callback.tracked)  # the second callback repeats no draw
     assert min(slots.last_birth() for slots in all_slots(module)) > last
 
 
@@ -176,7 +178,7 @@ def test_constant_signs_after_free_ones(method: type[SparseTraining]) -> None:
     assert below > 2
     with pytest.warns(UserWarning, match=rf"{method.__name__}: theta < 0 in `0\.weight` \({below} of 36\).*init=\"largest\""):
         method().attach(net, optimizer)
-    # the advice keeps them
+    # the advice in the warning keeps the connections
     values = {name: (p, v) for name, (_, p, v) in lightning_deepr.connections(net).items()}
     again = sparsify(densify(net), {"0": 36, "2": 18}, init="largest")
     for name, (_, places, weights) in lightning_deepr.connections(again).items():
@@ -220,7 +222,7 @@ def test_statistics_tell_newborns_from_mature_connections() -> None:
     optimizer = optim.SGD([theta], lr=0.1)
     callback = SET(drop_fraction=0.25, rewire_every_n_steps=2, rewire_until=None)
     callback.attach(net, optimizer)
-    for _ in range(4):  # the second update drops those that the first has grown: they are still 0
+    for _ in range(4):  # the second update drops the connections that the first has grown: they are still 0
         theta.grad = torch.zeros_like(theta)
         optimizer.step()
     assert callback.statistics() == {
@@ -229,7 +231,7 @@ def test_statistics_tell_newborns_from_mature_connections() -> None:
 
 
 class Doubling(SET):
-    """Broken: two slots at one place."""
+    """A broken method: it puts two slots at one place."""
 
     def grow(self, items: Sequence[Stepped], weakest: Sequence[Tensor]) -> None:
         super().grow(items, weakest)

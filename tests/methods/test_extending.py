@@ -1,4 +1,4 @@
-"""The methods of ``docs/extending.md``, as they stand there."""
+"""The methods of ``docs/extending.md``, run from the document's own text."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8")
 
 
 def load(name: str) -> Any:
-    """A class of the document."""
+    """Return a class that the document defines."""
     (block,) = [block for block in BLOCKS if f"class {name}(" in block]
-    # a dataclass looks its module up
+    # a dataclass looks up its module in sys.modules
     scope: dict[str, Any] = {"__name__": __name__}
     exec(compile(block, str(DOCUMENT), "exec"), scope)
     return scope[name]
@@ -78,7 +78,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str) -> None:
     assert train(again, optimizer, data[10:]) == rest
     for mine, theirs in zip(converted_tensors(net), converted_tensors(again), strict=True):
         assert torch.equal(mine.slots.places, theirs.slots.places) and torch.equal(mine.theta, theirs.theta)
-        assert (mine.slots.born > 10).any()  # it has rewired after the interruption
+        assert (mine.slots.born > 10).any()  # the resumed run has rewired
 
 
 def test_snfs_grows_where_the_momentum_is_largest() -> None:
@@ -93,7 +93,7 @@ def test_snfs_grows_where_the_momentum_is_largest() -> None:
             kept = torch.ones(len(before), dtype=torch.bool)
             kept[slots] = False
             moment[before[kept]] = -1
-            # (what was dropped and would be grown again has stayed, and is among the kept)
+            # (a connection that would be dropped and grown again stays, and is among the kept)
             assert set(places.tolist()) == set(moment.topk(len(places)).indices.tolist())
             seen.append((item.tensor.name, slots, places))
 
@@ -102,7 +102,7 @@ def test_snfs_grows_where_the_momentum_is_largest() -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     callback.attach(net, optimizer, total_steps=16)
     data = batches(16)
-    # the moment by hand, from the gradients of a dense twin
+    # compute the moment by hand from the gradients of a dense twin
     moment = torch.zeros(12, 16)
     for i, batch in enumerate(data):
         twin = network()

@@ -49,7 +49,12 @@ def test_fixed_random_is_masked_training(signs: str, make: Callable[[Any], optim
                 clamped += int((weight.data * sign < 0).sum())
                 weight.data[weight.data * sign < 0] = 0.0
         for converted, weight in zip(converted_tensors(net), weights, strict=True):
-            torch.testing.assert_close(getattr(converted.module, "weight") + 0, weight.data, rtol=1e-9, atol=1e-12)  # noqa: B009
+            torch.testing.assert_close(
+                getattr(converted.module, "weight") + 0,  # noqa: B009
+                weight.data,
+                rtol=1e-9,
+                atol=1e-12,
+            )
     assert all(torch.equal(slots.places, places) for slots, places in zip(all_slots(net), before, strict=True))
     if signs == "fixed":
         assert clamped > 5 and min(float(theta.min()) for theta in thetas(net)) == 0.0

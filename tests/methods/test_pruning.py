@@ -1,4 +1,4 @@
-"""Pruning with retraining and l1-shrinkage: dense training until they act, exactly what they say when they do, and a mask that holds."""
+"""Pruning with retraining and l1-shrinkage: dense training first, then exact counts and a mask that holds."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def shrinkage(connectivity: Any = 0.2, **options: Any) -> L1Shrinkage:
 def reference(
     make: Make, after_step: Callable[[int, dict[str, Tensor]], dict[str, Tensor]], steps: int = STEPS
 ) -> list[dict[str, Tensor]]:
-    """Plain dense training; after each step a function returns what the weights shall be, gradients at 0 are masked by it.
+    """Train a plain dense network. After each step a function sets the weights; weights at 0 then get no gradient.
 
     Returns:
         the weights after each step.
@@ -100,7 +100,7 @@ def reference(
 
 
 def largest(weight: Tensor, count: int) -> Tensor:
-    """The mask of the ``count`` largest magnitudes, by sorting."""
+    """Return the mask of the ``count`` largest magnitudes, by sorting."""
     order = sorted(range(weight.numel()), key=lambda place: -abs(float(weight.view(-1)[place])))
     mask = torch.zeros(weight.numel())
     mask[order[:count]] = 1
@@ -112,7 +112,7 @@ def largest(weight: Tensor, count: int) -> Tensor:
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_pruning_is_dense_training_with_the_smallest_weights_cut(make: Make) -> None:
-    """Geometric densities; what is cut stays cut, whatever momentum and weight decay do; K is exact in the end."""
+    """Densities are geometric, cut connections stay cut under momentum and weight decay, and K is exact in the end."""
     counts = {FIRST: 1 / 3, 12: 2 / 3, LAST: 1}
     masks: dict[str, Tensor] = {}
 
@@ -186,7 +186,7 @@ def test_one_threshold_needs_all_tensors_in_one_step() -> None:
         first.step()
 
 
-# -- l1-shrinkage -----------------------------------------------------------------------------------------------------------------
+# -- l1-shrinkage -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
@@ -238,7 +238,7 @@ def test_a_weight_at_zero_comes_back_until_the_mask_is_fixed() -> None:
     assert at_zero.any() and came_back.any()
 
 
-# -- whoever runs the loop ----------------------------------------------------------------------------------------------------------
+# -- Trainer, Fabric, plain loop -- -------------------------------------------------------------------------------------------
 
 CALLBACKS: dict[str, Callable[[], Any]] = {
     "pruning": pruning,
@@ -286,7 +286,7 @@ def test_a_second_fit_keeps_what_is_pruned(make_callback: Callable[[], Any]) -> 
     assert len(fixed) == (0 if getattr(callback, "freezes", True) is False else 2)
 
 
-# -- the layers -----------------------------------------------------------------------------------------------------------------------
+# -- the layers ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -294,7 +294,7 @@ def test_every_layer(layer: Layer, tmp_path: Path) -> None:
     callback = pruning(0.3, target_modules=layer.target)
     net = callback.prepare(layer.build())
     inputs = layer.feed()
-    assert torch.equal(flat(net(*inputs)), flat(layer.build()(*inputs))), "it does not begin as the dense layer"
+    assert torch.equal(flat(net(*inputs)), flat(layer.build()(*inputs))), "it does not start as the dense layer"
     optimizer = adam(net.parameters())
     callback.attach(net, optimizer, total_steps=4)
     for _ in range(4):
@@ -312,7 +312,7 @@ def test_every_layer(layer: Layer, tmp_path: Path) -> None:
     replica = copy.deepcopy(net)
     assert torch.equal(flat(replica(*inputs)), output)
     for kind in kinds(replica).values():
-        kind.mask.fill_(False)  # a copy of its own
+        kind.mask.fill_(False)  # its own copy
     assert connectivity_report(replica).active == 0 and torch.equal(flat(net(*inputs)), output)
     again = load_state_dict(layer.build(seed=5), net.state_dict())
     assert torch.equal(flat(again(*inputs)), output) and all(isinstance(kind, MaskedTheta) for kind in kinds(again).values())
@@ -328,7 +328,7 @@ def test_every_layer(layer: Layer, tmp_path: Path) -> None:
 
 
 def test_starts() -> None:
-    """The module's own weight, or the paper's start with random signs; and what a layer of the meta device gets."""
+    """The start is the module's own weight or the paper's with random signs; a layer on the meta device gets one, too."""
     net = pruning(init="deepr").prepare(nn.Sequential(nn.Linear(400, 50)))
     weight = weights(net)["0.weight"]
     assert float(weight.std()) == pytest.approx(1 / 20, rel=0.05) and abs(float((weight > 0).float().mean()) - 0.5) < 0.02
@@ -351,7 +351,7 @@ def test_a_pruned_network_goes_on_as_deepr(tmp_path: Path) -> None:
     assert connectivity_report(slots).active == 36
 
 
-# -- averages -------------------------------------------------------------------------------------------------------------------------
+# -- averages -----------------------------------------------------------------------------------------------------------------
 
 
 @EVERY_CALLBACK
@@ -371,7 +371,7 @@ def test_an_average_has_the_networks_connections(make_callback: Callable[[], Any
     assert connectivity_report(average.module).active == connectivity_report(net).active < 180
 
 
-# -- bad input ------------------------------------------------------------------------------------------------------------------------
+# -- bad input ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_a_fraction_of_a_training_of_unknown_length(make_callback: Callable[[], 
         Fabric(accelerator="cpu", devices=1, callbacks=[other]).setup(net, sgd(net.parameters()))
     free = shrinkage(None)
     net = free.prepare(plain_mlp())
-    free.attach(net, sgd(net.parameters()))  # where l1 leads: no fraction
+    free.attach(net, sgd(net.parameters()))  # l1 alone determines the connectivity: no fraction is needed
 
 
 def test_kinds_are_not_mixed() -> None:

@@ -1,4 +1,4 @@
-"""Updates of SET and RigL on K slots against oracles from the papers' text; the dense gradient that RigL asks for."""
+"""Updates of SET and RigL on K slots against oracles from the papers' text, and the dense gradient that RigL needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [
 
 
 def stepped_by_hand(net: nn.Module, optimizer: optim.Optimizer) -> list[list[Tensor]]:
-    """Per tensor theta, places and the optimizer's state between its step and what follows it. Call it before ``attach``."""
+    """Record theta, places and optimizer state of each tensor after the optimizer's step. Call it before ``attach``."""
     seen: list[list[Tensor]] = []
 
     def note(*_: Any) -> None:
@@ -48,30 +48,32 @@ def stepped_by_hand(net: nn.Module, optimizer: optim.Optimizer) -> list[list[Ten
 
 
 def assert_strongest(score: Tensor, chosen: Tensor, others: Tensor) -> None:
-    """No place that was left has a higher score than one that was chosen, but for rounding."""
+    """Check that no rejected place has a higher score than a chosen one, up to rounding."""
     if len(chosen) and len(others):
         assert score[chosen].min() >= score[others].max() - 1e-9 * score.max()
 
 
 def check_update(slots: Any, theta: Tensor, before: Sequence[Tensor], dropped: int, gradient: Tensor | None) -> None:
-    """One update of a tensor against the papers: which go, which come, and what each of them starts with.
+    """Check one update of a tensor against the papers: the dropped, the grown and their starting values.
 
-    Args:
-        slots, theta: after it.
-        before: theta and places after the optimizer's step.
-        dropped: how many connections.
-        gradient: of the dense weight, flat: RigL. None: SET.
+        Args:
+    slots, theta: the tensor after the update.
+    before: theta and places after the optimizer's step, before the update.
+    dropped: the number of dropped connections.
+    gradient: the flat gradient of the dense weight, for RigL; None for SET.
     """
     old_theta, old_places, *_ = before
     old, new = (dict(zip(p.tolist(), t.tolist(), strict=True)) for p, t in ((old_places, old_theta), (slots.places, theta)))
     assert len(new) == len(old) == len(old_theta), "K was not held, or two slots are at one place"
     ranked = sorted(old, key=lambda place: abs(old[place]))
     kept = ranked[dropped:]
-    assert all(new[place] == old[place] for place in kept), "what is not dropped stays as it is, sign included"
+    assert all(new[place] == old[place] for place in kept), "a connection that is not dropped has changed"
     grown = sorted(set(new) - set(kept))
     assert len(grown) == dropped
     for place in grown:
-        again = gradient is not None and place in old  # RigL: dropped and grown at once keeps its value
+        again = (
+            gradient is not None and place in old
+        )  # RigL: a connection that would be dropped and grown again keeps its value
         assert new[place] == (old[place] if again else 0.0)
     assert torch.equal(slots.signs, slots.signs_at(slots.places))
     if gradient is not None:
@@ -150,7 +152,7 @@ def test_set_grows_uniformly() -> None:
         theta.grad = torch.zeros_like(theta)
         optimizer.step()
         births[slots.places[slots.born == step]] += 1
-    stays = slots.places[slots.born < 0]  # newborns are the weakest: these 20 never go
+    stays = slots.places[slots.born < 0]  # newborns are the weakest: these 20 are never dropped
     assert len(stays) == 20 and births[stays].sum() == 0
     free = torch.ones(slots.total, dtype=torch.bool)
     free[stays] = False
@@ -177,7 +179,7 @@ def test_free_signs_survive(method: type[SparseTraining]) -> None:
 
 
 class Counting(RigL):
-    """Notes how many connections each update drops."""
+    """Record the number of connections that each update drops."""
 
     def grow(self, items: Sequence[Stepped], weakest: Sequence[Tensor]) -> None:
         self.dropped = [*getattr(self, "dropped", []), (items[0].tensor.step, [len(slots) for slots in weakest])]
@@ -190,7 +192,7 @@ def test_the_fraction_falls_as_a_cosine() -> None:
     callback = Counting(drop_fraction=0.3, rewire_every_n_steps=4, rewire_until=0.75)
     callback.attach(net, optimizer, total_steps=20)
     train(net, optimizer, batches(20))
-    # done = 3, 7, 11 of 15 (K = 60 and 30); the next would be 15, where it ends
+    # done = 3, 7, 11 of 15 (K = 60 and 30); the next update would be at 15, the end
     cosines = [0.15 * (1 + math.cos(math.pi * done / 15)) for done in (3, 7, 11)]
     assert callback.dropped == [(d, [round(c * 60), round(c * 30)]) for d, c in zip((3, 7, 11), cosines, strict=True)]
     assert [c for _, (c, _) in callback.dropped] == [16, 10, 3]
@@ -202,27 +204,27 @@ def two_passes(net: nn.Module, optimizer: optim.Optimizer, data: Any) -> None:
 
 
 def zeroed(net: nn.Module, optimizer: optim.Optimizer, data: Any) -> None:
-    """What an earlier pass left is cleared by zeros instead of None."""
+    """An earlier pass's gradient is cleared to zeros instead of None."""
     (100 * loss_of(net, data[2])).backward()
     optimizer.zero_grad(set_to_none=False)
     two_passes(net, optimizer, data)
 
 
 def skipped(net: nn.Module, optimizer: optim.Optimizer, data: Any) -> None:
-    """What GradScaler does with infinities: no step, and the next batch."""
+    """Act as GradScaler does with infinities: skip the step and take the next batch."""
     (math.inf * loss_of(net, data[2])).backward()
     optimizer.zero_grad()
     two_passes(net, optimizer, data)
 
 
 def reentrant(net: nn.Module, optimizer: optim.Optimizer, data: Any) -> None:
-    """Checkpointed activations: a backward pass within the backward pass, for each use of the layers."""
+    """Checkpoint activations: each use of the layers has a backward pass within the backward pass."""
     total = sum((checkpoint(net, x.double().requires_grad_(), use_reentrant=True) - y).square().mean() for x, y in data[:2])
     total.backward()
 
 
 def penalized(net: nn.Module, optimizer: optim.Optimizer, data: Any) -> None:
-    """A gradient with respect to the input on the way."""
+    """Compute a gradient with respect to the input in between."""
     x, y = (part.double() for part in data[0])
     x.requires_grad_()
     loss = (net(x) - y).square().mean()

@@ -1,4 +1,4 @@
-"""soft-DEEP R: every step is Algorithm 2's, with any optimizer, and the connectivity that theta_min promises."""
+"""soft-DEEP R: every step follows Algorithm 2 with any optimizer, and theta_min holds the connectivity."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists a
 
 
 def silent(net: nn.Module, optimizer: optim.Optimizer, steps: int) -> None:
-    """Steps without data: gradients of 0."""
+    """Take steps without data: the gradients are 0."""
     for _ in range(steps):
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -66,14 +66,14 @@ def test_dormant_thetas_start_uniform_above_theta_min() -> None:
 
 
 class Expected:
-    """What a step shall lead to: a twin of the optimizer steps on copies, and the slow algorithm does the rest."""
+    """Compute the expected result of a step: a twin of the optimizer steps on copies, and the slow algorithm does the rest."""
 
     def __init__(self, net: nn.Module, optimizer: optim.Optimizer, make: Make, callback: SoftDeepR) -> None:
         self.net, self.optimizer, self.make, self.callback = net, optimizer, make, callback
         self.number = 0
 
     def step(self, batch: Any, rewires: bool) -> int:
-        """Take a step and compare. Returns how many connections changed sides."""
+        """Take a step and compare. Returns the number of connections that became active or dormant."""
         self.optimizer.zero_grad()
         loss_of(self.net, batch).backward()
         twin = Twin(self.net, self.optimizer, lambda named: self.make([p for _, p in named]))
@@ -113,7 +113,7 @@ class Expected:
         return oracle_soft.theta_min(TEMPERATURE, ALPHA, slots.wanted, slots.total)
 
     def check_state(self, theta: Tensor, copied: Tensor, twin: optim.Optimizer, was: Tensor) -> None:
-        """Active connections have what the optimizer made of their state, dormant ones what it starts with."""
+        """Active connections have the optimizer's updated state, dormant ones its starting state."""
         starts = {"sum": 0.3, "step_size": 0.01}
         kept = (was >= 0) & (theta >= 0)
         for name, value in self.optimizer.state[theta].items():
@@ -134,7 +134,7 @@ def test_every_step_is_that_of_algorithm_2(make: Make, compiled: bool, monkeypat
     data = batches(12)
     optimizer.zero_grad()
     loss_of(net, data[0]).backward()
-    optimizer.step()  # spreads the dormant thetas
+    optimizer.step()  # scales the dormant thetas
     expected = Expected(net, optimizer, make, callback)
     expected.number = 1
     assert sum(expected.step(batch, rewires=True) for batch in data[1:]) > 20
@@ -211,11 +211,11 @@ def test_a_tensor_without_a_gradient_is_left_alone() -> None:
     assert steps == {"a.weight": 3, "b.weight": 0}
 
 
-# -- the connectivity that theta_min promises ---------------------------------------------------------------------------------
+# -- the connectivity that theta_min holds -- -------------------------------------------------------------------------------
 
 
 def without_data(ratio: float, steps: int, make: Make | None = None) -> float:
-    """Connectivity after steps without data, begun in the stationary state of p = 5 %; ratio = eta * alpha^2 / T."""
+    """Measure the connectivity after steps without data from the stationary state of p = 5 %; ratio = eta * alpha^2 / T."""
     lr, alpha = 0.1, 0.01
     temperature = lr * alpha**2 / ratio
     callback = SoftDeepR(0.05, temperature=temperature, l1=alpha, seed=SEED)
@@ -285,7 +285,7 @@ def test_theta_min_keeps_its_last_value_where_a_schedule_reaches_zero(
     optimizer.param_groups[0]["lr"] = 0.0
     train(net, optimizer, batches(3))
     assert [slots.theta_min for slots in kinds(net).values()] == last and max(last) < 0
-    assert connectivity_report(net).active == active, "what was dormant came to life"
+    assert connectivity_report(net).active == active, "a dormant connection became active"
 
 
 def test_it_warns_once_where_the_noise_is_as_long_as_theta_min() -> None:

@@ -1,4 +1,4 @@
-"""soft-DEEP R in a training: whoever runs the loop, every layer, averages, what it tells and what it refuses."""
+"""soft-DEEP R in a training: Trainer, Fabric and plain loop, every layer, averages, reports and bad input."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ from tests.helpers.trainer import trainer
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 
-# -- whoever runs the loop ----------------------------------------------------------------------------------------------------
+# -- Trainer, Fabric, plain loop -- -------------------------------------------------------------------------------------------
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], Make, int]] = {
@@ -139,10 +139,10 @@ def test_every_layer(layer: Layer, tmp_path: Path) -> None:
         torch.equal(flat(replica(*inputs)), output) and connectivity_report(replica).active == connectivity_report(net).active
     )
     for theta in thetas(replica):
-        theta.fill_(-1.0)  # a copy of its own
+        theta.fill_(-1.0)  # its own copy
     assert connectivity_report(replica).active == 0 and torch.equal(flat(net(*inputs)), output)
 
-    # a state_dict converts a dense model as recorded; save_sparse writes the active connections, as K slots
+    # a state_dict converts a dense model as recorded; save_sparse writes the active connections as K slots
     again = load_state_dict(layer.build(seed=5), net.state_dict())
     assert torch.equal(flat(again(*inputs)), output) and all(isinstance(kind, SoftTheta) for kind in kinds(again).values())
     path = save_sparse(net, tmp_path / "net.safetensors")
@@ -171,7 +171,7 @@ def test_layers_of_the_meta_device() -> None:
 
 
 def test_a_pretrained_networks_signs_stay(tmp_path: Path) -> None:
-    """init="largest": the exceptions to the hashed signs survive copies, checkpoints and the way into K slots and on."""
+    """init="largest": the exceptions to the hashed signs survive copies, checkpoints and the conversion to K slots."""
     callback = soft(0.3, init="largest")
     net = callback.prepare(plain_mlp())
     assert kinds(net)["0.weight"].exceptions.numel() > 5
@@ -186,7 +186,7 @@ def test_a_pretrained_networks_signs_stay(tmp_path: Path) -> None:
     optimizer = sgd(loaded.parameters())
     deepr.attach(loaded, optimizer)
     train(loaded, optimizer, batches(3))
-    assert min(entry["step"] for entry in deepr.state_dict()["tensors"].values()) == 7, "it would draw again what was drawn"
+    assert min(entry["step"] for entry in deepr.state_dict()["tensors"].values()) == 7, "it would repeat draws"
 
 
 def test_where_nothing_is_active_one_connection_of_weight_zero_is_written(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_where_nothing_is_active_one_connection_of_weight_zero_is_written(tmp_pa
 
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_an_average_has_the_networks_connections(use_buffers: bool) -> None:
-    """Against a slow reference: the mean of theta since the connection became active last."""
+    """Compare with a slow reference: the mean of theta since the connection last became active."""
     net, optimizer = network(soft())
     train(net, optimizer, batches(2))
     average = AveragedModel(net, use_buffers=use_buffers)
@@ -241,7 +241,7 @@ def test_weight_averaging_under_the_trainer() -> None:
         assert not own[theirs == 0].any()
 
 
-# -- what it tells ------------------------------------------------------------------------------------------------------------
+# -- reports -- ----------------------------------------------------------------------------------------------------------
 
 
 def test_statistics_and_loggers(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_a_schedule_that_starts_at_zero(options: dict[str, Any]) -> None:
 
 
 def test_a_warm_up_from_zero() -> None:
-    """T follows the learning rate: theta_min is known with the first step that is none of length 0."""
+    """T follows the learning rate: theta_min becomes known at the first step with a learning rate above 0."""
     net, optimizer = network(soft(temperature=LrPower(0.1, 1)))
     optimizer.param_groups[0]["lr"] = 0.0
     before = thetas(net)[0].clone()
@@ -379,7 +379,7 @@ def test_kinds_are_not_mixed() -> None:
     plain = plain_mlp()
     with pytest.raises(ValueError, match=r"attach expects a converted network.*Call `prepare\(net\)` on the SoftDeepR"):
         soft().attach(plain, sgd(plain.parameters()))
-    soft().attach(net, optimizer)  # it is still free
+    soft().attach(net, optimizer)  # no callback has taken it
 
 
 def test_an_optimizer_of_before() -> None:

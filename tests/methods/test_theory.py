@@ -1,7 +1,8 @@
-"""What is sampled is what theory says, at small scale (at full scale: benchmarks/theory). Seeds fix every draw.
+"""The samples agree with theory, at small scale (at full scale: benchmarks/theory). Seeds fix every draw.
 
-A step of finite length leaves a bias. Where a test can see it (soft-DEEP R) two learning rates are extrapolated to 0; where it can't at
-a small one (DEEP R), that one is taken. A test fails where a sampler without bias would be as far off once in a thousand times.
+A step of finite length has a bias. Tests of soft-DEEP R can see this bias, so they extrapolate two learning rates to 0. Tests
+of DEEP R cannot see it at a small learning rate, so they use one. A test fails if an unbiased sampler would be as far off only
+once in a thousand runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ LEAST_P = 1e-3
 
 
 def load(name: str) -> Any:
-    """A module of benchmarks/theory, which is no package."""
+    """Load a module of benchmarks/theory, which is not a package."""
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -31,7 +32,7 @@ def load(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def theory() -> Any:
-    """The modules, by name; what they put into sys is taken back."""
+    """Load the modules by name, and undo their changes to sys afterwards."""
     before_path, before_modules = list(sys.path), set(sys.modules)
     found = {name: load(name) for name in ("densities", "divergence", "chains", "hard", "soft")}
     yield type("Theory", (), found)
@@ -41,7 +42,7 @@ def theory() -> Any:
             del sys.modules[name]
 
 
-# -- what is compared with, and how ------------------------------------------------------------------------------------------
+# -- the references and the comparison -- -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["flat", "quadratic", "double_well"])
@@ -63,14 +64,14 @@ def test_groups_that_share_connections(theory: Any) -> None:
 
 
 def test_density_of_a_flat_energy(theory: Any) -> None:
-    """theta_min holds the wanted share: mass |theta_min| below 0, T / alpha above."""
+    """theta_min holds the wanted share: the mass is |theta_min| below 0 and T / alpha above."""
     bins = theory.soft.bins_of(theory.densities.Target(theory.densities.flat, theory.soft.ALPHA, theory.soft.TEMPERATURE), 1)
     assert theory.soft.true_share(bins, 8) == pytest.approx(theory.soft.WANTED, rel=1e-4)
 
 
 @pytest.mark.parametrize("away", [0.0, 0.03])
 def test_divergence_tells_bias_from_sampling_error(theory: Any, away: float) -> None:
-    """Chains that stay where they are half of the time; ``away`` of the first cell's mass is moved to the second."""
+    """Simulate chains that do not move half of the time; the share ``away`` of the first cell's mass moves to the second."""
     generator = torch.Generator().manual_seed(0)
     true = torch.tensor([0.3, 0.1, 0.2, 0.15, 0.25], dtype=torch.float64)
     sampled = true + away * torch.tensor([-1.0, 1, 0, 0, 0], dtype=torch.float64)
@@ -84,7 +85,7 @@ def test_divergence_tells_bias_from_sampling_error(theory: Any, away: float) -> 
         histograms = theory.divergence.Histograms(chains, 5)
         histograms.add(torch.arange(chains).repeat(steps), state[:, run].flatten())
         found.append(theory.divergence.divergence(histograms.frequencies(), true))
-    # staying half of the time makes a sample worth a third
+    # chains that do not move half of the time: a sample counts as a third
     assert sum(d.effective for d in found) / runs == pytest.approx(chains * steps / 3, rel=0.1)
     rejected = sum(not d.within for d in found) / runs
     assert rejected < 0.15 if away == 0 else rejected > 0.9
@@ -124,7 +125,10 @@ def test_deep_r_samples_connectivities_and_weights(theory: Any, shape: tuple[int
 
 
 def test_weights_of_deep_r_are_exponential_without_data(theory: Any) -> None:
-    """With a flat energy every connectivity is as likely, and each active theta has the prior's density, alpha / T * exp(-alpha * theta / T)."""
+    """With a flat energy all connectivities are equally likely, and active thetas have the prior's density.
+
+    This density is alpha / T * exp(-alpha * theta / T).
+    """
     target, tensors, cells = theory.densities.Target(theory.densities.flat, theory.hard.ALPHA, theory.hard.TEMPERATURE), 24, 6
     scale = target.temperature / target.alpha
     edges = -scale * torch.log1p(-torch.arange(1, cells) / cells)

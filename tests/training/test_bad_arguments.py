@@ -1,4 +1,4 @@
-"""Arguments, optimizers and values that do not fit get an error that says what was expected, what was found and what to do."""
+"""Invalid arguments, optimizers and values raise errors that say what was expected, what was found and what to do."""
 
 from __future__ import annotations
 
@@ -220,5 +220,5 @@ def test_a_function_as_schedule_works_and_cannot_be_saved() -> None:
         rewiring.state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rewiring.state_dict()  # told once
+        rewiring.state_dict()  # warned once
         DeepR(l1=LinearDecay(1e-4), temperature=LrPower()).state_dict()

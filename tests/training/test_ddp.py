@@ -1,4 +1,4 @@
-"""Two processes with data of their own rewire alike, without a word about it (gloo, CPU)."""
+"""Two processes with different data rewire in the same way, without communication about it (gloo, CPU)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
 
 
 def assert_equal_on_all_ranks(folder: Path, steps: int, start: nn.Module) -> None:
-    """What both ranks wrote is one network, it was rewired, and each rank had losses of its own."""
+    """Both ranks wrote the same network, it was rewired, and the ranks' losses differ."""
     one, other = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["state"].keys() == other["state"].keys()
     for name, value in one["state"].items():
@@ -43,7 +43,7 @@ def plain_loop(rank: int, folder: Path) -> None:
     os.environ.update(LOOPBACK)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    # every rank starts with values of its own, which DDP replaces by rank 0's, and with equal connections
+    # every rank starts with equal connections and its own values; DDP replaces the values by rank 0's
     torch.manual_seed(rank)
     net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
     sparsify(net, 0.3)
@@ -73,7 +73,7 @@ def plain_loop(rank: int, folder: Path) -> None:
     assert_connected(net)
     torch.save({"state": net.state_dict(), "losses": losses}, folder / f"{rank}.pt")
 
-    # connections that are not equal are found at the start of a fit
+    # the start of a fit finds unequal connections
     def broadcast(value: Any, src: int) -> Any:
         values = [value]
         dist.broadcast_object_list(values, src=src)
@@ -128,7 +128,7 @@ def test_the_trainer_on_two_ranks(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     start = sparsify(Net(norm=True), 0.3)
-    for name in ("0.pt", "1.pt"):  # batch norm's statistics are each rank's own in Lightning, too
+    for name in ("0.pt", "1.pt"):  # in Lightning, too, each rank has its own statistics of batch norm
         saved = torch.load(tmp_path / name, weights_only=True)
         saved["state"] = {key: value for key, value in saved["state"].items() if "running" not in key}
         torch.save(saved, tmp_path / name)
@@ -142,7 +142,7 @@ def test_strategies_that_return_the_weights_are_refused(strategy: str) -> None:
     loop = trainer(strategy=strategy, devices=2)
     with pytest.raises(ValueError, match=r'starts its processes with spawn or fork.*Expected strategy="ddp"'):
         refuse_spawn(loop, converted_now=2)
-    refuse_spawn(loop, converted_now=0)  # a network that is converted in the first process, too
+    refuse_spawn(loop, converted_now=0)  # a network that is also converted in the first process
     refuse_spawn(trainer(strategy="ddp", devices=2), converted_now=2)
     refuse_spawn(trainer(), converted_now=2)
 

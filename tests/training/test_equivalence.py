@@ -1,4 +1,4 @@
-"""Trainer, Fabric and a plain loop are one, bit for bit, and in the order that the oracle has."""
+"""Trainer, Fabric and a plain loop agree bit for bit, and follow the oracle's order of a step."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_trainer_fabric_and_plain_loop_are_equal(setting: Setting) -> None:
 
 @pytest.mark.filterwarnings("ignore:A backward pass reached")
 def test_a_fabric_without_a_converted_network_is_refused() -> None:
-    """Not converted, or set up by ``setup_module``, of which Fabric's callbacks hear nothing."""
+    """The network is not converted, or ``setup_module`` set it up, which Fabric does not report to its callbacks."""
     for how in ("dense", "setup_module"):
         callback = Setting().callback()
         fabric = Fabric(accelerator="cpu", devices=1, callbacks=[callback])
@@ -91,7 +91,7 @@ def test_fabric_refuses_a_schedule_without_a_length() -> None:
 @pytest.mark.parametrize("make", [sgd, adam])
 @pytest.mark.parametrize(("every", "until"), [(1, None), (3, None), (1, 20), (4, 25)])
 def test_the_order_of_a_step_is_the_oracles(make: Any, every: int, until: int | None) -> None:
-    """Optimizer, L1 and noise with the plain learning rate, sign test; where nothing rewires, theta < 0 becomes 0."""
+    """The order is optimizer, L1 and noise with the plain learning rate, sign test. Without rewiring theta < 0 becomes 0."""
     temperature, alpha = 1e-5, 0.05 if make is sgd else 0.2
     net = mlp()
     slow = oracle_of(net)

@@ -1,4 +1,4 @@
-"""The hooks on an optimizer come once and go when the training ends, also by an exception."""
+"""The hooks on an optimizer are registered once and removed when the training ends, also after an exception."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.trainer import trainer
 
 
 def assert_not_at_work(net: nn.Module, optimizer: optim.Optimizer, callback: DeepR) -> None:
-    """Steps of the optimizer are only its own."""
+    """Check that the callback does nothing after the optimizer's steps."""
     places = [slots.places.clone() for slots in all_slots(net)]
     counts = Run(net, optimizer, callback).steps
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_hooks_are_gone_after_remove() -> None:
     rewiring = callback.attach(net, optimizer)
     train(net, optimizer, batches(5))
     rewiring.remove()
-    rewiring.remove()  # again does no harm
+    rewiring.remove()  # a second call does no harm
     assert_not_at_work(net, optimizer, callback)
 
 
@@ -85,7 +85,7 @@ def test_remove_stops_one_optimizer_of_two() -> None:
 
 @pytest.mark.filterwarnings("error:A backward pass reached")
 def test_attach_after_remove_goes_on() -> None:
-    """The same handle's work in two parts; nobody is told that nothing rewires."""
+    """Two attaches, one after the other, equal a single one, without the warning that no callback rewires."""
     runs = []
     for parts in ((20,), (8, 12)):
         net = mlp()
@@ -118,7 +118,7 @@ def test_a_second_callback_on_the_same_tensors_is_refused() -> None:
 
 
 def test_a_new_optimizer_where_the_old_one_lay_is_wired() -> None:
-    """An id is used again when its object is gone."""
+    """Python reuses the id of a deleted object."""
     net, seen = mlp(), set()
     callback = Setting().callback()
     for i in range(10):
@@ -131,7 +131,7 @@ def test_a_new_optimizer_where_the_old_one_lay_is_wired() -> None:
 
 
 def test_an_optimizer_where_a_foreign_one_lay_is_found() -> None:
-    """Fabric's callback sees the steps of all optimizers of the process."""
+    """A callback of Fabric sees the steps of all optimizers of the process."""
     callback = Setting().callback()
     fabric = Fabric(accelerator="cpu", devices=1, callbacks=[callback])
     net = fabric.setup(mlp())
@@ -144,19 +144,19 @@ def test_an_optimizer_where_a_foreign_one_lay_is_found() -> None:
         del other
     made = [sgd(net.parameters())]
     while id(made[-1]) not in seen and len(made) < 500:
-        if len(made) % 10 == 0:  # something else has taken the room: there is more
+        if len(made) % 10 == 0:  # another object took the freed memory: try again
             other = sgd(foreign)
             other.step()
             seen.add(id(other))
             del other
         made.append(sgd(net.parameters()))
-    assert id(made[-1]) in seen, "none lies where another lay: nothing was tested"
+    assert id(made[-1]) in seen, "no id was reused: nothing was tested"
     train(net, fabric.setup_optimizers(made[-1]), batches(5))  # type: ignore[arg-type]
     assert Run(net, made[-1], callback).steps == [5, 5]
 
 
 def test_a_callback_given_to_fabric_leaves_nothing_behind() -> None:
-    """However many there were, torch's hooks on all optimizers do not grow, and none keeps a callback alive."""
+    """torch's global hooks do not grow with the number of callbacks, and do not keep a callback alive."""
     counts = []
     for _ in range(3):
         run = by_fabric(Setting())

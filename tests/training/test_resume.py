@@ -1,4 +1,4 @@
-"""A training that crashes and resumes equals one that does not; checkpoints hold K-sized tensors and are checked on loading."""
+"""A training that crashes and resumes equals one that does not. Checkpoints hold K-sized tensors, and loading checks them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ DATA = batches(EPOCH * EPOCHS)
 
 
 class Noting(Crashing):
-    """Notes its state before every step, and crashes before a given one."""
+    """A module that records its state before every step, and crashes before a given one."""
 
     def __init__(self, make: Callable[[Any], optim.Optimizer], crash_at: int | None = None) -> None:
         super().__init__(make, EPOCH, crash_at, DATA)
         self.seen: dict[int, list[Tensor]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Noting:
-        replica = Noting(self.make)  # an average needs no notes
+        replica = Noting(self.make)  # an average needs no records
         replica.net = copy.deepcopy(self.net, memo)
         return replica
 
@@ -116,9 +116,9 @@ SETTINGS = {
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 def test_crashing_and_resuming_changes_nothing(setting: Setting, tmp_path: Path) -> None:
-    """In the middle of an epoch and at its end, and twice in one training."""
+    """The training crashes in the middle of an epoch, at its end, and twice in one training."""
     whole, whole_trainer = setting.fit(tmp_path / "whole")
-    assert max(int(slots.born.max()) for slots in all_slots(whole)) > 20, "nothing was reborn late"
+    assert max(int(slots.born.max()) for slots in all_slots(whole)) > 20, "nothing was reborn after the crash"
     for crashes in ((7,), (10,), (3, 25)):
         folder = tmp_path / str(crashes)
         path = None
@@ -129,7 +129,7 @@ def test_crashing_and_resuming_changes_nothing(setting: Setting, tmp_path: Path)
             for step, state in module.seen.items():
                 assert_equal_states(state, whole.seen[step])
             path = last_checkpoint(folder)
-        # at the end the averaged network lies in the module
+        # at the end the module has the averaged weights
         assert_equal_states(state_of(module, runner.optimizers[0]), state_of(whole, whole_trainer.optimizers[0]))
         assert deepr_of(runner).state_dict() == deepr_of(whole_trainer).state_dict()
 
@@ -148,7 +148,7 @@ def test_a_resumed_run_keeps_its_seed(tmp_path: Path) -> None:
 
 
 class Continued(Regression):
-    """Counts its steps itself: a new trainer starts at 0 again."""
+    """A module that counts its own steps: a new trainer starts at 0 again."""
 
     count = 0
 
@@ -158,7 +158,7 @@ class Continued(Regression):
 
 
 def plain_sgd(params: Any) -> optim.Optimizer:
-    return optim.SGD(params, lr=0.1)  # nothing to lose when the optimizer is made anew
+    return optim.SGD(params, lr=0.1)  # a new optimizer loses no state
 
 
 @pytest.mark.parametrize("same_trainer", [True, False], ids=["the same trainer", "a new trainer"])
@@ -180,13 +180,13 @@ def test_a_second_fit_goes_on(same_trainer: bool) -> None:
     assert_equal_states(state_of(twice), state_of(once))
     entries = callback.state_dict()["tensors"].values()
     assert [entry["step"] for entry in entries] == [2 * EPOCH] * 2
-    # the progress of schedules begins anew with a new trainer
+    # the progress of schedules restarts with a new trainer
     assert [entry["start"] for entry in entries] == [0 if same_trainer else EPOCH] * 2
     assert any(not torch.equal(slots.places, places) for slots, places in zip(all_slots(twice), between, strict=True))
 
 
 def test_a_schedule_begins_anew_with_a_new_training() -> None:
-    """l1 falls from its start to its end in each fit; a plain loop does the same when it is attached again."""
+    """l1 falls from its start to its end in each fit, and after each attach in a plain loop."""
     alphas: list[float] = []
 
     class Noting(DeepR):
@@ -224,7 +224,7 @@ def test_a_plain_loop_resumes_its_schedule_whenever_the_state_is_loaded(when: st
     earlier = first.attach(net, optimizer, total_steps=3)
     train(net, optimizer, DATA[:3])
     earlier.remove()
-    alphas.clear()  # a training of its own, which has ended
+    alphas.clear()  # another training, which has ended
     first.attach(net, optimizer, total_steps=20)
     train(net, optimizer, DATA[:12])
     state, weights = first.state_dict(), net.state_dict()
@@ -274,7 +274,7 @@ def test_everything_of_a_converted_tensor_is_k_sized(setting: Setting, tmp_path:
     module, _ = setting.fit(tmp_path, crash_at=9)
     counts = {theta.numel() for theta in thetas(module)}
     assert counts == {36, 18} and all(theta.grad.shape == theta.shape for theta in thetas(module))
-    checkpoint = torch.load(last_checkpoint(tmp_path), weights_only=True)  # builtins and tensors only
+    checkpoint = torch.load(last_checkpoint(tmp_path), weights_only=True)  # only built-in types and tensors
     found = tensors_in(checkpoint)
     biases = {10, 6}
     assert {tensor.numel() for _, tensor in found if tensor.dim()} <= counts | biases | {0, 2}  # 2: a recorded shape
@@ -282,7 +282,7 @@ def test_everything_of_a_converted_tensor_is_k_sized(setting: Setting, tmp_path:
     states = checkpoint["optimizer_states"][0]["state"].values()
     sized = [value.numel() for state in states for value in state.values() if isinstance(value, Tensor) and value.dim()]
     assert sorted(sized) == sorted([36, 18, 10, 6] * moments)
-    # all in all: theta, places and births of each, K of each
+    # in all: theta, places and births of each tensor have size K
     k_sized = [name for name, tensor in found if name.startswith("/state_dict") and tensor.numel() in counts]
     assert len(k_sized) == 2 * 3
 
@@ -356,13 +356,13 @@ def test_two_callbacks_of_one_trainer_keep_their_states_apart(tmp_path: Path) ->
     assert [entry["step"] for c in resumed for entry in c.state_dict()["tensors"].values()] == [60, 60]
 
 
-# -- a collapse is told -------------------------------------------------------------------------------------------------------
+# -- the warning of a collapse -- ---------------------------------------------------------------------------------------------
 
 
 def run_and_listen(
     l1: float, steps: int, connectivity: Any = 0.01, resume: Any = None, every: int = 1
 ) -> tuple[list[str], Any]:
-    """What was told of collapses, and the state to go on from."""
+    """Return the warnings of collapses, and the state from which to resume."""
     net: nn.Module = sparsify(plain_mlp((64, 48, 10)), connectivity, distribution="uniform", seed=SEED)
     optimizer = optim.SGD(net.parameters(), lr=0.1)
     rewiring = DeepR(l1=l1, seed=SEED, rewire_every_n_steps=every).attach(net, optimizer)
@@ -380,8 +380,8 @@ def test_a_collapse_is_told_once_per_tensor() -> None:
     told, state = run_and_listen(2.0, 230)
     assert [message.split("`")[1] for message in told] == ["0.weight", "2.weight"]
     for message in told:
-        assert "l1 (now 2.0)" in message and "distribution" in message, "what to change"
-    assert run_and_listen(2.0, 120, resume=state)[0] == [], "told again after a resume"
+        assert "l1 (now 2.0)" in message and "distribution" in message, "the warning does not say what to change"
+    assert run_and_listen(2.0, 120, resume=state)[0] == [], "warned again after a resume"
 
 
 def test_a_collapse_is_told_after_100_steps_on_end() -> None:
@@ -389,9 +389,9 @@ def test_a_collapse_is_told_after_100_steps_on_end() -> None:
     collapsed[1]["tensors"] = {name: {**entry, "streak": 0} for name, entry in collapsed[1]["tensors"].items()}
     told, state = run_and_listen(2.0, 99, resume=collapsed)
     assert told == []
-    assert len(run_and_listen(2.0, 1, resume=state)[0]) == 2, "the resumed run forgot 99 steps"
+    assert len(run_and_listen(2.0, 1, resume=state)[0]) == 2, "the resumed run forgot the 99 steps"
     _, healthy = run_and_listen(0.0, 1, resume=state)  # nothing dies without l1 and without a gradient
-    assert run_and_listen(2.0, 99, resume=healthy)[0] == [], "one healthy step begins the count anew"
+    assert run_and_listen(2.0, 99, resume=healthy)[0] == [], "one healthy step did not restart the count"
 
 
 def test_a_collapse_is_told_where_only_some_steps_rewire() -> None:
@@ -405,7 +405,7 @@ def test_a_healthy_run_hears_nothing() -> None:
 
 
 def test_a_new_callback_on_a_trained_network_goes_on_counting() -> None:
-    """Else it would repeat the draws of the first one."""
+    """A new callback would otherwise repeat the draws of the first one."""
     torch.manual_seed(0)
     net = sparsify(torch.nn.Linear(40, 30), 0.2)
     for _ in range(2):

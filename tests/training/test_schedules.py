@@ -1,4 +1,4 @@
-"""Schedules of L1, temperature and learning rate: one per tensor, and what they refuse."""
+"""Schedules of L1, temperature and learning rate: one per tensor, and bad input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def free_step(net: nn.Module, lr: float = 0.1, steps: int = 1, **options: Any) -> list[Tensor]:
-    """What a DeepR without gradient does to each theta in the last of some steps."""
+    """Return the change of each theta in the last of several steps of a DeepR without gradients."""
     optimizer = optim.SGD(thetas(net), lr=lr)
     DeepR(**options, seed=SEED).attach(net, optimizer, total_steps=10)
     for _ in range(steps):

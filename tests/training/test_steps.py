@@ -1,4 +1,4 @@
-"""What is a step: one that the optimizer does not make rewires nothing; several optimizers; values that are not finite."""
+"""Steps: a step that the optimizer skips rewires nothing; several optimizers; values that are not finite."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.regression import SEED, Regression, batches, loss_of, mlp, tr
 from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
 from tests.helpers.trainer import trainer
 
-# -- what is a step -----------------------------------------------------------------------------------------------------------
+# -- skipped and real steps -- ------------------------------------------------------------------------------------------------
 
 
 def test_a_training_step_that_returns_none_is_no_step() -> None:
@@ -47,7 +47,7 @@ def test_a_training_step_that_returns_none_is_no_step() -> None:
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_a_frozen_tensor_waits(set_to_none: bool) -> None:
-    """It keeps its connections, its theta and its count of steps, even if a gradient of 0 is left in it."""
+    """A frozen tensor keeps its connections, theta and step count, even if a gradient of 0 is left in it."""
     net = mlp()
     optimizer = optim.SGD(net.parameters(), lr=0.1)
     callback = DeepR(l1=0.3, seed=SEED)
@@ -73,7 +73,9 @@ def test_a_frozen_tensor_waits(set_to_none: bool) -> None:
     assert steps(data[10:]) == [15, 20]
     assert int(slots.born.max()) < 15 <= int(all_slots(net)[1].born.max())
     deaths = callback.statistics()
-    assert all(deaths[f"deepr/{name}/newborn_deaths"] > 0 for name in ("0.weight", "2.weight")), "those of one were forgotten"
+    assert all(deaths[f"deepr/{name}/newborn_deaths"] > 0 for name in ("0.weight", "2.weight")), (
+        "the deaths of one tensor were forgotten"
+    )
 
 
 @pytest.mark.parametrize("make", [sgd, adam])
@@ -99,7 +101,7 @@ def test_a_closure_counts_once(make: Any) -> None:
 
 
 class Scaled(Regression):
-    """The loss of some batches overflows."""
+    """A module with batches whose loss overflows."""
 
     def __init__(self, make: Any, overflowing: set[int]) -> None:
         super().__init__(make, STEPS)
@@ -112,14 +114,14 @@ class Scaled(Regression):
 
 
 class TrainerScaler(TrainerPrecision):
-    """With GradScaler, but in float32: only scaling by powers of 2 is left, which is exact."""
+    """A precision with GradScaler in float32: scaling by powers of 2 is exact."""
 
     def forward_context(self) -> Any:
         return nullcontext()
 
 
 class FabricScaler(FabricPrecision):
-    """The same for Fabric."""
+    """The same precision for Fabric."""
 
     forward_context = TrainerScaler.forward_context
 
@@ -130,7 +132,7 @@ class FabricScaler(FabricPrecision):
 @pytest.mark.parametrize("how", ["plain", "fabric", "fabric, attached", "trainer"])
 @pytest.mark.parametrize("make", [sgd, adam, adam_fused])
 def test_a_step_that_gradscaler_skips_is_none(make: Any, how: str) -> None:
-    """A fused optimizer calls its hooks even then, and Fabric its own in either case."""
+    """A fused optimizer calls its hooks even for a skipped step, and Fabric always calls its own."""
     overflowing = {0, 3, 4, 17, STEPS - 1}
     setting = Setting(make, options={"temperature": 1e-5})
     scaler = torch.amp.GradScaler("cpu", growth_interval=5)
@@ -179,7 +181,7 @@ def test_a_step_that_gradscaler_skips_is_none(make: Any, how: str) -> None:
 
 
 class Adversaries(pl.LightningModule):
-    """Two optimizers by hand: the second player moves in every step, the first in every third."""
+    """A module with two optimizers under manual optimization: one steps every time, the other every third time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,7 +248,7 @@ def test_each_tensor_counts_its_own_steps_under_manual_optimization() -> None:
 
 
 def test_one_callback_serves_two_networks() -> None:
-    """A generator and a discriminator that are converted and set up one by one; their tensors have the same names."""
+    """A generator and a discriminator are converted and set up one by one; their tensors have the same names."""
     for given in (False, True):
         nets = [mlp(seed=1), mlp(seed=2)]
         optimizers = [sgd(net.parameters()) for net in nets]
@@ -270,7 +272,7 @@ def test_one_callback_serves_two_networks() -> None:
 
 
 class Poisoned(Regression):
-    """Something goes wrong in step 5."""
+    """A module in which something goes wrong in step 5."""
 
     def __init__(self, make: Any, what: str, value: float) -> None:
         super().__init__(make, STEPS)
@@ -324,5 +326,5 @@ def test_a_value_that_is_not_finite_stops_before_the_step(how: str, what: str, v
         with pytest.raises(RuntimeError, match=message):
             loop()
     for now, then in zip(state_of(module), module.before, strict=True):
-        assert torch.equal(now.nan_to_num(), then.nan_to_num()), "the step was taken"
+        assert torch.equal(now.nan_to_num(), then.nan_to_num()), "the refused step was taken"
     assert Run(module, optimizer if how != "trainer" else None, callback).steps == [5, 5]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Under the Trainer: strategies, averages and callbacks beside this one; models that are built or changed late."""
+"""The Trainer: strategies, averages and other callbacks, and models that are built or changed late."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_other_strategies_are_not_refused() -> None:
 
 
 class BuiltIn(Net):
-    """Builds its layers in the hook that is named."""
+    """A module that builds its layers in the named hook."""
 
     def __init__(self, hook: str) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def test_training_without_a_callback_warns_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         callback = DeepR()
-        for _ in range(2):  # the second time, too
+        for _ in range(2):  # also the second time
             rewiring = callback.attach(other, optimizer)
             fit_plain(other, optimizer, 3)
             rewiring.remove()

@@ -1,4 +1,4 @@
-"""Averages of the weights follow the rewiring: a reborn slot's average starts anew, and no place is ever averaged.
+"""Averages of the weights follow the rewiring: a reborn slot's average restarts, and places are never averaged.
 
 The oracle is a slow reference: one Python float per slot, set to 0 when the slot is reborn.
 """
@@ -36,7 +36,7 @@ def exponential(average: float, value: float, count: int) -> float:
 
 
 class Reference:
-    """What the average of each slot should be."""
+    """The expected average of each slot."""
 
     def __init__(self, net: nn.Module, fold: Fold) -> None:
         self.fold = fold
@@ -74,7 +74,7 @@ class Reference:
         for name in TENSORS:
             mine, current = slots_by_name(average)[name], slots_by_name(net)[name]
             assert mine is not current
-            assert torch.equal(mine.places, current.places), "the average has connections of its own"
+            assert torch.equal(mine.places, current.places), "the average has other connections"
             assert torch.equal(mine.signs, current.signs)
             self.check_values(average, name)
 
@@ -120,7 +120,7 @@ def test_averaged_model_in_a_plain_loop(kind: str, use_buffers: bool, every: int
             reference.check(average.module, net)
 
     fit_plain(net, optimizer, 40, each_step)
-    assert reference.reborn > 40, "nothing was rewired: the test says nothing"
+    assert reference.reborn > 40, "nothing was rewired: nothing was tested"
     for name in TENSORS:
         assert not torch.equal(theta_of(average.module, name), theta_of(net, name))
     for name in TENSORS:  # the averaged network computes with the averages
@@ -130,7 +130,7 @@ def test_averaged_model_in_a_plain_loop(kind: str, use_buffers: bool, every: int
         found = average.module.get_submodule(name.removesuffix(".weight")).weight
         torch.testing.assert_close(found, weight.view(slots.shape), rtol=1e-4, atol=1e-6)
 
-    alone, optimizer = network()  # averaging is looking on: it changes nothing
+    alone, optimizer = network()  # averaging does not change the training
     fit_plain(alone, optimizer, 4)
     fit_plain(alone, optimizer, 40)
     for name, value in alone.state_dict().items():
@@ -150,14 +150,14 @@ def test_a_checkpoint_loaded_after_the_average_was_made() -> None:
     average.update_parameters(net)
     reference.update(net)
     reference.check(average.module, net)
-    copied = AveragedModel(Net(norm=True))  # and the average's own state restores
+    copied = AveragedModel(Net(norm=True))  # the average's own state can be restored, too
     sparsify(copied.module, 0.3, seed=4)
     copied.load_state_dict(average.state_dict())
     reference.check(copied.module, net)
 
 
 class Recorder(Callback):
-    """Keeps the reference beside an averaging callback that is listed before it."""
+    """A callback that updates the reference after an averaging callback that is listed before it."""
 
     def __init__(self, averaging: WeightAveraging, fold: Fold, every: int) -> None:
         self.averaging, self.fold, self.every = averaging, fold, every
@@ -178,7 +178,7 @@ class Recorder(Callback):
     def on_validation_epoch_start(self, trainer: Any, net: Any) -> None:
         if self.reference is not None and not trainer.sanity_checking:
             self.validations += 1
-            self.training = {name: theta_of(net, name).detach().clone() for name in TENSORS}  # of the average: swapped
+            self.training = {name: theta_of(net, name).detach().clone() for name in TENSORS}  # the average's state: swapped
             for name in TENSORS:
                 self.reference.check_values(net, name)
             assert_connected(net)
@@ -211,7 +211,7 @@ def test_averaging_under_the_trainer(kind: str) -> None:
     assert reference is not None and reference.reborn > 20 and recorder.validations == 6
     reference.check(averaging._average_model.module, net)
     for name in TENSORS:
-        reference.check_values(net, name)  # the average is what a fit leaves behind
+        reference.check_values(net, name)  # a fit leaves the average in the module
 
     alone = Net(norm=True)
     trainer(DeepR(0.3, l1=0.02), **options).fit(alone, batches(), batches(2))
@@ -232,7 +232,7 @@ def test_stochastic_weight_averaging(norm: bool) -> None:
             if 1 <= trainer.current_epoch <= 4:
                 seen[0].update(net)
             seen[0].check(averaging._average_model, net)
-            if trainer.current_epoch == 5:  # of a network with batch norm: its statistics are taken with the average
+            if trainer.current_epoch == 5:  # a network with batch norm: the statistics are computed with the average
                 for name in TENSORS:
                     seen[0].check_values(net, name)
 
@@ -265,7 +265,7 @@ def test_an_average_goes_on_exactly_after_a_resume(tmp_path: Path) -> None:
     assert resumed.losses == straight.losses[len(straight.losses) // 2 :]
     for name, value in straight.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    # a checkpoint of an averaged run holds the average, with its places, and loads as any other
+    # a checkpoint of an averaged run has the average with its places, and loads like any other
     checkpoint = torch.load(file, weights_only=True)
     loaded = load_state_dict(Net(norm=True), file)
     for name in TENSORS:

@@ -1,4 +1,4 @@
-"""What a converted layer is, whichever layer it was: one table of layers, one list of invariants."""
+"""A converted layer of any kind: one table of layers, one list of invariants."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from tests.helpers.layers import LAYERS, Layer, flat, loss_of, set_dense
 from tests.helpers.state import assert_connected, slots_by_name, theta_of
 from tests.helpers.trainer import trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached")  # most tests here look at a layer without a callback
+pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached")  # most of these tests use a layer without a callback
 CONNECTIVITY = 0.3
 table = pytest.mark.parametrize("layer", LAYERS, ids=str)
 
 
 @pytest.fixture
 def pair(layer: Layer) -> tuple[nn.Module, nn.Module]:
-    """A converted layer and, as the oracle, the plain layer with the same weights."""
+    """Make a converted layer and, as the oracle, the plain layer with the same weights."""
     plain = layer.build()
     sparse = sparsify(copy.deepcopy(plain), CONNECTIVITY, target_modules=layer.target)
     return sparse, set_dense(plain, sparse)
 
 
 def step(layer: Layer, module: nn.Module) -> Tensor:
-    """Forward and backward; returns the output."""
+    """Run forward and backward. Returns the output."""
     module.zero_grad()
     output = module(*layer.feed())
     loss_of(output).backward()
@@ -48,7 +48,7 @@ def same_places(one: nn.Module, other: nn.Module) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[n].places, theirs[n].places) for n in ours)
 
 
-# -- what there is ------------------------------------------------------------------------------------------------------------
+# -- parameters and connections -- --------------------------------------------------------------------------------------------
 
 
 @table
@@ -105,13 +105,13 @@ def test_conversion_leaves_the_global_generator_alone(layer: Layer) -> None:
         assert torch.equal(before, torch.get_rng_state())
 
 
-# -- what it computes -----------------------------------------------------------------------------------------------------------
+# -- forward and backward -- --------------------------------------------------------------------------------------------------
 
 
 @table
 def test_output_and_gradients_are_the_dense_layers(layer: Layer, pair: tuple[nn.Module, nn.Module]) -> None:
     sparse, plain = pair
-    with torch.no_grad():  # at theta = 0 the gradient must not vanish: half of the slots are there
+    with torch.no_grad():  # the gradient must not vanish at theta = 0, where half of the slots are
         for name in layer.tensors:
             theta_of(sparse, name)[::2] = 0
     set_dense(plain, sparse)
@@ -140,7 +140,7 @@ def test_weight_reads_as_the_dense_tensor(layer: Layer, pair: tuple[nn.Module, n
 
 @table
 def test_evaluation_mode_computes_the_same(layer: Layer, pair: tuple[nn.Module, nn.Module]) -> None:
-    sparse, plain = pair  # an encoder layer takes another path here, with all weights in one call
+    sparse, plain = pair  # an encoder layer takes another code path here, with all weights in one call
     with torch.no_grad():
         torch.testing.assert_close(flat(sparse.eval()(*layer.feed())), flat(plain.eval()(*layer.feed())))
 
@@ -158,7 +158,7 @@ def test_recurrent_weights_are_built_once_per_forward(layer: Layer, monkeypatch:
         assert sorted(built) == sorted(shape for shape, _, _ in connections(sparse).values())
 
 
-# -- copying, moving, saving ------------------------------------------------------------------------------------------------------
+# -- copying, moving, saving --------------------------------------------------------------------------------------------------
 
 
 @table
@@ -212,7 +212,7 @@ def test_state_dict_restores_another_conversion_and_a_dense_layer(layer: Layer, 
         assert same_places(restored, sparse)
         assert torch.equal(flat(restored(*layer.feed())), expected)
         assert_connected(restored)
-        for name, slots in slots_by_name(restored).items():  # the sign of every place, not only of the active ones
+        for name, slots in slots_by_name(restored).items():  # the signs of all places, not only of the active ones
             everywhere = torch.arange(slots.total)
             assert torch.equal(slots.signs_at(everywhere), slots_by_name(sparse)[name].signs_at(everywhere))
 
@@ -242,12 +242,12 @@ def test_densify_gives_the_plain_layer_back(layer: Layer, pair: tuple[nn.Module,
     assert [type(m) for m in dense.modules()] == [type(m) for m in plain.modules()]
     assert dense.state_dict().keys() == plain.state_dict().keys()
     assert {n: p.shape for n, p in dense.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
-    # (sparse compute adds in another order)
+    # (sparse compute adds in a different order)
     torch.testing.assert_close(flat(dense(*layer.feed())), expected, rtol=1e-5, atol=1e-6)
     fresh = layer.build(seed=5)
     fresh.load_state_dict(dense.state_dict())
     assert torch.equal(flat(fresh(*layer.feed())), flat(plain(*layer.feed())))
-    loss_of(dense(*layer.feed())).backward()  # an ordinary layer again: it trains, copies and is converted once more
+    loss_of(dense(*layer.feed())).backward()  # the layer is ordinary again: it trains, copies and can be converted again
     assert all(p.grad is not None and p.grad.shape == p.shape for p in dense.parameters())
     again = sparsify(copy.deepcopy(dense), CONNECTIVITY, target_modules=layer.target)
     assert sorted(connections(again)) == sorted(layer.tensors)
@@ -271,7 +271,7 @@ def test_converting_a_copy_further_or_back_leaves_the_original(layer: Layer) -> 
     step(layer, replicas[-1])
 
 
-# -- training ---------------------------------------------------------------------------------------------------------------------
+# -- training -----------------------------------------------------------------------------------------------------------------
 
 
 @table
@@ -281,7 +281,7 @@ def test_twenty_steps_of_deep_r(layer: Layer, pair: tuple[nn.Module, nn.Module])
     before = copy.deepcopy(sparse)
     optimizer = torch.optim.Adam(sparse.parameters(), lr=0.05)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a callback is at work: nobody is told that none is
+        warnings.simplefilter("error")  # a callback is at work: there is no warning that none is
         rewiring = DeepR(l1=0.1, check_invariants=True).attach(sparse, optimizer)
         for _ in range(20):
             step(layer, sparse)
@@ -313,7 +313,7 @@ def test_a_compiled_network_follows_the_rewiring(backend: str) -> None:
 
 
 class Sequences(Net):
-    """A recurrent classifier on the same batches, read as sequences of four vectors."""
+    """A recurrent classifier on the same batches, as sequences of four vectors."""
 
     def __init__(self) -> None:
         super().__init__()

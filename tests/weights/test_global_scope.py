@@ -1,4 +1,4 @@
-"""``scope="global"``, one parameter for the whole network: gradients, copies, averages, Trainer, files, and what is refused."""
+"""``scope="global"``, one parameter for the whole network: gradients, copies, averages, Trainer, files and bad input."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_resume_under_the_trainer_is_exact(tmp_path: Path, kind: str, averaging:
     assert_equal_states(state_of(second), state_of(whole))
     recorded = [row["active"] for row in report_of_checkpoint(path)]
     started = [36, 18]
-    assert sum(recorded) == sum(started) and recorded != started, "the checkpoint tests nothing: counts had not moved"
+    assert sum(recorded) == sum(started) and recorded != started, "the counts did not change: nothing was tested"
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -296,7 +296,7 @@ def test_setup_joins_what_is_converted_with_k_per_tensor() -> None:
     trainer(DeepR(0.3, scope="global", distribution="uniform", l1=0.3, seed=SEED)).fit(other)
     assert_equal_states(state_of(module), state_of(other))
     theta = shared(module)
-    trainer(DeepR(scope="global", l1=0.3, seed=SEED)).fit(module)  # a second fit goes on with the same theta
+    trainer(DeepR(scope="global", l1=0.3, seed=SEED)).fit(module)  # a second fit continues with the same theta
     assert shared(module) is theta
     assert_sound(module, 54)
 
@@ -343,7 +343,7 @@ def test_a_dense_model_is_converted_as_recorded(tmp_path: Path) -> None:
     same(loaded, net)
     assert_sound(loaded, 54)
     assert all_slots(loaded)[0].pool.budgets == [36, 18]  # type: ignore[union-attr]
-    again = load_state_dict(small(), tmp_path / "net.pt")  # converted already, with other counts per layer
+    again = load_state_dict(small(), tmp_path / "net.pt")  # a network that is converted already, with other counts per layer
     same(again, net)
 
 
@@ -362,7 +362,7 @@ def test_save_sparse_writes_layers_of_their_own(tmp_path: Path) -> None:
     net = trained()
     path = save_sparse(net, tmp_path / "net.safetensors")
     loaded = load_state_dict(plain_mlp(), path)
-    for name, (_, places, values) in connections(net).items():  # written in the order of the places
+    for name, (_, places, values) in connections(net).items():  # files store connections in the order of places
         order = places.argsort()
         assert torch.equal(connections(loaded)[name][1], places[order]) and torch.equal(
             connections(loaded)[name][2], values[order]

@@ -1,4 +1,4 @@
-"""Slots that share a theta: how they are made from K slots, what callers ask of them, and checkpoints of before there was a class for them."""
+"""Slots that share a theta: their construction from K slots, their interface, and checkpoints of versions without the class."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def shared_mlp(sizes: tuple[int, ...] = (12, 10, 6)) -> nn.Module:
 
 
 def moved() -> nn.Module:
-    """A network in which connections have moved between the layers: counts and budgets are no longer the same."""
+    """Make a network whose connections have moved between layers: counts and budgets differ."""
     net = shared_mlp()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     DeepR(scope="global", l1=0.5, seed=SEED).attach(net, optimizer)
     train(net, optimizer, batches(8))
-    assert [slots.count for slots in all_slots(net)] != [36, 18], "nothing has moved: the test tests nothing"
+    assert [slots.count for slots in all_slots(net)] != [36, 18], "nothing has moved: nothing was tested"
     return net
 
 
-# -- who knows what -----------------------------------------------------------------------------------------------------------
+# -- the interface -- ---------------------------------------------------------------------------------------------------------
 
 
 def test_k_slots_know_nothing_of_pools() -> None:
@@ -97,18 +97,23 @@ def test_join_keeps_all_that_is_known_of_the_slots() -> None:
             mine.compute,
         )
         assert all(a is b or a == b for a, b in zip(now, old, strict=True))
-        assert mine.owner is owner and mine.is_watched and mine.last_birth() == 4 and mine.pool is pool  # type: ignore[attr-defined]
-    assert all(net[i].weight.shape == slots.shape for i, slots in zip((0, 2), after, strict=True))  # type: ignore[index, union-attr]
-    assert seen == after, "hooks were lost"
+        assert (
+            mine.owner is owner and mine.is_watched and mine.last_birth() == 4 and mine.pool is pool  # type: ignore[attr-defined]
+        )
+    assert all(
+        net[i].weight.shape == slots.shape  # type: ignore[index, union-attr]
+        for i, slots in zip((0, 2), after, strict=True)
+    )
+    assert seen == after, "the slots lost their hooks"
     seen.clear()
     gone = [weakref.ref(slots) for slots in before]
     del before, slots
     gc.collect()
-    assert [ref() for ref in gone] == [None, None], "somebody still holds the K slots of before"
+    assert [ref() for ref in gone] == [None, None], "the old K slots are still referenced"
 
 
 def test_a_pool_takes_in_another_layer() -> None:
-    """Those that share already stay the objects that they are, and keep the budgets with which they began."""
+    """Slots that already share a theta stay the same objects and keep their budgets."""
     net = plain_mlp((12, 10, 6, 4))
     sparsify(net, 0.3, target_modules=["0", "2"], scope="global", distribution="uniform", seed=SEED)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
@@ -116,7 +121,7 @@ def test_a_pool_takes_in_another_layer() -> None:
     train(net, optimizer, batches(8, size_out=4))
     rewiring.remove()
     first, second = all_slots(net)
-    assert [first.count, second.count] != [36, 18], "nothing has moved: the test tests nothing"
+    assert [first.count, second.count] != [36, 18], "nothing has moved: nothing was tested"
     x = batches(1)[0][0]
     sparsify(net, 0.3, target_modules=["4"], seed=SEED)
     expected = net(x)
@@ -241,7 +246,7 @@ def recorded() -> dict[str, Any]:
 
 
 def same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal in every name and every whole number; values to within what another machine's sums may differ by."""
+    """Compare two states: names and integers are equal; values agree up to the rounding of another machine."""
     assert list(found) == list(expected)
     for name, value in expected.items():
         if value.is_floating_point():
@@ -252,7 +257,7 @@ def same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("through", ["dense", "converted"])
 def test_a_checkpoint_of_before_loads_and_trains_on(through: str) -> None:
-    """Network, optimizer, callback and average go on as they did in the version that wrote them."""
+    """Network, optimizer, callback and average continue as in the version that wrote them."""
     record = recorded()
     if through == "dense":
         net = load_state_dict(make_shared.dense(), record["net"])
@@ -274,6 +279,6 @@ def test_a_checkpoint_of_before_loads_and_trains_on(through: str) -> None:
     same_state(average.state_dict(), record["average"])
     make_shared.train(net, optimizer, average, make_shared.batches()[make_shared.STEPS :])
     places = "2.parametrizations.weight.0.places"
-    assert not torch.equal(net.state_dict()[places], record["net"][places]), "nothing has moved: the test tests nothing"
+    assert not torch.equal(net.state_dict()[places], record["net"][places]), "nothing has moved: nothing was tested"
     same_state(net.state_dict(), record["later"]["net"])
     same_state(average.state_dict(), record["later"]["average"])
