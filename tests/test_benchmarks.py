@@ -1,4 +1,4 @@
-"""The benchmark scripts run; what they measure is not tested."""
+"""The benchmark scripts run; their measurements are not tested."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lightning_deepr.recipes.timit_data import TIMIT
 from lightning_deepr.zoo import make
 from tests.helpers.paths import ROOT
 
-pytestmark = pytest.mark.slow  # a process each, that imports all and compiles at the least settings
+pytestmark = pytest.mark.slow  # each test starts a process that imports everything and compiles with the smallest settings
 
 SCRIPTS = ROOT / "benchmarks"
 
 
 def run(script: str, out: Path, *arguments: str) -> tuple[list[dict[str, str]], str]:
-    """The rows that a script leaves and what it prints."""
+    """Run a script, and return the rows that it writes and the text that it prints."""
     command = [sys.executable, str(SCRIPTS / f"{script}.py"), "--rounds", "1", "--threads", "1", "--out", str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -80,7 +80,7 @@ def test_rewiring_cost(tmp_path: Path) -> None:
 def test_memory(tmp_path: Path) -> None:
     rows, _ = run("memory", tmp_path, "--steps", "2", "--only", "million,mlp")
     taken = {row["training"]: float(row["peak_MB_above_imports"]) for row in rows}
-    assert taken["MLP, dense"] > 4 * 20e6 * 4 / 1e6 * 0.9  # weight, gradient and Adam's two moments: the figure is one
+    assert taken["MLP, dense"] > 4 * 20e6 * 4 / 1e6 * 0.9  # weight, gradient and Adam's two moments: the measurement works
     assert taken["MLP, DeepR"] < taken["MLP, dense"]
 
 
@@ -105,7 +105,7 @@ def test_the_table_of_the_mnist_results_is_printed_from_the_recorded_runs() -> N
 
 @pytest.mark.parametrize(("arm", "recipe"), [("best", "mnist_best"), ("paper", "mnist")])
 def test_an_arm_has_the_settings_of_its_recipe(arm: str, recipe: str) -> None:
-    """The accuracies in the README are of the arms; the recipe that they are said to be of must not drift away."""
+    """The README's accuracies come from the arms, so the settings of the named recipe must stay those of the arm."""
     spec = importlib.util.spec_from_file_location("mnist_study", SCRIPTS / "reproduction" / "mnist.py")
     assert spec is not None
     assert spec.loader is not None
@@ -119,7 +119,7 @@ def test_an_arm_has_the_settings_of_its_recipe(arm: str, recipe: str) -> None:
     assert settings.get("epochs", 10) == written["trainer"]["max_epochs"]
 
     def plain(value: object) -> object:
-        """A schedule as the recipe writes it."""
+        """Write a schedule in the form of the recipe."""
         if hasattr(value, "__dict__"):
             return {"class_path": f"lightning_deepr.{type(value).__name__}", "init_args": vars(value)}
         return value
@@ -172,7 +172,7 @@ def test_the_zoo_has_the_settings_of_the_studies() -> None:
 
 
 def script(path: str) -> Any:
-    """A study's script as a module."""
+    """Import a study's script as a module."""
     file = SCRIPTS / path
     name = "study_" + file.stem + file.parent.name
     spec = importlib.util.spec_from_file_location(name, file)
@@ -183,7 +183,7 @@ def script(path: str) -> Any:
 
 
 def train_first(study: Any, parts: tuple[str, ...], *arguments: Any) -> None:
-    """The first job of each arm (and of each variant of some parts) trains, and its row has the file's columns."""
+    """Check that the first job of each arm (and of each variant of some parts) trains and fills the file's columns."""
     jobs = [job for part in parts for job in study.jobs(part, list(study.ARMS))]
     first = {(job.part, job.arm, job.trial if job.part == "scope" else ""): job for job in reversed(jobs)}
     for job in first.values():
@@ -205,7 +205,7 @@ def test_every_arm_of_the_comparison_trains(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def run_on_noise(study: Any, monkeypatch: pytest.MonkeyPatch, epochs: int) -> list[int]:
-    """CIFAR-10's study on 256 made-up images; the list says which epochs were trained."""
+    """Run CIFAR-10's study on 256 made-up images, and list the epochs that were trained."""
     images = torch.randint(0, 256, (356, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     made_up = images[:256], torch.arange(256) % 10, images[256:], torch.arange(100) % 10
     monkeypatch.setattr(study.CIFAR10DataModule, "load", lambda self: made_up)
@@ -225,7 +225,7 @@ def test_every_arm_trains_on_cifar10(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     study = script("reproduction/cifar10.py")
     run_on_noise(study, monkeypatch, 2)
     train_first(study, ("study",), "", str(tmp_path))
-    # the states of interrupted runs are gone when they end, the networks are there
+    # when a run ends, its state for interruptions is removed, and its network stays
     assert {file.name for file in tmp_path.iterdir()} == {
         f"study_{arm}_0.05_0.safetensors" for arm in study.ARMS if arm != "dense"
     }
@@ -308,7 +308,7 @@ def test_what_the_connectivities_of_an_arm_share_on_timit_is_trained_once(
     assert counted.training == 8 - in_common + 8
     assert {**found, "seconds": 0} == {**alone, "seconds": 0}
     study.run(dataclasses.replace(second, seed=1), "", None)
-    assert {key[1] for key in study._begun} == {1}  # the other split's are forgotten
+    assert {key[1] for key in study._begun} == {1}  # the runs of the other split are forgotten
 
 
 def count_batches(kind: Any) -> Any:
@@ -360,7 +360,7 @@ def test_the_best_trial_is_that_of_those_that_are_sparse_enough(monkeypatch: pyt
             tried(trial, "0.05", 0, first, 9_318, arm)
             tried(trial, "0.05", 1, second, found, arm)
     assert study.best_trial("deepr", 0.05) == study.best_trial("deepr", 0.01) == "c"  # b had too many connections once
-    assert study.best_trial("soft_deepr", 0.05) == "b"  # that only aims at them: 1.18 times
+    assert study.best_trial("soft_deepr", 0.05) == "b"  # soft-DEEP R only aims at the number: b's 1.18 times is no fault
     assert study.best_trial("pruning", 0.05) == study.best_trial("deepr", 0.1) == "first"
     assert study.finalists("deepr", 0.05) == [], "a trial is missing"
     tried("e", "0.05", 0, 42, 9_318), tried("e", "0.05", 1, 43, 9_318)

@@ -1,4 +1,4 @@
-"""docs/internals.md and docs/architecture.md say what is in the sources; what is changed in a module is undone."""
+"""docs/internals.md and docs/architecture.md agree with the sources, and changes of a module are undone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.paths import ROOT
 INTERNALS = (ROOT / "docs/internals.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
-# what changes something of torch's, Lightning's or the process's; `self.` is the package's own
+# patterns of code that changes torch, Lightning or the process; `self.` is the package's own
 CHANGES = {
     "a hook": r"\bregister_\w*hook\(",
     "a class": r"\.__class__ = ",
@@ -35,11 +35,11 @@ CHANGES = {
     "something for the whole process": r"^_\w+: .*= (set|dict|list|\[\]|\{\}|weakref\.)|^ +global ",
     "a cache by shape": r"\blru_cache\(",
 }
-PUT_BACK_AT_ONCE = {"export/onnx_file.py", "export/matrices.py"}  # within warnings.catch_warnings()
+PUT_BACK_AT_ONCE = {"export/onnx_file.py", "export/matrices.py"}  # inside warnings.catch_warnings()
 
 
 def changing() -> dict[str, set[str]]:
-    """{file: what it changes}."""
+    """Collect {file: the changes in it}."""
     found: dict[str, set[str]] = {}
     for file in sorted((ROOT / "lightning_deepr").rglob("*.py")):
         text = file.read_text(encoding="utf-8")
@@ -61,11 +61,12 @@ def test_the_page_names_every_file_that_changes_something() -> None:
 def test_the_search_finds_what_is_known() -> None:
     found = changing()
     known = [
-        "weights/averages.py", "weights/install.py", "training/fabric_hooks.py", "training/stepping.py", "compute/rnn_module.py",
-        "compute/layer.py", "compute/weight.py", "compute/sparse.py", "recipes/loggers.py", "recipes/running.py", "kernels/gpu/gate.py",
+        "weights/averages.py", "weights/install.py", "training/fabric_hooks.py", "training/stepping.py",
+        "compute/rnn_module.py", "compute/layer.py", "compute/weight.py", "compute/sparse.py", "recipes/loggers.py",
+        "recipes/running.py", "kernels/gpu/gate.py",
     ]  # fmt: skip
     assert set(known) <= found.keys()
-    assert set(CHANGES) == set().union(*found.values()), "every pattern still meets something"
+    assert set(CHANGES) == set().union(*found.values()), "every pattern still finds something"
 
 
 @pytest.mark.parametrize("page", ["internals", "architecture"])

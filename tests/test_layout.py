@@ -1,4 +1,4 @@
-"""The order of the package's folders: no import runs upwards, and none runs in a circle, hidden ones included.
+"""The order of the package's folders: no import runs upwards and none runs in a circle, including hidden imports.
 
 python -m tests.test_layout    prints the figures
 """
@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "lightning_deepr"
-# From the bottom to the top: a folder imports only from those before it. (``__init__`` names what it shows lazily, by strings.)
+# From the bottom to the top: a folder imports only from folders before it. (``__init__`` names its contents lazily, by
+# strings.)
 ORDER = [
     "_version",
     "_lazy",
@@ -39,7 +40,7 @@ def name_of(file: Path) -> str:
 
 @cache
 def imports() -> dict[str, set[str]]:
-    """{module: modules of the package that it imports}, also within functions and under TYPE_CHECKING."""
+    """Collect {module: modules of the package that it imports}, also inside functions and under TYPE_CHECKING."""
     files = {name_of(file): file for file in ROOT.rglob("*.py")}
     found: dict[str, set[str]] = {}
     for name, file in files.items():
@@ -67,13 +68,13 @@ def folder(module: str) -> str:
 
 
 def upward() -> list[str]:
-    """Imports that run upwards: from a folder that comes later in the order."""
+    """List the imports that run upwards: from a folder that comes later in the order."""
     pairs = [(a, b) for a, targets in imports().items() if folder(a) != "__init__" for b in targets]
     return sorted(f"{a} imports {b}" for a, b in pairs if ORDER.index(folder(b)) > ORDER.index(folder(a)))
 
 
 def circles() -> list[list[str]]:
-    """Sets of modules that import each other (strongly connected, by Tarjan)."""
+    """List the sets of modules that import each other (strongly connected components, by Tarjan's algorithm)."""
     graph = {a: sorted(targets) for a, targets in imports().items() if folder(a) != "__init__"}
     number: dict[str, int] = {}
     low: dict[str, int] = {}
@@ -102,7 +103,7 @@ def circles() -> list[list[str]]:
 
 
 def levels() -> int:
-    """The longest chain of folders that import each other."""
+    """Count the folders of the longest chain of imports."""
     between: dict[str, set[str]] = {name: set() for name in ORDER}
     for a, targets in imports().items():
         if folder(a) != "__init__":
@@ -128,8 +129,8 @@ def test_no_imports_run_in_a_circle() -> None:
 
 
 def test_the_reader_of_imports_sees_all_of_them() -> None:
-    """The kinds of imports of which the test would be blind otherwise."""
-    assert "lightning_deepr.kernels.cpu.step" in imports()["lightning_deepr.kernels"]  # within a function
+    """Without these kinds of imports the tests above would miss violations."""
+    assert "lightning_deepr.kernels.cpu.step" in imports()["lightning_deepr.kernels"]  # inside a function
     assert "lightning_deepr.methods" in imports()["lightning_deepr.__init__"]  # under TYPE_CHECKING
 
 

@@ -1,6 +1,6 @@
-"""Defects that other implementations of sparse training have or had: each is a test of ours.
+"""One test for each defect that another implementation of sparse training has or had.
 
-The list is of DEEP R's ports and of the general tools for sparse training; each test says what went wrong there.
+The implementations are ports of DEEP R and general tools for sparse training. Each test says what went wrong there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from tests.helpers.trainer import trainer
 
 def network(connectivity: Any = 0.3, **options: Any) -> nn.Sequential:
     torch.manual_seed(0)
-    return sparsify(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)), connectivity, **options)  # type: ignore[return-value]
+    return sparsify(  # type: ignore[return-value]
+        nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)), connectivity, **options
+    )
 
 
 def active(net: nn.Module) -> int:
@@ -61,7 +63,7 @@ def test_a_copy_computes_with_its_own_weights_and_state_can_be_pickled() -> None
     state = pickle.loads(pickle.dumps(net.state_dict()))
     fit_plain(net, optimizer, 5)
     assert not torch.equal(net(x), expected)
-    assert torch.equal(replica(x), expected), "the copy went on training with the original"
+    assert torch.equal(replica(x), expected), "training the original changed the copy"
     other = network(seed=9)
     other.load_state_dict(state)
     assert torch.equal(other(x), expected)
@@ -100,7 +102,7 @@ def test_moments_stay_with_their_connection(kind: str) -> None:
     else:
         optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
     DeepR(l1=0.03).attach(net, optimizer)
-    # the moment of each connection, kept by its place and not by its slot
+    # the moment of each connection, by its place instead of its slot
     moments: dict[str, dict[int, float]] = {name: {} for name in connections(net)}
     data = list(batches())
     rebirths = 0
@@ -161,7 +163,7 @@ def test_a_weight_of_zero_has_a_sign_and_can_live() -> None:
 
 
 def test_the_first_count_is_k_and_a_sign_never_changes() -> None:
-    """7. Places were drawn with replacement, so that fewer than K started; signs were drawn anew at each rewiring."""
+    """7. Places were drawn with replacement, so fewer than K started; signs were drawn again at each rewiring."""
     for seed in range(20):
         layer = sparsify(nn.Linear(10, 10), 60, seed=seed)
         assert connections(layer)["weight"][1].unique().numel() == 60 == active(layer)
@@ -231,7 +233,7 @@ def test_a_training_checkpoint_keeps_the_connectivity(tmp_path: Path) -> None:
 
 
 def test_unknown_modes_raise_and_no_device_is_hard_wired() -> None:
-    """10. An unknown growth mode only printed a line; `torch.device("cuda")` was hard-wired; the start was a coin per weight."""
+    """10. An unknown growth mode only printed a line; the device was always "cuda"; a coin per weight chose the start."""
     for options in ({"distribution": "snip"}, {"init": "ones"}, {"compute": "cuda"}):
         with pytest.raises(ValueError, match="expected one of"):
             DeepR(0.1, **options)
@@ -239,7 +241,7 @@ def test_unknown_modes_raise_and_no_device_is_hard_wired() -> None:
             network(**options)
     net = network()
     assert all(tensor.device.type == "cpu" for tensor in net.state_dict().values())
-    shadow = copy.deepcopy(net).to("meta")  # the only second device that is everywhere
+    shadow = copy.deepcopy(net).to("meta")  # the only second device that every machine has
     assert all(
         tensor.device.type == "meta" for slots in slots_by_name(shadow).values() for tensor in (slots.places, slots.signs)
     )
@@ -260,7 +262,7 @@ def test_connections_do_not_depend_on_the_ranks_seed() -> None:
 
 
 def test_one_step_equals_the_authors_arithmetic() -> None:
-    """12. What an independent port had to show: equal to a float32 ulp after a step without noise, the same dormant set."""
+    """12. An independent port had to show this: equal to a float32 ulp after a step without noise, and the same dormant set."""
     net = network(0.5)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
     DeepR(l1=0.05).attach(net, optimizer)
@@ -302,7 +304,7 @@ def test_updates_of_recurrent_weights_arrive(kind: Any) -> None:
         assert all(bool((theta_of(layer, name).grad != 0).any()) for name in connections(layer))
         optimizer.step()
         assert not torch.equal(layer(x)[0], before)
-    for name, slots in slots_by_name(layer).items():  # a change of a place is seen by the next forward, in every tensor
+    for name, slots in slots_by_name(layer).items():  # in every tensor, the next forward uses a changed place
         assert isinstance(slots, KSlots)
         before = layer(x)[0].detach()
         with torch.no_grad():

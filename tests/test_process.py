@@ -1,4 +1,4 @@
-"""What belongs to the process stays as it is: a library call changes neither its arguments nor its warnings, levels, seeds or environment."""
+"""A library call does not change the process: not its arguments, warning filters, log levels, seeds or environment."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHORT = ["--trainer.max_steps=2", "--trainer.limit_test_batches=1", "--trainer.e
 
 
 def of_the_process(names: Sequence[str]) -> dict[str, Any]:
-    """Arguments, filters, and the levels of the named loggers: those that there were before (an import brings its own)."""
+    """Collect arguments, filters, and the levels of the named loggers: those that existed before (imports add others)."""
     levels = {name: logging.getLogger(name).level for name in names}
     return {"arguments": list(sys.argv), "filters": list(warnings.filters), "levels": levels}
 
@@ -50,7 +50,7 @@ def of_the_generators() -> dict[str, Any]:
 
 @pytest.fixture
 def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The process of a program that has arguments, and filters warnings in its own way; what is imported later does neither."""
+    """Set up the process of a program with its own arguments and filters. Heavy imports come first, as they change filters."""
     import lightning.pytorch.cli  # noqa: F401
     import torchvision.datasets  # noqa: F401
 
@@ -72,7 +72,7 @@ def test_a_recipe_is_made_without_a_trace() -> None:
         warnings.simplefilter("always")
         made = running.train([*QUICK, "--model.lr=0.123", "--sparsity.connectivity=0.05"], run=False)
     assert made.model.hparams["lr"] == 0.123 and made.trainer.callbacks[0].connectivity == 0.05
-    assert not [one for one in caught if "command line arguments" in str(one.message)], "LightningCLI's word on sys.argv"
+    assert not [one for one in caught if "command line arguments" in str(one.message)], "LightningCLI warned about sys.argv"
 
 
 @pytest.mark.usefixtures("process")
@@ -81,7 +81,9 @@ def test_a_training_leaves_no_trace() -> None:
         warnings.simplefilter("always")
         done = running.train(["fit", *QUICK, *SHORT])
     assert done.trainer.global_step == 2
-    assert not [one for one in caught if "many workers" in str(one.message)], "harmless ones are still filtered while it runs"
+    assert not [one for one in caught if "many workers" in str(one.message)], (
+        "harmless warnings are still filtered while it runs"
+    )
 
 
 @pytest.mark.usefixtures("process")
@@ -113,7 +115,7 @@ def test_nor_does_a_command(arguments: list[str], capfd: pytest.CaptureFixture[s
 
 @pytest.mark.usefixtures("process")
 def test_nor_does_a_verification_with_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Not even in the generators, which the recipe's seed_everything would seed and its network would draw from."""
+    """Also the generators keep their state: the recipe's seed_everything and its network would change it."""
     net, recipe = sparsify(LeNet300100(), 0.01), {"name": "mnist_quickstart", "overrides": {}}
     path = zoo.save(net, tmp_path / "net.safetensors", recipe=recipe, metrics={"a": {"correct": 0, "examples": 3000}})
     before = of_the_generators()
@@ -132,7 +134,9 @@ import sys, warnings, torch
 from torch.nn.modules import module
 from torch.optim import optimizer
 
-CLASSES = (torch.nn.Module, torch.nn.Linear, torch.nn.Conv2d, torch.nn.RNNBase, torch.nn.LSTM, torch.optim.Optimizer, torch.Tensor)
+CLASSES = (
+    torch.nn.Module, torch.nn.Linear, torch.nn.Conv2d, torch.nn.RNNBase, torch.nn.LSTM, torch.optim.Optimizer, torch.Tensor
+)
 
 def hooks():
     everything = {**vars(module), **vars(optimizer)}
@@ -156,7 +160,7 @@ def test_the_import_does_nothing() -> None:
 
 
 def test_a_conversion_hooks_what_averages_need_once() -> None:
-    """The only hook for the whole process is there from the first conversion on: the test above would see it."""
+    """The first conversion adds the only hook for the whole process. The test above would notice it."""
     code = IMPORT + (
         "for _ in range(2): lightning_deepr.sparsify(torch.nn.Linear(30, 9), 0.1)\n"
         "changed = {name: count - before[0][name] for name, count in hooks().items() if count != before[0][name]}\n"

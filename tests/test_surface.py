@@ -1,4 +1,4 @@
-"""What the package shows, whatever was imported before; and that it writes nothing into its own folder."""
+"""The public names of the package do not depend on earlier imports, and the package writes nothing into its own folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PUBLIC = {
     },
 }
 
-# every submodule in some order, then every public name: it is what it was in a process that imported nothing else
+# Import every submodule in some order, then every public name: it is the same object as in a process without other imports.
 EVERYTHING = """
 import importlib, pkgutil, random, sys
 public, order = eval(sys.argv[1]), sys.argv[2]
@@ -72,7 +72,7 @@ def test_every_public_function_and_class_is_documented() -> None:
 
 
 def test_aliases_are_the_same_function() -> None:
-    """One function, two names: the documentation of the first says so."""
+    """One function has two names, and the docstring of the first says so."""
     assert zoo.save is lightning_deepr.save_sparse and "``zoo.save`` is an alias" in (zoo.save.__doc__ or "")
     assert hub.publish is zoo.publish and "``hub.publish`` is an alias" in (zoo.publish.__doc__ or "")
     assert "``hub.load`` is an alias" in (hub.load.__doc__ or "")
@@ -89,7 +89,7 @@ def test_a_name_that_is_not_there_lists_those_that_are() -> None:
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """The package as a wheel lays it out, in a folder of its own."""
+    """Lay out the package as a wheel does, in a folder of its own."""
     site = tmp_path / "site-packages"
     unwanted = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "lightning_deepr", site / "lightning_deepr", ignore=unwanted)

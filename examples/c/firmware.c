@@ -1,4 +1,4 @@
-/* The network alone, for `size`: what it takes of a microcontroller's flash (text and data) and RAM (data and bss). */
+/* The network alone, so that `size` shows the flash (text and data) and the RAM (data and bss) that it needs. */
 #include "model.h"
 
 void classify(const float *in, float *out);

@@ -1,8 +1,9 @@
-/* Runs the network of model.h on the digits of digits.h and compares with PyTorch's outputs. Both headers come from make_example.py.
+/* Runs the network of model.h on the digits of digits.h and compares with PyTorch's outputs. make_example.py writes both
+ * headers.
  *
  *     cc -O2 -std=c99 -Wall -Werror -o digits main.c && ./digits
  *
- * Leaves with 0 if every output is within the tolerance of digits.h. */
+ * The exit status is 0 if every output is within the tolerance of digits.h. */
 #include <stdio.h>
 
 #include "digits.h"
@@ -33,6 +34,7 @@ int main(void)
                 difference = d;
         }
     }
-    printf("%d digits: %d correct, %d decided as by PyTorch, outputs differ by at most %.3g\n", DIGITS, correct, same, (double)difference);
+    printf("%d digits: %d correct, %d decided as by PyTorch, outputs differ by at most %.3g\n", DIGITS, correct, same,
+           (double)difference);
     return difference <= TOLERANCE ? 0 : 1;
 }

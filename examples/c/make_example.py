@@ -1,11 +1,11 @@
 """Write model.h and digits.h for main.c: a sparse LeNet-300-100 and 100 digits with PyTorch's outputs.
 
-    lightning-deepr fit --config mnist_quickstart                     # about a minute; any sparse checkpoint of a LeNet-300-100 will do
+    lightning-deepr fit --config mnist_quickstart      # about a minute; every sparse checkpoint of a LeNet-300-100 works
     python examples/c/make_example.py runs/mnist_quickstart/sparse.safetensors --out build/c
     cd build/c && cc -O2 -std=c99 -Wall -Werror -o digits main.c && ./digits
 
-The digits are the first 100 of the embedded test set. ``--weights int8`` stores the weights in a byte each: outputs then differ from PyTorch's, by
-how much main.c says.
+The digits are the first 100 of the embedded test set. ``--weights int8`` stores each weight in one byte: the outputs then
+differ from PyTorch's, and main.c prints by how much.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DIGITS = 100
 
 
 def digits_header(images: Tensor, labels: Tensor, outputs: Tensor, tolerance: float) -> str:
-    """C source of the digits (uint8 [n, 28, 28]), their labels and the outputs expected (float [n, classes])."""
+    """Write C source with the digits (uint8 [n, 28, 28]), their labels and the expected outputs (float [n, classes])."""
 
     def rows(kind: str, name: str, values: list[list[Any]]) -> Iterator[str]:
         yield f"static const {kind} {name}[{len(values)}][{len(values[0])}] = {{"
@@ -50,9 +50,10 @@ def digits_header(images: Tensor, labels: Tensor, outputs: Tensor, tolerance: fl
 
 @torch.no_grad()
 def write(net: nn.Module, out: Path, weights: Any = "float32", count: int = DIGITS) -> CHeader:
-    """Both headers and the C sources in one folder.
+    """Write both headers and the C sources into one folder.
 
-    With float32 weights the tolerance is 1e-5 of the largest output: sums are taken in another order. There is none for quantized weights.
+    With float32 weights the tolerance is 1e-5 of the largest output, because the order of the sums differs. Quantized weights
+    have no limit.
     """
     out.mkdir(parents=True, exist_ok=True)
     header = to_c_header(net, out / "model.h", weights=weights)

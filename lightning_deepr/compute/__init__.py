@@ -1,4 +1,4 @@
-"""How a layer with K connections is computed: by a transient dense weight, or from its connections alone."""
+"""Compute a layer with K connections: with a transient dense weight, or from its connections alone."""
 
 from lightning_deepr.compute.dense import build_weight
 

@@ -1,4 +1,4 @@
-"""``compute="auto"``: dense or sparse, by a measured break-even."""
+"""The choice of ``compute="auto"`` between dense and sparse, by a measured break-even."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import math
 
 import torch
 
-NOMINAL_BATCH = 128  # until the first batch has been seen
+NOMINAL_BATCH = 128  # assumed until the first batch arrives
 
-# Microseconds per unit of work, in the order of the terms below: what `benchmarks/break_even.py --fit` prints.
+# Microseconds per unit of work, in the order of the terms below. `benchmarks/break_even.py --fit` prints them.
 SPARSE = (55.0, 2.7e-4, 8.2e-4, 4.8e-3)
 DENSE = (90.0, 8.8e-4, 8.4e-5, 5.6e-3)
 
 
 def prefers_sparse(rows: int, columns: int, count: int, batch: int, dtype: torch.dtype, device: str) -> bool:
-    """Whether the sparse kernels are expected to be faster than the transient dense weight, forward and backward.
+    """Tell whether the sparse kernels should be faster than the transient dense weight, forward and backward together.
 
-    Either time is a sum of amounts of work, each times a constant that was fitted to measured times (``benchmarks/README.md`` has the
-    table, and how often the rule is right). Only the ratio of the two is meant.
+    Each of the two times is a sum of amounts of work, multiplied by constants that were fitted to measured times.
+    ``benchmarks/README.md`` has the table and says how often the rule is right. Only the ratio of the two times is
+    meaningful, not their values.
     """
     if device != "cpu":
         return False
@@ -32,31 +33,32 @@ def prefers_sparse(rows: int, columns: int, count: int, batch: int, dtype: torch
 
 
 def sparse_terms(rows: int, columns: int, count: int, batch: int) -> tuple[float, ...]:
-    """A call; a multiplication and addition per connection; the transposes of input and output; reading the connections."""
+    """Count the work of sparse compute: calls, multiply-adds, entries of input and output to transpose, connections to read."""
     padded = 8 * math.ceil(batch / 8)  # the kernels work on whole vectors
     return 1, padded * count, padded * (rows + columns), count + rows + columns
 
 
 def dense_terms(rows: int, columns: int, count: int, batch: int) -> tuple[float, ...]:
-    """A call; building the weight and its gradient; a multiplication and addition per place; scattering and gathering."""
+    """Count the work of dense compute: calls, places to build, multiply-adds, connections to scatter and gather."""
     total = rows * columns
     return 1, total, batch * total, count
 
 
-# The same for convolutions (`benchmarks/convolution.py`): per call, connection and pixel, pixel of input and output, connection, channel;
-# and per call, place and pixel, pixel of input and output, place.
+# The same for convolutions (`benchmarks/convolution.py`), in microseconds. Sparse: per call, per connection and pixel, per
+# pixel of input and output, per connection, per channel. Dense: per call, per place and pixel, per pixel of input and output,
+# per place.
 SPARSE_CONV = (32.0, 7.9e-5, 1.57e-3, 1.3e-3, 0.29)
 DENSE_CONV = (344.0, 3.94e-5, 1.09e-3, 4e-3)
 
 
 def prefers_sparse_conv(shape: torch.Size, count: int, batch: int, pixels_in: int, pixels_out: int) -> bool:
-    """As :func:`prefers_sparse`, of a two-dimensional convolution.
+    """Answer the question of :func:`prefers_sparse` for a two-dimensional convolution.
 
     Args:
-        shape: the weight's, [channels out, channels in, height, width].
-        count: K.
-        batch: number of images.
-        pixels_in, pixels_out: of one channel.
+        shape: the shape of the weight, [channels out, channels in, height, width].
+        count: K, the number of connections.
+        batch: the number of images.
+        pixels_in, pixels_out: the number of pixels of one channel of the input and of the output.
     """
     padded = 10 if batch <= 8 else 16 * math.ceil(batch / 16)
     both = shape[1] * pixels_in + shape[0] * pixels_out
@@ -67,5 +69,5 @@ def prefers_sparse_conv(shape: torch.Size, count: int, batch: int, pixels_in: in
 
 
 def prefers_sparse_conv_at_all(density: float) -> bool:
-    """A guess before the first image: it was right at a batch of at least 16."""
+    """Guess the choice before the first image. For batches of at least 16, measurements agreed with the guess."""
     return density <= 0.2

@@ -1,10 +1,10 @@
-"""Sparse compute of 2-d convolutions: the dense weight is never built, in no pass.
+"""Sparse compute of 2-d convolutions: neither the forward nor the backward pass builds the dense weight.
 
-``lightning_deepr::conv2d`` and ``lightning_deepr::conv2d_backward`` are operators with fake and autograd rules, for compilers, shape
-propagation and profilers; an ordinary eager call takes a shorter way to the same kernels.
+``lightning_deepr::conv2d`` and ``lightning_deepr::conv2d_backward`` are operators with fake and autograd rules, for compilers,
+shape propagation and profilers. An ordinary eager call takes a shorter way to the same kernels.
 
-There is a kernel for float32 and float64 on the CPU, one group and zeros as padding; :func:`suits` tells, and the rest stays with
-dense compute, whose error messages are those of ``nn.Conv2d``.
+The kernels cover float32 and float64 on the CPU, one group, and zeros as padding. :func:`suits` checks this. Dense compute,
+with the error messages of ``nn.Conv2d``, does the rest.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lightning_deepr.compute.order import addresses
 from lightning_deepr.compute.slots import SparseSlots
 from lightning_deepr.kernels.cpu.fields import ConvArguments, ConvPhase, filler, pack_order
 
-CACHE = 1 << 20  # bytes of planes that a band may go through: what the second-level cache is sure to keep
-MOST_BANDS = 8  # in the backward pass, where each band has its own K sums
+CACHE = 1 << 20  # the bytes of planes that a band may read: they fit into a second-level cache
+MOST_BANDS = 8  # the limit in the backward pass: each band has K sums of its own there
 
 Pair = tuple[int, int]
 
@@ -51,23 +51,23 @@ def _up(value: int, multiple: int) -> int:
 
 
 def _block_of(rows: int, columns: int, most: int) -> Pair:
-    """(across, down): pixels that are computed at a time, at most ``most``, with little left over at the edges."""
+    """Choose a block of at most ``most`` pixels (across, down) that wastes little at the edges."""
     across = -(-columns // -(-columns // most))
     down = min(most // across, rows)
     return across, -(-rows // -(-rows // down))
 
 
 class Geometry:
-    """How the kernels see one convolution: sizes of planes and blocks, and the shift that belongs to each kernel position.
+    """One convolution as the kernels see it: sizes of planes and blocks, and a shift for each kernel position.
 
     Args:
-        image: (C, H, W).
-        weight: (O, C, KH, KW).
+        image: the shape (C, H, W) of an image.
+        weight: the shape (O, C, KH, KW) of the weight.
         stride: (down, across).
         padding: (top, bottom, left, right).
         dilation: (down, across).
-        lanes: batch elements of a tile.
-        size: bytes of a float.
+        lanes: the number of batch elements in a tile.
+        size: the number of bytes in a float.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Geometry:
         self.out_height, self.out_width = output_size(image[1:], kernel, stride, padding, dilation)
         self.forward_block = across, down = _block_of(self.out_height, self.out_width, most)
         last, columns = _up(self.out_height, down), _up(self.out_width, across)
-        # the backward pass: the pixels of x of one phase
+        # A block of the backward pass holds pixels of x that have one phase (their position modulo the stride).
         phase_rows, phase_columns = -(-height // stride[0]), -(-width // stride[1])
         self.backward_block = back_across, back_down = _block_of(phase_rows, phase_columns, most)
         back_last, back_columns = _up(phase_rows, back_down), _up(phase_columns, back_across)
@@ -94,7 +94,7 @@ class Geometry:
         top, _, left, _ = padding
         x_rows = max((last - 1) * stride[0] + (kernel[0] - 1) * dilation[0] + 1, top + back_last * stride[0])
         x_columns = max((columns - 1) * stride[1] + (kernel[1] - 1) * dilation[1] + 1, left + back_columns * stride[1])
-        # pixel phase + stride * j of x meets, at kernel position k, pixel j + move of y
+        # At kernel position k, the pixel phase + stride * j of x meets the pixel j + move of y.
         reach = [[k * dilation[i] for k in range(kernel[i])] for i in (0, 1)]
         phases = [[(r - start) % s for r in reach[i]] for i, (s, start) in enumerate(zip(stride, (top, left), strict=True))]
         moves = [
@@ -137,7 +137,7 @@ class Geometry:
 
 
 def _band(rows: int, step: int, row_bytes: int, most: int) -> int:
-    """Rows of a band: all where their planes fit in the cache."""
+    """Choose the number of rows of a band: all of them if their planes fit into the cache."""
     if rows * row_bytes <= 3 * CACHE // 2:
         return rows
     return max(_up(max(CACHE // row_bytes, 1), step), _up(-(-rows // most), step))
@@ -149,7 +149,7 @@ _geometry = lru_cache(maxsize=512)(Geometry)
 def output_size(
     image: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Pair:
-    """(H', W')."""
+    """Compute the size (H', W') of the output."""
     around = padding[0] + padding[1], padding[2] + padding[3]
     height, width = ((image[i] + around[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
     return height, width
@@ -178,7 +178,7 @@ def _run(kernel: Any, arguments: Any, phases: Sequence[int], threads: int) -> No
 def _forward(
     x: Tensor, theta: Tensor, bias: Tensor | None, order: bytes, weight: tuple[int, ...], how: tuple[tuple[int, ...], ...]
 ) -> tuple[Tensor, Tensor]:
-    """y [B, O, H', W'] and x in planes; x is [B, C, H, W] and contiguous."""
+    """Compute y [B, O, H', W'] and the planes of x. x is [B, C, H, W] and contiguous."""
     conv = _kernels()
     batch, size = x.shape[0], x.element_size()
     lanes = _lanes_of(batch, size)
@@ -229,7 +229,7 @@ def _backward(
 
 
 class ConvFunction(torch.autograd.Function):
-    """The short way: eager mode, ordinary tensors."""
+    """The short way to the kernels, for eager mode and ordinary tensors."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -244,7 +244,7 @@ class ConvFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(TWICE)
-        planes, theta, _ = ctx.saved_tensors  # raises if connections were rewired since
+        planes, theta, _ = ctx.saved_tensors  # raises if a rewiring came in between
         need = ctx.needs_input_grad[:3]
         found = _backward(dy.contiguous(), planes, theta, ctx.order.packed, ctx.image, ctx.weight, ctx.how, *need)
         return *found, None, None, None, None
@@ -262,10 +262,10 @@ def conv2d_op(
     x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, weight: Sequence[int], stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """x [B, C, H, W] -> [B, O, H', W'].
+    """Convolve x [B, C, H, W] to [B, O, H', W'].
 
-    ``order`` is the buffer of a :class:`lightning_deepr.compute.order.Order`, ``weight`` the shape (O, C, KH, KW), ``padding`` (top,
-    bottom, left, right).
+    ``order`` is the buffer of a :class:`lightning_deepr.compute.order.Order`, ``weight`` the shape (O, C, KH, KW) and
+    ``padding`` (top, bottom, left, right).
     """
     if x.shape[0] == 0:
         return x.new_empty((0, weight[0], *output_size(x.shape[2:], weight[2:], stride, padding, dilation)))
@@ -286,12 +286,12 @@ def conv2d_backward_op(
     dy: Tensor, x: Tensor, theta: Tensor, order: Tensor, weight: Sequence[int], stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], need_x: bool, need_theta: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, theta and bias; empty tensors for those not needed."""
+    """Compute the gradients of x, theta and bias, with an empty tensor for each gradient that is not needed."""
     if dy.shape[0] == 0:
         dx = x.new_zeros(x.shape if need_x else (0,))
         return dx, theta.new_zeros(theta.shape if need_theta else (0,)), dy.new_zeros(weight[0] if need_bias else 0)
     how, places = (tuple(stride), tuple(padding), tuple(dilation)), _places(order, theta, weight)
-    # (a graph keeps x, not its planes: the layout is made again, with the first phase of the forward kernel)
+    # A graph keeps x, not its planes: the first phase of the forward kernel makes them again.
     planes = _planes(x.contiguous(), tuple(weight), how) if need_theta else None
     image = tuple(x.shape[1:])
     found = _backward(dy.contiguous(), planes, theta, places, image, tuple(weight), how, need_x, need_theta, need_bias)
@@ -349,11 +349,11 @@ conv2d_backward_op.register_autograd(_refuse_twice)
 
 
 def suits(module: nn.Module, x: Tensor) -> bool:
-    """Whether :func:`conv2d` can compute this converted layer for x [B, C, H, W]; where it can't, dense compute does.
+    """Tell whether :func:`conv2d` can compute this layer for this input. If it can't, dense compute does.
 
     Args:
-        module: an ``nn.Conv2d`` whose weight is converted.
-        x: its input.
+        module: an ``nn.Conv2d`` with a converted weight.
+        x: the input of the layer, [B, C, H, W].
     """
     if not isinstance(module, nn.Conv2d) or module.groups != 1 or module.padding_mode != "zeros" or x.dim() != 4:
         return False
@@ -369,7 +369,7 @@ def suits(module: nn.Module, x: Tensor) -> bool:
 
 
 def padding_of(module: nn.Conv2d) -> tuple[int, int, int, int]:
-    """Rows above and below, columns left and right."""
+    """Return the padding (top, bottom, left, right) of a layer."""
     return _around(module.padding, module.kernel_size, module.dilation)
 
 
@@ -378,10 +378,10 @@ def _pair(value: int | Sequence[int]) -> Pair:
 
 
 def _around(padding: str | int | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right)."""
+    """Resolve a padding argument to (top, bottom, left, right)."""
     if padding == "valid":
         return 0, 0, 0, 0
-    if padding == "same":  # an odd one goes to the bottom and to the right, as in torch
+    if padding == "same":  # of an odd number, the bottom and the right get one more, as in torch
         down, across = ((k - 1) * d for k, d in zip(kernel, dilation, strict=True))
         return down // 2, down - down // 2, across // 2, across - across // 2
     assert not isinstance(padding, str)
@@ -393,7 +393,9 @@ def conv2d(
     x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots, stride: int | Sequence[int] = 1,
     padding: str | int | Sequence[int] = 0, dilation: int | Sequence[int] = 1,
 ) -> Tensor:  # fmt: skip
-    """``F.conv2d`` with a converted weight of K connections. Where there is no kernel for theta, the dense weight is built.
+    """Compute ``F.conv2d`` with a converted weight of K connections.
+
+    If no kernel takes theta, the dense weight is built.
 
     Args:
         x: [B, C, H, W].
@@ -403,10 +405,10 @@ def conv2d(
         stride, padding, dilation: as in ``F.conv2d``.
 
     Returns:
-        [B, O, H', W'], of x's dtype (under autocast of the autocast dtype; the sums are taken in theta's dtype).
+        [B, O, H', W'] in x's dtype. Under autocast it has the autocast dtype, and the sums are taken in theta's dtype.
 
     Raises:
-        RuntimeError: the channels, the size or the dtype of x do not fit; a second derivative is asked for.
+        RuntimeError: the channels, the size or the dtype of x do not fit, or the caller asks for a second derivative.
     """
     weight = tuple(slots.shape)
     stride, dilation = _pair(stride), _pair(dilation)
@@ -420,7 +422,7 @@ def conv2d(
     fits = x.device == theta.device and x.shape[1] == weight[1] and min(size) > 0 and (autocast or x.dtype == theta.dtype)
     if bias is not None:
         fits = fits and bias.device == theta.device and bias.shape == weight[:1] and (autocast or bias.dtype == theta.dtype)
-    if not fits:  # what torch says to arguments that don't fit: one number stands for the weight
+    if not fits:  # torch writes the error message; one expanded number stands for the weight
         return torch_conv2d(x, theta.sum().expand(weight), bias, stride, padding, dilation)
     if theta.numel() != slots.count:
         raise RuntimeError(f"Expected theta of K = {slots.count} connections, found {theta.numel()} values.")
@@ -429,7 +431,7 @@ def conv2d(
         cast = torch.get_autocast_dtype(x.device.type)
         x = x.to(theta.dtype)
         bias = bias if bias is None else bias.to(theta.dtype)
-    theta = theta.contiguous()  # kernels know addresses, not strides
+    theta = theta.contiguous()  # kernels take addresses and no strides
     bias = bias if bias is None else bias.contiguous()
     if not kernels.suits(theta):
         y: Tensor = torch_conv2d(x, slots.dense(theta), bias, stride, padding, dilation)

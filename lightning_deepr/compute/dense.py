@@ -1,4 +1,4 @@
-"""Dense compute: the K values are scattered into a transient dense weight and the layer runs as its author wrote it."""
+"""Dense compute: scatter the K values into a transient dense weight, and let the layer run as its author wrote it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch.autograd import forward_ad
 from lightning_deepr import kernels
 from lightning_deepr.compute import sparse
 
-LARGE = 1 << 13  # connections from which on the kernels are worth their calls
+LARGE = 1 << 13  # from this number of connections on, the kernels save more time than their calls cost
 
 
 def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
-    """The dense-shaped weight: w_k = s_k * theta_k at the K places, exactly 0 elsewhere.
+    """Build the dense-shaped weight: w_k = s_k * theta_k at the K places, exactly 0 elsewhere.
 
     The value is not clamped, so that the gradient dE/dtheta_k = s_k * dE/dw_k also reaches a connection at theta = 0. The
-    backward pass gathers K values from the gradient of the transient weight and keeps nothing else.
+    backward pass gathers K values from the gradient of the transient weight, and keeps nothing else of it.
 
     Args:
         theta: [K].
         signs: [K], +-1 in theta's dtype.
         places: int64 [K], unique flat indices.
-        shape: the weight's shape.
+        shape: the shape of the weight.
 
     Returns:
-        tensor of ``shape`` in theta's dtype.
+        a tensor of ``shape`` in theta's dtype.
     """
     if places.numel() >= LARGE and not torch.compiler.is_compiling() and _fits(theta, signs, places):
         weight: Tensor = _Scatter.apply(theta, signs, places, shape)
@@ -37,15 +37,14 @@ def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size
 
 def _scattered(values: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     weight = torch.zeros(shape.numel(), dtype=values.dtype, device=values.device)
-    if (
-        not torch.compiler.is_compiling() and sparse.transforms() is not None
-    ):  # vmap writes into nothing that it does not map over
+    # vmap refuses to write into a tensor that it does not map over.
+    if not torch.compiler.is_compiling() and sparse.transforms() is not None:
         return weight.index_copy(0, places, values).view(shape)
     return weight.index_copy_(0, places, values).view(shape)
 
 
 def _fits(*tensors: Tensor) -> bool:
-    """Whether the kernels, which know addresses only, may be used: nobody watches or transforms operators."""
+    """Tell whether the kernels, which take addresses, fit: the tensors are plain, and no mode or transform watches them."""
     theta = tensors[0]
     return (
         theta.dtype in (torch.float32, torch.float64)
@@ -62,7 +61,7 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx: Any, theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size) -> Tensor:  # type: ignore[override]
         from lightning_deepr.kernels.cpu import scatter
 
-        ctx.save_for_backward(signs, places)  # a backward pass after they were rewired is refused
+        ctx.save_for_backward(signs, places)  # autograd refuses a backward pass after a rewiring
         weight = torch.zeros(shape, dtype=theta.dtype)
         scatter.run(scatter.scatter_kernel(theta.element_size()), theta, signs, places, weight)
         return weight

@@ -1,4 +1,4 @@
-"""The forward passes of converted ``nn.Linear`` and ``nn.Conv2d`` layers: sparse, or by the transient dense weight."""
+"""The forward passes of converted ``nn.Linear`` and ``nn.Conv2d`` layers: sparse, or with the transient dense weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_deepr.compute.weight import SparseWeight
 
 
 def linear_forward(self: Any, input: Tensor) -> Tensor:
-    """``nn.Linear.forward`` of a converted layer: sparse, or with the transient weight."""
+    """Replace ``nn.Linear.forward`` in a converted layer: compute sparsely, or with the transient weight."""
     found = slots_and_theta(self)
     if found is not None and found[0].uses_sparse(input, self):
         slots, theta, bias = found[0], found[0].own(found[1]), _bias_of(self)
@@ -31,11 +31,11 @@ LINEAR = with_forward(nn.Linear, linear_forward, capable=matrix)
 
 
 def conv2d_forward(self: Any, input: Tensor) -> Tensor:
-    """``nn.Conv2d.forward`` of a converted layer: sparse, or with the transient weight."""
+    """Replace ``nn.Conv2d.forward`` in a converted layer: compute sparsely, or with the transient weight."""
     found = slots_and_theta(self)
     if found is not None and conv.suits(self, input) and found[0].uses_sparse(input, self):
         slots, theta = found
-        # (a compiled graph takes the order that was made with the kernels, if there are any)
+        # Dynamo can't trace the making of an order. The conversion makes one if there are kernels; without it, run dense.
         if not torch.compiler.is_dynamo_compiling() or slots.order is not None:
             return conv.conv2d(input, slots.own(theta), _bias_of(self), slots, self.stride, self.padding, self.dilation)
     result: Tensor = self._conv_forward(input, _built(self.weight), self.bias)
@@ -62,7 +62,7 @@ CONV2D = with_forward(nn.Conv2d, conv2d_forward, capable=_conv2d_capable, guess=
 
 def _bias_of(module: Any) -> Tensor | None:
     bias = module._parameters.get("bias", False)
-    return module.bias if bias is False else bias  # parametrized itself
+    return module.bias if bias is False else bias  # missing: the bias is parametrized, too
 
 
 def _built(weight: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Sparse compute of linear layers in plain PyTorch, for any device and dtype: gathers, multiplies, adds by index.
+"""Sparse compute of linear layers in plain PyTorch, for any device and dtype: gather, multiply, add by index.
 
-Connections are taken in chunks, so that the transient [B, chunk] tensors stay small whatever K is.
+The connections are processed in chunks, so that the transient [B, chunk] tensors stay small for any K.
 """
 
 from __future__ import annotations
@@ -14,18 +14,20 @@ from torch import Tensor
 from lightning_deepr.compute.slots import Connections
 
 TWICE = 'Sparse compute has no double backward: expected a first derivative. Use compute="dense" for second derivatives.'
-LARGEST = 1 << 24  # entries of a transient tensor
+LARGEST = 1 << 24  # the most entries of a transient tensor
 
 
 def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Connections) -> Tensor:
-    """x [B, columns] -> [B, rows] with the connections of ``slots``."""
+    """Multiply x [B, columns] by the connections of ``slots``, to [B, rows]."""
     y: Tensor = _Product.apply(x, theta, slots.signs, slots.places, slots.rows, slots.columns)
     return y if bias is None else y + bias
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, theta: Tensor, signs: Tensor, places: Tensor, rows: int, columns: int) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, theta: Tensor, signs: Tensor, places: Tensor, rows: int, columns: int
+    ) -> Tensor:
         ctx.save_for_backward(x, theta, signs, places)
         ctx.columns = columns
         y = x.new_zeros((x.shape[0], rows))

@@ -1,4 +1,4 @@
-"""The check that the Triton kernels of sparse linear layers pass before they are used on a device."""
+"""The check of the Triton kernels of sparse linear layers, which runs before their first use on a device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_deepr.algorithm.randomness import signs_of
 from lightning_deepr.compute.slots import SparseSlots
 from lightning_deepr.kernels.gpu import gate
 
-# rows, columns, connections, batch
 SEED = 7
+# rows, columns, connections, batch
 LAYERS = [(30, 40, 300, 20), (5, 200, 700, 3), (64, 3, 1, 1), (40, 50, 200, 130)]
 
 
 @dataclass(eq=False)
 class Layer:
-    """What the kernels have to know of a weight [rows, columns]."""
+    """The facts about a weight [rows, columns] that the kernels read."""
 
     rows: int
     columns: int
@@ -28,12 +28,16 @@ class Layer:
 
 
 def multiplies(theta: Tensor, slots: SparseSlots) -> bool:
-    """Whether the Triton kernels compute a linear layer from the connections of its weight."""
+    """Tell whether the Triton kernels compute a linear layer with this theta and these slots."""
     return gate.admits("sparse linear layers", theta, slots, linear_differs)
 
 
 def linear_differs(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What of a sparse linear layer's three products differs from the dense ones by more than rounding."""
+    """Compare the three products of sparse linear layers with dense ones.
+
+    Returns:
+        a description of the first difference beyond rounding, or None.
+    """
     from lightning_deepr.compute import sparse_gpu
 
     eps = torch.finfo(dtype).eps

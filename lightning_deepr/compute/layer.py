@@ -1,4 +1,4 @@
-"""How the layers of one kind compute when a weight of theirs is converted: the record that a sparse forward fills in."""
+"""The record that says how the layers of one kind compute from a converted weight."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Hook = Callable[[Any, str], None]
 
 
 class Slots(Protocol):
-    """What a rule may ask about a converted weight (:class:`lightning_deepr.weights.k_slots.KSlots`)."""
+    """The part of :class:`lightning_deepr.weights.k_slots.KSlots` that the rules of a :class:`LayerCompute` may read."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -34,25 +34,28 @@ class Slots(Protocol):
 
 
 def never(module: nn.Module, tensor_name: str, shape: Shape) -> bool:
+    """Refuse every tensor."""
     return False
 
 
 def matrix(module: nn.Module, tensor_name: str, shape: Shape) -> bool:
+    """Accept every matrix."""
     return len(shape) == 2
 
 
 def own_matrix(module: nn.Module, tensor_name: str, shape: Shape) -> bool:
-    """A matrix of a layer that is none of torch's: it is taken to give the matrix to ``F.linear``."""
-    # (the class that torch makes for a parametrized module says that it is torch's)
+    """Accept a matrix of a layer from outside torch, on the assumption that the layer passes it to ``F.linear``."""
+    # The class that torch makes for a parametrized module has the module name of torch.
     return len(shape) == 2 and not type_before_parametrizations(module).__module__.startswith("torch.nn")
 
 
 def matrix_guess(slots: Slots) -> bool:
-    """What a matrix would choose for a batch of ordinary size."""
+    """Choose between sparse and dense compute of a matrix for a batch of ``NOMINAL_BATCH``."""
     return choice.prefers_sparse(slots.rows, slots.columns, slots.count, choice.NOMINAL_BATCH, slots.signs.dtype, "cpu")
 
 
 def matrix_prefers(slots: Slots, module: Any, x: Tensor) -> bool:
+    """Choose between sparse and dense compute of a matrix for this input."""
     batch = x.numel() // max(slots.columns, 1)
     return choice.prefers_sparse(slots.rows, slots.columns, slots.count, batch, slots.signs.dtype, x.device.type)
 
@@ -63,15 +66,18 @@ def _nothing(module: Any, tensor_name: str) -> None:
 
 @dataclass(frozen=True)
 class LayerCompute:
-    """How the layers of one kind compute from a converted weight. The rules are asked only where there are kernels.
+    """How the layers of one kind compute from a converted weight.
+
+    ``guess`` and ``prefers`` are called only if there are kernels for the tensor.
 
     Args:
-        capable: whether sparse compute may take this tensor of this module; asked before the conversion.
-        guess: whether ``compute="auto"`` begins with sparse compute, before it has seen an input.
-        prefers: whether ``compute="auto"`` computes this input sparsely; ``KSlots.uses_sparse`` asks it once per size of input.
-        take_over: called with the module and the tensor's name after the conversion; the module's class is its own by then,
-            so a hook may set ``type(module).forward``.
-        give_back: the same, after the weight has become dense again.
+        capable: a function that tells, before the conversion, whether sparse compute can take this tensor of this module.
+        guess: a function that tells whether ``compute="auto"`` starts with sparse compute, before the first input.
+        prefers: a function that tells whether ``compute="auto"`` computes this input sparsely. ``KSlots.uses_sparse`` calls it
+            once per size of input.
+        take_over: a hook that runs after the conversion, with the module and the tensor's name. The module has a class of its
+            own by then, so the hook may set ``type(module).forward``.
+        give_back: a hook that runs after the weight has become dense again, with the same arguments.
     """
 
     capable: Callable[[nn.Module, str, Shape], bool] = never
@@ -89,9 +95,14 @@ def with_forward(
     guess: Callable[[Slots], bool] = matrix_guess,
     prefers: Callable[[Slots, Any, Tensor], bool] = matrix_prefers,
 ) -> LayerCompute:
-    """A :class:`LayerCompute` that replaces ``plain.forward`` while ``weight`` is converted.
+    """Make a :class:`LayerCompute` that replaces ``plain.forward`` while ``weight`` is converted.
 
-    A subclass that has a forward of its own keeps it.
+    A subclass with a forward of its own keeps it.
+
+    Args:
+        plain: the layer's class.
+        forward: the replacement of its ``forward``.
+        capable, guess, prefers: the rules of the record.
     """
 
     def take_over(module: Any, tensor_name: str) -> None:
@@ -100,7 +111,7 @@ def with_forward(
             own.forward = forward
 
     def give_back(module: Any, tensor_name: str) -> None:
-        # torch gives the module its old class back; the class stays only while another tensor, say the bias, is parametrized
+        # torch restores the module's old class, unless another tensor, for example the bias, is still parametrized.
         own: Any = type(module)
         if tensor_name == "weight" and own.__dict__.get("forward") is forward:
             del own.forward
@@ -109,7 +120,7 @@ def with_forward(
 
 
 def slots_and_theta(module: Any, tensor_name: str = "weight") -> tuple[Any, Tensor] | None:
-    """A converted tensor's slots and its whole parameter; None where it can only be read (a second parametrization lies over it)."""
+    """Find the slots and the whole parameter of a converted tensor, or None if a second parametrization lies over it."""
     holder = module._modules["parametrizations"]._modules[tensor_name]
     theta = holder._parameters.get("original")
     if len(holder._modules) != 1 or theta is None:
@@ -117,7 +128,7 @@ def slots_and_theta(module: Any, tensor_name: str = "weight") -> tuple[Any, Tens
     return holder._modules["0"], theta
 
 
-# The layer reads its weight as it always did. `F.linear` with what it reads computes sparsely; anything else builds the weight.
+# The layer keeps its forward and reads its weight. `F.linear` computes sparsely with it; any other operation builds the weight.
 READ = LayerCompute(own_matrix)
-# The layer's weight is built for each forward pass.
+# Each forward pass of the layer builds the weight.
 DENSE = LayerCompute()

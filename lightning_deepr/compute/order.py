@@ -1,11 +1,13 @@
-"""The connections of a weight in the order of its rows and in the order of its columns: what sparse compute reads.
+"""The connections of a weight in the order of its rows and in the order of its columns, for sparse compute.
 
-A weight of shape [rows, ...] counts as a matrix of rows x columns. One int32 tensor holds both orders, so that an operator takes
-it as one argument and its size never changes (K is constant): where each row begins, and for each connection its column and its slot;
-the same by column. The slot's top bit is set where the connection's sign is negative. Values are not here: theta stays in the order of its
-slots, so that the optimizer's state stays valid, and whoever writes theta need not know of this.
+A weight of shape [rows, ...] counts as a matrix of rows x columns. One int32 tensor holds both orders, so that an operator
+takes them as one argument. Its size never changes, because K is constant. It says where each row begins, and holds for each
+connection its column and its slot; then the same by column. The top bit of a slot is set if the connection's sign is negative.
+The tensor holds no values: theta keeps the order of its slots, so the optimizer's state stays valid, and code that writes
+theta does not touch the order.
 
-The order is a function of the places alone (by row, then by column), however it came about: resuming is exact.
+The order is a function of the places alone (by row, then by column). It does not depend on how the places came about, so
+resuming is exact.
 """
 
 from __future__ import annotations
@@ -23,30 +25,31 @@ _PAD = 32  # entries after each part that may be read (not used) by kernels that
 
 
 class Order:
-    """Both orders of a converted weight; follows ``places`` when told to.
+    """Both orders of a converted weight.
+
+    They do not follow a change of ``places`` by themselves: see :meth:`build` and :meth:`is_stale`.
 
     Args:
         places: int64 [K].
         signs: +-1 [K].
-        shape: the weight's shape.
+        shape: the shape of the weight.
     """
 
     def __init__(self, places: Tensor, signs: Tensor, shape: torch.Size) -> None:
         self.rows, self.columns = shape[0], math.prod(shape[1:])
         self.count = places.numel()
-        with torch.inference_mode(
-            False
-        ):  # a validation may be the first to need it, and training saves it for its backward pass
+        # A validation may be the first to need the buffer, but training saves it for its backward pass.
+        with torch.inference_mode(False):
             self.buffer = torch.zeros(size_of(self.rows, self.columns, self.count), dtype=torch.int32)
         self.addresses = addresses(self.buffer, self.rows, self.columns, self.count)
         self.packed = pack_order(*self.addresses)  # as kernels of whole layers take them
         self.build(places, signs)
 
     def build(self, places: Tensor, signs: Tensor) -> None:
-        """Put all connections in order anew. O(K + rows + columns)."""
+        """Sort all connections again. O(K + rows + columns)."""
         from lightning_deepr.kernels.cpu import orders
 
-        self.buffer.zero_()  # empty orders, into which every connection is born
+        self.buffer.zero_()  # empty orders: the kernel below inserts every connection as a newborn
         self.note(places)
         torch.autograd.graph.increment_version(self.buffer)
         if self.count == 0:
@@ -63,12 +66,12 @@ class Order:
         orders.update_kernel()(arguments, 2 if self.count > 20_000 and torch.get_num_threads() > 1 else 1)
 
     def is_stale(self, places: Tensor) -> bool:
-        """Whether somebody has written other places since the order was made."""
+        """Tell whether the places have changed since the order was made."""
         known = self.noted
         return known[0] is not places or known[1] != _version_of(places)
 
     def note(self, places: Tensor) -> None:
-        """The order is that of these places, as they are now."""
+        """Record that the order matches these places in their present version."""
         self.noted = places, _version_of(places)
 
 
@@ -77,11 +80,12 @@ def _version_of(places: Tensor) -> int:
 
 
 def size_of(rows: int, columns: int, count: int) -> int:
+    """Count the entries of the buffer."""
     return rows + columns + 2 + 4 * count + 6 * _PAD
 
 
 def addresses(buffer: Tensor, rows: int, columns: int, count: int) -> list[int]:
-    """Where the six parts begin: row starts, columns and slots by row; column starts, rows and slots by column."""
+    """List the addresses of the six parts: row starts, columns and slots by row; column starts, rows and slots by column."""
     found, address = [], buffer.data_ptr()
     for length in (rows + 1, count, count, columns + 1, count, count):
         found.append(address)

@@ -1,7 +1,7 @@
 """Sparse compute of LSTMs and GRUs: whole sequences from the connections alone, layer by layer and direction by direction.
 
-The cell's arithmetic is a share of the time that no sparsity saves; what is saved are the products, and a copy of dense weights into the
-layout of the dense library.
+Sparsity saves work in the products, and a copy of the dense weights into the layout of the dense library. It does not save the
+arithmetic of the cell.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from lightning_deepr.kernels.cpu.fields import ProductArguments, ProductPhase, R
 
 
 class _Plan(NamedTuple):
-    """What depends on the sizes alone. Parts of W elements of the batch, tiles of V rows (see :mod:`lightning_deepr.kernels.cpu.recurrent`)."""
+    """The settings that follow from the sizes alone.
+
+    A part has W elements of the batch, a tile has V rows (see :mod:`lightning_deepr.kernels.cpu.recurrent`).
+    """
 
     threads: int
     part: tuple[int, int, int]  # bytes per float, lanes, vectors
     parts: int
-    padded: int  # batch
-    tile: tuple[int, int, int]
+    padded: int  # the batch, rounded up to whole parts
+    tile: tuple[int, int, int]  # bytes per float, lanes, vectors
     tiles: int
 
     @property
@@ -56,7 +59,7 @@ def _plan(steps: int, batch: int, columns: int, hidden: int, count: int, size: i
 
 @cache
 def _kernels() -> tuple[Any, Any]:
-    """(an import within a function takes a microsecond)"""
+    """Import the kernels once: an import statement in a function takes a microsecond in every call."""
     from lightning_deepr.kernels.cpu import products, recurrent
 
     return products, recurrent
@@ -74,7 +77,10 @@ def _ordered(where: list[int]) -> dict[str, int]:
 
 
 def _of_products(plan: _Plan, steps: int, sums: Tensor, tiled: Tensor, weight: Any, hidden: int, skip: int) -> dict[str, int]:
-    """Sums of the gates, in 4 blocks, and what they are a product of; a GRU's weight has no rows for the block ``skip``."""
+    """Return the fields of a product: the sums of the gates, in 4 blocks, and their factors.
+
+    A GRU's weight has no rows for the block ``skip``.
+    """
     return {
         "COUNT": steps * plan.padded, "TILES": plan.tiles, "SHARES": plan.threads, "ROWS": 4 * hidden,
         "COLUMNS": weight.columns, "XT": tiled.data_ptr(), "YT": sums.data_ptr(),
@@ -86,7 +92,10 @@ def _of_steps(
     plan: _Plan, steps: int, batch: int, hidden: int, reverse: bool, cell_step: int,
     first: Sequence[Tensor | None], last: Sequence[Tensor | None],
 ) -> dict[str, int]:  # fmt: skip
-    """``first`` and ``last``: hidden state and, of an LSTM, cell state; or their gradients."""
+    """Return the fields of the loop over the steps.
+
+    ``first`` and ``last`` are the hidden state and, for an LSTM, the cell state before and after the loop; or their gradients.
+    """
     fields = {
         "STEPS": steps, "BATCH": batch, "PARTS": plan.parts, "HIDDEN": hidden, "REVERSE": int(reverse), "V": plan.tile_width,
         "VECTORS": plan.part[2], "CELL_STEP": cell_step, "H_FIRST": _address(first[0]), "H_LAST": _address(last[0]),
@@ -97,7 +106,10 @@ def _of_steps(
 
 
 def _gather(theta: Tensor, values: Tensor, where: list[int], threads: int) -> dict[str, int]:
-    """The connections' signed values to ``values``, in the order of starts, indices and slots at ``where``; the fields that say so."""
+    """Write the signed values of the connections into ``values``, and return the fields that describe them.
+
+    ``where`` has the addresses of starts, indices and slots, whose order the values follow.
+    """
     _, recurrent = _kernels()
     fields = {"COUNT": theta.numel(), "VALUES": values.data_ptr(), "THETA": theta.data_ptr(), **_ordered(where)}
     recurrent.gather_kernel(theta.element_size())(_fill_steps(**fields), threads if theta.numel() > 20_000 else 1)
@@ -108,7 +120,11 @@ def _forward(
     x: Tensor, theta_ih: Tensor, theta_hh: Tensor, bias: Tensor | None, states: Sequence[Tensor | None],
     ih: Any, hh: Any, reverse: bool, keep: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
-    """(y, last h and, of an LSTM, c), and what the backward pass needs: x in tiles, gates, h before each step in tiles, cell states."""
+    """Compute (y, last h and, for an LSTM, last c), and save what the backward pass needs.
+
+    The second tuple has x in tiles, the gates, h before each step in tiles and, for an LSTM, the cell states. It is empty if
+    ``keep`` is False.
+    """
     products, recurrent = _kernels()
     steps, batch, columns = x.shape
     hidden, size, kind = hh.columns, x.element_size(), hh.rows // hh.columns
@@ -143,7 +159,7 @@ def _forward(
 
 
 def _clear_rest(tiles: Tensor, plan: _Plan, features: int, steps: int) -> None:
-    """Zeros in the rows of the last tile that belong to no step."""
+    """Write zeros into the rows of the last tile that belong to no step."""
     rest = plan.tiles * plan.tile_width - steps * plan.padded
     if rest:
         tiles.view(plan.tiles, features, plan.tile_width)[-1, :, -rest:] = 0
@@ -153,7 +169,7 @@ def _backward(
     gradients: tuple[Tensor, ...], saved: tuple[Tensor, ...], theta_ih: Tensor, theta_hh: Tensor,
     ih: Any, hh: Any, reverse: bool, need: list[bool], threads: int,
 ) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of x, theta of both weights, the gates' sums, h and c before the first step, where needed."""
+    """Compute the needed gradients: of x, of both thetas, of the gates' sums, and of h and c before the first step."""
     products, recurrent = _kernels()
     (dy, *last), (tiled, gates, kept, *cells) = (tuple(one.contiguous() for one in gradients), saved)
     (steps, batch, hidden), size, columns = dy.shape, dy.element_size(), ih.columns
@@ -192,7 +208,7 @@ def _backward(
 
 
 class RecurrentFunction(torch.autograd.Function):
-    """One layer in one direction. x [T, B, columns] -> y [T, B, hidden], last h and, of an LSTM, last c [B, hidden]."""
+    """One layer in one direction: x [T, B, columns] -> y [T, B, hidden], last h and, for an LSTM, last c [B, hidden]."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -209,7 +225,7 @@ class RecurrentFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:  # type: ignore[override]
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(TWICE)
-        *saved, theta_ih, theta_hh, _, _ = ctx.saved_tensors  # raises if connections were rewired since
+        *saved, theta_ih, theta_hh, _, _ = ctx.saved_tensors  # raises if a rewiring came in between
         asked = ctx.needs_input_grad
         need = [*asked[:3], asked[3] or asked[4], *asked[10:]]
         dx, dtheta_ih, dtheta_hh, dsums, *states = _backward(
@@ -221,7 +237,7 @@ class RecurrentFunction(torch.autograd.Function):
 
 
 def _of_sums(ih: Tensor | None, hh: Tensor | None, hidden: int) -> Tensor | None:
-    """What two biases add to the four blocks of sums. A GRU's third gate has a sum for each of the two."""
+    """Arrange both biases as the four blocks of sums. The third gate of a GRU has one block for each bias."""
     if ih is None or hh is None:
         return None
     if ih.numel() == 4 * hidden:
@@ -231,7 +247,7 @@ def _of_sums(ih: Tensor | None, hh: Tensor | None, hidden: int) -> Tensor | None
 
 
 def _of_biases(dsums: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The biases' gradients from those of the sums. They are accumulated in place: each needs its own."""
+    """Split the gradient of the sums into those of the biases, as separate tensors: autograd accumulates in place."""
     if dsums.numel() == rows:
         return dsums, dsums.clone()
     return dsums[:rows].clone(), torch.cat((dsums[: dsums.numel() // 2], dsums[rows:]))
@@ -241,22 +257,22 @@ def _of_biases(dsums: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def capable(module: nn.Module, tensor_name: str, shape: Shape) -> bool:
-    """Whether sparse compute may take a tensor of a recurrent layer: a weight of an LSTM without projections or of a GRU."""
+    """Tell whether sparse compute can take this tensor: a weight of an LSTM without projections or of a GRU."""
     return _is_known(type_before_parametrizations(module), module) and tensor_name.startswith(("weight_ih_l", "weight_hh_l"))
 
 
 def _is_known(kind: Any, module: Any) -> bool:
-    """Whether a layer runs as torch's own LSTM or GRU does. (A subclass may have another forward.)"""
+    """Tell whether a layer is an LSTM or GRU with torch's own forward and without projections."""
     return issubclass(kind, (nn.LSTM, nn.GRU)) and kind.forward in (nn.LSTM.forward, nn.GRU.forward) and module.proj_size == 0
 
 
 def sparse_forward(plain: Any, module: Any, input: Any, hx: Any = None) -> tuple[Tensor, Any] | None:
-    """``forward`` of an ``nn.LSTM`` or ``nn.GRU`` by sparse compute; None where the dense weights have to be built.
+    """Run ``forward`` of an ``nn.LSTM`` or ``nn.GRU`` by sparse compute; return None if the layer needs dense weights.
 
     Args:
         plain: the layer's class before it was parametrized.
         module: the layer.
-        input, hx: as torch takes them.
+        input, hx: the arguments of torch's ``forward``.
     """
     if not _is_known(plain, module) or torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():
         return None
@@ -297,7 +313,7 @@ def sparse_forward(plain: Any, module: Any, input: Any, hx: Any = None) -> tuple
 
 
 def _states(module: Any, hx: Any) -> list[Tensor] | None:
-    """The states before the first step: none, h, or h and c; None for what torch is left to complain about."""
+    """List the states before the first step: none, h, or h and c. None: torch has to refuse the argument."""
     if hx is None:
         return []
     if isinstance(module, nn.GRU):
@@ -308,7 +324,7 @@ def _states(module: Any, hx: Any) -> list[Tensor] | None:
 
 
 def _note(module: Any, compute: str) -> None:
-    """What training did last is what a report says."""
+    """Record the kind of compute of the last training step, for the report."""
     if torch.is_grad_enabled():
         for holder in module.parametrizations.values():
             if hasattr(holder[0], "policy"):
@@ -316,14 +332,14 @@ def _note(module: Any, compute: str) -> None:
 
 
 class _Layer(NamedTuple):
-    """One layer in one direction: theta and slots of the weights of its input and of its hidden state; biases."""
+    """One layer in one direction: theta and slots of the input's and of the hidden state's weight, and the biases."""
 
     weights: list[tuple[Tensor, Any]]
     biases: tuple[Tensor | None, Tensor | None]
 
 
 def _layers(module: Any) -> list[_Layer] | None:
-    """All layers and directions of a module, or None where some weight has no connections to compute from."""
+    """List all layers and directions of a module, or return None if one of its weights has no slots to compute from."""
     holders: Any = module._modules.get("parametrizations") or {}
     found = []
     for number in range(module.num_layers):
@@ -340,7 +356,7 @@ def _layers(module: Any) -> list[_Layer] | None:
 
 
 def _suits(module: Any, x: Any, states: list[Tensor], layers: list[_Layer]) -> bool:
-    """Whether kernels can take these arguments; what doesn't fit is left to torch, which says so."""
+    """Tell whether the kernels can take these arguments. If they can't, torch computes the layer or refuses the arguments."""
     if not isinstance(x, Tensor) or not is_plain(x):
         return False
     if x.dim() not in (2, 3) or x.shape[-1] != module.input_size or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
@@ -379,16 +395,25 @@ def _direction(x: Tensor, layer: _Layer, states: Sequence[Tensor | None], revers
     return _forward(x, theta_ih, theta_hh, _of_sums(*layer.biases, hh.columns), states, ih, hh, reverse, False)[0]
 
 
-# Microseconds per step, fitted to `benchmarks/recurrent.py`: what the terms below are multiplied with. (LSTM: batches of 1 to 128, hidden sizes
-# of 32 to 800, 2 % to 30 %, two threads; GRU: 32 to 400, 5 % to 50 %, one thread. PyTorch's GRU takes far longer for a step than its LSTM.)
+# Microseconds per step for each unit of the terms below, fitted to `benchmarks/recurrent.py`. LSTM: batches of 1 to 128,
+# hidden sizes of 32 to 800, densities of 2 % to 30 %, two threads. GRU: hidden sizes of 32 to 400, densities of 5 % to 50 %,
+# one thread. PyTorch's GRU takes far longer for a step than its LSTM.
 SPARSE = {"LSTM": (7.1, 8.2e-5, 1.15e-2, 1.1e-3), "GRU": (6.9, 1.08e-4, 1.64e-2, 7.9e-4)}
 DENSE = {"LSTM": (16.0, 2.5e-5, 1.64e-2, 1.2e-4), "GRU": (109.0, 2.76e-5, 4.25e-2, 7.1e-4)}
 
 
 def prefers_sparse(kind: str, batch: int, columns: int, hidden: int, count: int) -> bool:
-    """Whether a layer with so many connections in both weights is expected to be faster without dense weights, forward and backward.
+    """Tell whether sparse compute should be faster than dense weights, forward and backward together.
 
-    The rule was right for 53 of the 60 LSTMs that it was fitted to, and 1.28 times too slow at worst; for GRUs it was right for all 72.
+    The rule was right for 53 of the 60 LSTMs that it was fitted to; at worst, its choice was 1.28 times as slow as the other
+    one. For GRUs it was right for all 72.
+
+    Args:
+        kind: "LSTM" | "GRU".
+        batch: the batch size.
+        columns: the number of inputs.
+        hidden: the hidden size.
+        count: the number of connections in both weights together.
     """
     sparse, dense = sparse_terms(batch, columns, hidden, count), dense_terms(kind, batch, columns, hidden)
     return sum(a * b for a, b in zip(SPARSE[kind], sparse, strict=True)) < sum(
@@ -397,12 +422,12 @@ def prefers_sparse(kind: str, batch: int, columns: int, hidden: int, count: int)
 
 
 def sparse_terms(batch: int, columns: int, hidden: int, count: int) -> tuple[float, ...]:
-    """A step; a multiplication per connection and element of the batch; a unit and element; reading a connection."""
+    """Count the work of a sparse step: the step itself, multiplications, hidden units of the batch, connections to read."""
     padded = 8 if batch <= 8 else 16 * math.ceil(batch / 16)  # the kernels work on whole vectors
     return 1, padded * count, padded * hidden, count
 
 
 def dense_terms(kind: str, batch: int, columns: int, hidden: int) -> tuple[float, ...]:
-    """The same, for each place of the weights."""
+    """Count the work of a dense step: the step itself, multiplications, hidden units of the batch, places to read."""
     total = (4 if kind == "LSTM" else 3) * hidden * (hidden + columns)
     return 1, batch * total, batch * hidden, total

@@ -1,9 +1,10 @@
-"""LSTM, GRU and RNN with converted weights: each tensor is built once per forward or, where an LSTM or GRU is computed from its
-connections (:mod:`lightning_deepr.compute.recurrent`), never; and the layer stays copyable.
+"""LSTM, GRU and RNN with converted weights: each forward builds a weight at most once, and the layer stays copyable.
+
+An LSTM or GRU under sparse compute (:mod:`lightning_deepr.compute.recurrent`) builds no weight at all.
 
 ``nn.RNNBase`` keeps a list of its weights between forwards (for cuDNN) and compares it with the attributes at each forward.
-With a parametrized weight every read builds the tensor anew, so that torch builds each about 2.5 times per forward; and
-the list keeps tensors of the last graph, on which ``copy.deepcopy`` raises. Here the list lives only while the layer runs.
+Every read of a parametrized weight builds the tensor again, so torch builds each one about 2.5 times per forward. The list
+also keeps tensors of the last graph, which ``copy.deepcopy`` refuses to copy. Here the list lives only while the layer runs.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ _NAMES = ("_update_flat_weights", "forward", "_init_flat_weights", "__deepcopy__
 
 
 def take_over(module: nn.RNNBase, tensor_name: str) -> None:
-    """Give a recurrent layer that has just been parametrized the behaviour described above."""
-    parametrized = type(module)  # a class of its own, which torch made for this very module
+    """Give a newly parametrized recurrent layer the behaviour described above."""
+    parametrized = type(module)  # a class that belongs to this module alone
     if "_update_flat_weights" in parametrized.__dict__:
         _release(module)
         return
     plain: Any = parametrized.__bases__[0]
 
     def update_flat_weights(self: Any) -> None:
-        # (torch's own _init_flat_weights asks hasattr before each getattr, and so reads every weight twice)
+        # torch's own _init_flat_weights calls hasattr before each getattr, and so reads every weight twice.
         weights = [getattr(self, name) for name in self._flat_weights_names]
         self._flat_weights = [weight.build() if isinstance(weight, SparseWeight) else weight for weight in weights]
         self.flatten_parameters()
 
     def init_flat_weights(self: Any) -> None:
-        _release(self)  # called by `.to`: nothing to keep between forwards
+        _release(self)  # `.to` calls this; the list is not kept between forwards
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = sparse_forward(plain, self, *args, **kwargs)
@@ -59,7 +60,7 @@ def take_over(module: nn.RNNBase, tensor_name: str) -> None:
 
 
 def give_back(module: nn.RNNBase, tensor_name: str) -> None:
-    """After a conversion was undone: rebuild torch's own list if no tensor of the layer is converted any more."""
+    """Rebuild torch's own list when no tensor of the layer is converted any more."""
     if "_update_flat_weights" not in type(module).__dict__:
         module._init_flat_weights()
 

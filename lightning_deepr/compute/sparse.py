@@ -1,10 +1,11 @@
-"""Sparse compute of linear layers: the dense weight is never built, in no pass.
+"""Sparse compute of linear layers: neither the forward nor the backward pass builds the dense weight.
 
-``lightning_deepr::linear`` and ``lightning_deepr::linear_backward`` are operators with fake and autograd rules, for compilers, shape
-propagation and profilers; an ordinary eager call takes a shorter way to the same kernels, since the way of an operator takes
-longer than a small layer.
+``lightning_deepr::linear`` and ``lightning_deepr::linear_backward`` are operators with fake and autograd rules, for compilers,
+shape propagation and profilers. An ordinary eager call takes a shorter way to the same kernels, since the call of an operator
+takes longer than a small layer.
 
-Where there is no kernel (another device or dtype, no numba), :mod:`lightning_deepr.compute.gather` computes the same in plain PyTorch.
+If there is no kernel (another device or dtype, no numba), :mod:`lightning_deepr.compute.gather` computes the same in plain
+PyTorch.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from lightning_deepr.kernels.cpu.fields import LinearArguments, LinearPhase, pac
 
 
 class _Plan(NamedTuple):
-    """What depends on the sizes of a product alone."""
+    """The settings of a product, which follow from its sizes alone."""
 
-    kernel: Any  # function of (bytes per float, lanes, vectors)
-    size: int
+    kernel: Any  # compiled for (bytes per float, lanes, vectors)
+    size: int  # bytes per float
     lanes: int
     vectors: int
     tiles: int
     tiled_x: int  # entries
-    tiled_y: int
-    work: int
-    large: bool  # some buffer is worth pages of its own
+    tiled_y: int  # entries
+    work: int  # multiplications and copied entries
+    large: bool  # True if a buffer is large enough for pages of its own
 
 
 @lru_cache(maxsize=512)
@@ -66,7 +67,7 @@ _pack = packer(LinearArguments)  # (PHASE is ALL where it is not given)
 _TASK, _PHASE, _TILE = int(LinearArguments.TASK), int(LinearArguments.PHASE), int(LinearArguments.TILE)
 _TRANSPOSE, _MULTIPLY = int(LinearPhase.TRANSPOSE), int(LinearPhase.MULTIPLY)
 _KERNEL_TYPES = (torch.float32, torch.float64)
-_SMALL = 1 << 18  # multiplications that one thread does
+_SMALL = 1 << 18  # up to this amount of work one thread does it alone
 
 
 def _small(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ def _small(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: bytes, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """y [B, rows] and x in tiles; x is [B, columns] and contiguous."""
+    """Compute y [B, rows] and the tiles of x. x is [B, columns] and contiguous."""
     batch = x.shape[0]
     plan = _plan(batch, rows, columns, theta.shape[0], x.element_size(), False)
     make = empty if plan.large else _small
@@ -91,7 +92,7 @@ def _backward(
     dy: Tensor, x: Tensor | None, tiled: Tensor | None, theta: Tensor, order: bytes, rows: int, columns: int,
     need_x: bool, need_theta: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of x, theta and bias, where needed; of x as it was or in tiles."""
+    """Compute the needed gradients of x, theta and bias, from x or, if there are any, from its tiles."""
     if not (need_x or need_theta):
         return None, None, dy.sum(0) if need_bias else None
     batch = dy.shape[0]
@@ -134,7 +135,7 @@ def _run(plan: _Plan, packed: bytes, passes: int = 1) -> None:
 
 
 class LinearFunction(torch.autograd.Function):
-    """The short way: eager mode, ordinary tensors."""
+    """The short way to the kernels, for eager mode and ordinary tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, theta: Tensor, bias: Tensor | None, buffer: Tensor, order: Any) -> Tensor:  # type: ignore[override]
@@ -149,7 +150,7 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(TWICE)
-        kept, theta, _ = ctx.saved_tensors  # raises if connections were rewired since
+        kept, theta, _ = ctx.saved_tensors  # raises if a rewiring came in between
         x, tiled = (None, kept) if ctx.tiled else (kept, None)
         order, need = ctx.order, ctx.needs_input_grad
         dx, dtheta, dbias = _backward(
@@ -160,7 +161,7 @@ class LinearFunction(torch.autograd.Function):
 
 @torch.library.custom_op("lightning_deepr::linear", mutates_args=())
 def linear_op(x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, rows: int, columns: int) -> Tensor:
-    """x [B, columns] -> [B, rows]; ``order`` is the buffer of a :class:`lightning_deepr.compute.order.Order`."""
+    """Multiply x [B, columns] to [B, rows]. ``order`` is the buffer of a :class:`lightning_deepr.compute.order.Order`."""
     x = x.contiguous()
     if x.shape[0] == 0:
         return x.new_empty((0, rows))
@@ -184,7 +185,7 @@ def linear_backward_op(
     need_theta: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, theta and bias; empty tensors for those not needed."""
+    """Compute the gradients of x, theta and bias, with an empty tensor for each gradient that is not needed."""
     if dy.shape[0] == 0:
         return (
             dy.new_zeros(x.shape if need_x else (0,)),
@@ -240,9 +241,9 @@ linear_backward_op.register_autograd(_refuse_twice)
 
 
 def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) -> Tensor | None:
-    """:func:`linear` of an everyday call, with no more questions than it needs; None: ask them all.
+    """Compute :func:`linear` for an ordinary call with few checks; return None if the call needs all of them.
 
-    (A small layer takes some 10 microseconds: every attribute counts.)
+    A small layer takes some 10 microseconds, so every attribute access counts.
     """
     order = slots.order
     if (
@@ -256,7 +257,7 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlo
         or torch.autograd._profiler_enabled()
         or torch.is_autocast_enabled("cpu")
         or not x.is_contiguous()
-        # kernels know addresses, not types, sizes and strides
+        # kernels take addresses, and no types, sizes or strides
         or x.dtype not in _KERNEL_TYPES
         or (type(theta) is not torch.nn.Parameter and (type(theta) is not Tensor or theta.shape != (order.count,)))
         or not theta.is_contiguous()
@@ -277,7 +278,7 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlo
 
 
 def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) -> Tensor:
-    """``F.linear`` with a converted weight of K connections.
+    """Compute ``F.linear`` with a converted weight of K connections.
 
     Args:
         x: [..., columns].
@@ -286,10 +287,11 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
         slots: the :class:`lightning_deepr.weights.k_slots.KSlots` of the weight.
 
     Returns:
-        [..., rows], of x's dtype (under autocast of the autocast dtype; the sums are taken in theta's dtype).
+        [..., rows] in x's dtype. Under autocast it has the autocast dtype, and the sums are taken in theta's dtype.
 
     Raises:
-        RuntimeError: the width or the dtype of x does not fit, in the words of ``nn.Linear``; a second derivative is asked for.
+        RuntimeError: the width or the dtype of x does not fit (the message is that of ``nn.Linear``), or the caller asks for a
+            second derivative.
     """
     rows, columns = slots.rows, slots.columns
     if x.device != theta.device or x.device.type == "meta" or x.dim() == 0 or x.shape[-1] != columns:
@@ -307,9 +309,9 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
     if bias is not None and (bias.shape != (rows,) or bias.dtype != theta.dtype or bias.device != theta.device):
         if bias.dtype != theta.dtype or bias.device != theta.device:
             return _as_torch_does(x.reshape(-1, columns)[:0], theta, bias, rows, columns)
-        y = linear(x, theta, None, slots) + bias  # F.linear takes whatever can be broadcast
+        y = linear(x, theta, None, slots) + bias  # F.linear takes every bias that broadcasts
         return y if cast is None else y.to(cast)
-    # kernels know addresses, not strides
+    # kernels take addresses and no strides
     theta = theta.contiguous()
     bias = bias if bias is None else bias.contiguous()
     flat = x if x.dim() == 2 else x.reshape(-1, columns)
@@ -346,5 +348,5 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
 
 
 def _as_torch_does(x: Tensor, theta: Tensor, bias: Tensor | None, rows: int, columns: int) -> Tensor:
-    """What torch says to arguments that don't fit, and its shape propagation on the meta device: one number stands for the weight."""
+    """Call torch for its error message, or for the shape on the meta device; one expanded number stands for the weight."""
     return torch_linear(x, theta.sum().expand(rows, columns), bias)

@@ -1,7 +1,7 @@
-"""Sparse compute of linear layers on a GPU, by Triton kernels.
+"""Sparse compute of linear layers on a GPU, with Triton kernels.
 
-The connections are put in order by row and by column when they have changed, by two sorts on the device. That is O(K log K) per
-rewiring, without a host synchronization.
+After a change of the connections, two sorts on the device order them by row and by column. That takes O(K log K) per rewiring,
+without a host synchronization.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_deepr.compute.order import _version_of
 from lightning_deepr.compute.slots import Connections
 from lightning_deepr.kernels.gpu import linear as triton_linear
 
-CONNECTIONS, LARGEST_BATCH = 32, 64  # a program's tile
+CONNECTIONS, LARGEST_BATCH = 32, 64  # the tile of one program
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _SUMS = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.float32, torch.float16: tl.float32}
 
@@ -28,7 +28,7 @@ class _Lines(NamedTuple):
     """The connections of each row, or of each column."""
 
     starts: Tensor  # int64 [lines + 1]
-    others: Tensor  # int64 [K], the columns, or the rows
+    others: Tensor  # int64 [K], the column of each connection, or its row
     slots: Tensor  # int64 [K]
 
 
@@ -37,7 +37,7 @@ class GpuOrder:
 
     Args:
         places: int64 [K] on the device.
-        rows, columns: of the weight.
+        rows, columns: the sizes of the weight.
     """
 
     def __init__(self, places: Tensor, rows: int, columns: int) -> None:
@@ -52,7 +52,7 @@ class GpuOrder:
         self.by_column = _Lines(_starts(column, columns), across - column * rows, slots)
 
     def is_of(self, places: Tensor) -> bool:
-        """Whether these are the places that were put in order, unchanged."""
+        """Tell whether this is the order of these places in their present version."""
         return self.noted[0]() is places and self.noted[1] == _version_of(places)
 
 
@@ -64,7 +64,7 @@ _orders: weakref.WeakKeyDictionary[Any, GpuOrder] = weakref.WeakKeyDictionary()
 
 
 def order_of(slots: Connections) -> GpuOrder:
-    """The order of a :class:`lightning_deepr.weights.k_slots.KSlots`, up to date."""
+    """Return the present order of a :class:`lightning_deepr.weights.k_slots.KSlots`; sort again if the places changed."""
     order = _orders.get(slots)
     if order is None or not order.is_of(slots.places):
         with torch.inference_mode(False), torch.no_grad():
@@ -73,10 +73,10 @@ def order_of(slots: Connections) -> GpuOrder:
 
 
 def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Connections) -> Tensor:
-    """x [B, columns] -> [B, rows] with the connections of ``slots``; x, theta and bias of one dtype, on one device.
+    """Multiply x [B, columns] by the connections of ``slots``, to [B, rows].
 
     Raises:
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: the caller asks for a second derivative.
     """
     y: Tensor = _Product.apply(x, theta, slots.signs, slots.places, order_of(slots))
     return y if bias is None else y + bias
@@ -84,9 +84,11 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: Connections) ->
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, theta: Tensor, signs: Tensor, places: Tensor, order: GpuOrder) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, theta: Tensor, signs: Tensor, places: Tensor, order: GpuOrder
+    ) -> Tensor:
         across = x.t().contiguous()
-        ctx.save_for_backward(across, theta, signs, places)  # (places: a backward pass after a rewiring is refused)
+        ctx.save_for_backward(across, theta, signs, places)  # with places, autograd refuses a backward pass after a rewiring
         ctx.order = order
         return _multiply(across, theta, signs, order.by_row, order.rows).t().contiguous()
 
@@ -112,7 +114,7 @@ class _Product(torch.autograd.Function):
 
 
 def _multiply(x: Tensor, theta: Tensor, signs: Tensor, lines: _Lines, count: int) -> Tensor:
-    """x [others, B] -> [lines, B]."""
+    """Multiply x [others, B] to [lines, B]."""
     batch = x.shape[1]
     y = x.new_empty((count, batch))
     if count and batch:

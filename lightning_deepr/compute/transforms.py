@@ -1,4 +1,4 @@
-"""Sparse compute under ``torch.func``'s transforms, which ask more of an autograd function than eager mode does."""
+"""Sparse compute under the transforms of ``torch.func``, which need another form of autograd function than eager mode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ class TransformedLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, rows: int, columns: int) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, rows: int, columns: int
+    ) -> Tensor:
         return torch.ops.lightning_deepr.linear(x, theta, bias, order, rows, columns)  # type: ignore[no-any-return]
 
     @staticmethod

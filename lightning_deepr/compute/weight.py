@@ -1,4 +1,4 @@
-"""What ``layer.weight`` reads as under sparse compute: a tensor that is built only when somebody looks at its values."""
+"""The value of ``layer.weight`` under sparse compute: a tensor that is built only when an operation needs its values."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from torch.utils._pytree import tree_map
 from lightning_deepr.compute import sparse
 from lightning_deepr.compute.slots import SparseSlots
 
-# What can be told without the values.
+# The attributes and functions that do not need the values.
 _FREE = {
     getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "requires_grad", "layout", "is_cuda", "ndim", "is_leaf", "grad", "grad_fn", "is_meta")
+    for name in (
+        "shape", "dtype", "device", "requires_grad", "layout", "is_cuda", "ndim", "is_leaf", "grad", "grad_fn", "is_meta"
+    )
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.is_floating_point, Tensor.element_size,
-     Tensor.stride, Tensor.is_contiguous, Tensor.is_complex, Tensor.__len__, torch.numel, torch.is_floating_point, torch.is_complex,
-     torch.is_tensor, Tensor.get_device, Tensor.storage_offset}  # fmt: skip
+     Tensor.stride, Tensor.is_contiguous, Tensor.is_complex, Tensor.__len__, torch.numel, torch.is_floating_point,
+     torch.is_complex, torch.is_tensor, Tensor.get_device, Tensor.storage_offset}  # fmt: skip
 
 
 class SparseWeight(torch.Tensor):
-    """A converted weight: ``F.linear`` with it is sparse compute; shape, dtype and device are free; anything else builds it.
+    """A converted weight that is built on demand.
+
+    ``F.linear`` computes sparsely with it, and shape, dtype and device need no values. Any other operation builds the weight.
 
     Args:
-        theta: [K], this tensor's own.
-        slots: its :class:`lightning_deepr.weights.k_slots.KSlots`.
+        theta: [K], the part of theta that belongs to this tensor.
+        slots: the :class:`lightning_deepr.weights.k_slots.KSlots` of the tensor.
     """
 
     _theta: Tensor
@@ -41,7 +45,7 @@ class SparseWeight(torch.Tensor):
         return weight  # type: ignore[no-any-return]
 
     def build(self) -> Tensor:
-        """The dense-shaped weight, connected to theta's gradient."""
+        """Build the dense-shaped weight; its gradient flows to theta."""
         return self._slots.weight_of(self._theta)  # type: ignore[no-any-return]
 
     @classmethod

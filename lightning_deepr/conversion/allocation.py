@@ -1,4 +1,4 @@
-"""How many connections each tensor gets."""
+"""The number of connections of each tensor."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_deepr.conversion.selection import Candidate, Connectivity, Distri
 DISTRIBUTIONS = ("erdos_renyi", "erk", "uniform", "deepr")
 
 
-DEEPR_FACTORS = (0.75, 2.3, 22.8)  # appendix A of the paper, as carried by later work: LeNet-300-100's three layers
+DEEPR_FACTORS = (0.75, 2.3, 22.8)  # the paper's appendix A, as later work states it: the three layers of LeNet-300-100
 
 
 def check_connectivity(connectivity: Any, where: str = "connectivity") -> None:
     """Validate a connectivity: a float in (0, 1], an int of at least 1, or a dict of those.
 
     Raises:
-        TypeError, ValueError: says what was expected and what was found.
+        TypeError, ValueError: the message says what was expected and what was found.
     """
     if isinstance(connectivity, Mapping):
         if not connectivity:
@@ -39,17 +39,17 @@ def check_connectivity(connectivity: Any, where: str = "connectivity") -> None:
 
 
 def allocate(chosen: Sequence[Candidate], connectivity: Connectivity, distribution: Distribution) -> dict[str, int]:
-    """K of each tensor.
+    """Compute K, the number of connections, of each tensor.
 
-    A float gives ``uniform`` and ``deepr`` K_l = round(f_l * c * N_l), at least 1 and at most N_l; ``erdos_renyi`` and ``erk``
-    share out round(c * N). An int is the total, by largest remainder. A dict has a value per tensor.
+    With a float, ``uniform`` and ``deepr`` give K_l = round(f_l * c * N_l), at least 1 and at most N_l; ``erdos_renyi`` and
+    ``erk`` share out round(c * N). An int is the total and is shared out by largest remainder. A dict has a value per tensor.
 
     Args:
         chosen: the tensors, in order.
         connectivity: float in (0, 1] | int | dict {pattern: float | int}.
         distribution: "erdos_renyi" (Mocanu et al. 2018) | "erk" (Evci et al. 2020) | "uniform" | "deepr" (the paper, appendix
-            A: 0.75, 2.3 and 22.8 times c for three layers) | a function of ({name: shape}, density) that returns a density
-            for each tensor.
+            A: 0.75, 2.3 and 22.8 times c for three layers) | a function that takes ({name: shape}, density) and returns a
+            density for each tensor.
 
     Raises:
         ValueError: the connectivity does not fit the tensors.
@@ -86,7 +86,7 @@ def allocate(chosen: Sequence[Candidate], connectivity: Connectivity, distributi
     elif distribution in ("erdos_renyi", "erk"):
         if budget is None:
             budget = round(density * everything)
-        # K_l / N_l in proportion to (in + out) / (in * out), the kernel's sizes left out, or (erk) put in
+        # K_l / N_l is proportional to (in + out) / (in * out); "erk" counts the kernel's sizes, too.
         weights = []
         for candidate in chosen:
             sizes = candidate.shape[:2] if distribution == "erdos_renyi" else candidate.shape
@@ -128,7 +128,8 @@ def _allocate_by_key(chosen: Sequence[Candidate], connectivity: Mapping[str, flo
         if isinstance(value, numbers.Integral) and mine:
             if int(value) > sum(totals):
                 raise ValueError(
-                    f"connectivity[{key!r}] = {value} connections, but {', '.join(c.name for c in mine)} have only {sum(totals)}."
+                    f"connectivity[{key!r}] = {value} connections, but {', '.join(c.name for c in mine)} have only "
+                    f"{sum(totals)}."
                 )
             shares = share_out(int(value), [float(n) for n in totals], totals, f"connectivity[{key!r}] = {value}")
         else:
@@ -138,12 +139,18 @@ def _allocate_by_key(chosen: Sequence[Candidate], connectivity: Mapping[str, flo
 
 
 def share_out(budget: int, weights: Sequence[float], limits: Sequence[int], what: str) -> list[int]:
-    """Share out a whole number in proportion to weights, by largest remainder: each at least 1 and at most its limit.
+    """Share out a whole number in proportion to weights, by largest remainder.
 
-    What a full tensor cannot take goes to the others in proportion.
+    Each share is at least 1 and at most its limit. What a full tensor cannot take goes to the others in proportion.
+
+    Args:
+        budget: the number of connections to share out.
+        weights: a positive weight per tensor.
+        limits: the size N of each tensor.
+        what: the argument's name and value, for the messages.
 
     Raises:
-        ValueError: the budget is smaller than the number of tensors.
+        ValueError: the budget is smaller than the number of tensors or larger than the sum of the limits.
     """
     count = len(weights)
     if budget < count:
@@ -152,8 +159,8 @@ def share_out(budget: int, weights: Sequence[float], limits: Sequence[int], what
         )
     if budget > sum(limits):
         raise ValueError(f"{what} gives {budget} connections to tensors that have only {sum(limits)}. Lower it.")
-    # The exact share is clamp(scale * weight, 1, limit); the scale at which the shares add up to the budget lies between two
-    # of the points where a share reaches a bound, and is linear there.
+    # The exact share is clamp(scale * weight, 1, limit). A share reaches a bound at each of the points. The right scale lies
+    # between two neighbouring points, and the sum of the shares is linear between them.
     points = sorted({1 / w for w in weights} | {n / w for n, w in zip(limits, weights, strict=True)})
     bounded = list(zip(weights, limits, strict=True))
     low, high = 0.0, points[-1]

@@ -1,4 +1,4 @@
-"""Making a network sparse and dense again, and looking at it: no Lightning needed."""
+"""Convert a network to sparse weights and back, and list its connections. Lightning is not needed."""
 
 from __future__ import annotations
 
@@ -35,28 +35,30 @@ def sparsify(
     device: torch.device | str | None = None,
     scope: str = "layer",
 ) -> nn.Module:
-    """Convert chosen weights into K slots each, in place. Do it before the optimizer is made.
+    """Convert chosen weights into K slots each, in place.
+
+    Call it before the optimizer is made.
 
     Args:
-        module: any module; layers of the meta device are materialized.
+        module: the network to convert; its layers on the meta device are materialized.
         connectivity: float in (0, 1] (a fraction), int (a number of connections) or dict {pattern: float | int}.
         target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
         exclude_modules: the same forms.
         distribution: how the connections are shared out, see :func:`lightning_deepr.conversion.allocation.allocate`.
         init: "module" | "largest" | "deepr", see :func:`lightning_deepr.conversion.start.start`.
-        seed: of places, signs and (``init="deepr"``) values. The global generator is not used.
-        compute: "dense" (each weight is built for its forward pass, and thrown away), "sparse" (linear layers, LSTMs and GRUs are computed from
-            their connections alone) or "auto" (per tensor and batch size, by a measured break-even).
-        device: where to put the module (None: where it is; the CPU for what is on meta).
-        scope: "layer": K per tensor. "global": one K for all of them, in one parameter (``connectivity`` gives K, ``distribution``
-            the start), for ``DeepR(scope="global")``.
+        seed: the seed of places, signs and (``init="deepr"``) values. The global generator is not used.
+        compute: "dense" (each forward pass builds the weight and throws it away), "sparse" (linear layers, LSTMs and GRUs
+            compute from their connections alone) or "auto" (per tensor and batch size, by a measured break-even).
+        device: the device to put the module on. None: the module stays where it is, and what is on meta goes to the CPU.
+        scope: "layer": K per tensor. "global": one K for all tensors, in one parameter, for ``DeepR(scope="global")``;
+            ``connectivity`` gives K, ``distribution`` shares it out at the start.
 
     Returns:
         the module itself.
 
     Raises:
-        ValueError: nothing matches, a count does not fit, a tensor is converted already, shared by two layers or has
-            another parametrization. Nothing is converted then.
+        ValueError: nothing matches, a count does not fit, a tensor is converted already, two layers share it, or it has
+            another parametrization. In all these cases nothing is converted.
 
     Example::
 
@@ -99,9 +101,15 @@ def convert(
     device: torch.device | str | None = None,
     begin: Callable[..., tuple[Tensor, Parametrization]] = start,
 ) -> list[Converted]:
-    """Convert the chosen tensors with the given counts; all checks come before the first change.
+    """Convert the chosen tensors with the given counts. All checks come before the first change.
 
-    ``begin`` makes theta and its parametrization, with the arguments of :func:`lightning_deepr.conversion.start.start`: K slots.
+    Args:
+        root: the network that holds the chosen tensors.
+        chosen: the tensors to convert.
+        counts: {tensor name: K}.
+        init, seed, compute, device: as for :func:`sparsify`.
+        begin: the function that makes theta and its parametrization; it takes the arguments of
+            :func:`lightning_deepr.conversion.start.start`, the default, which makes K slots.
     """
     if init not in INITS:
         raise ValueError(f"init: expected one of {', '.join(INITS)}, found {init!r}.")
@@ -136,7 +144,7 @@ def convert(
         slots.hold(candidate.module.parametrizations[candidate.tensor_name])  # type: ignore[index, union-attr, arg-type]
     materialize(root, seed, device)
     if any(candidate.total > 1 << 28 for candidate in chosen):
-        give_back()  # what making the connections took
+        give_back()  # the memory that the conversion used
     if device is not None:
         root.to(device)
     names = {candidate.name for candidate in chosen}
@@ -144,6 +152,7 @@ def convert(
 
 
 def check_seed(seed: Any) -> None:
+    """Refuse a seed that is not an int."""
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: expected an int, found {seed!r}.")
 
@@ -158,32 +167,36 @@ def _refuse_shared(root: nn.Module, chosen: list[Candidate]) -> None:
         names = holders.get(id(candidate.parameter), [])
         if len(names) > 1:
             raise ValueError(
-                f"`{candidate.name}` is shared (tied): {' and '.join(f'`{name}`' for name in names)} are one tensor, and converting "
-                "one of them would untie them. Leave all of them out with exclude_modules, or untie them first."
+                f"`{candidate.name}` is shared (tied): {' and '.join(f'`{name}`' for name in names)} are one tensor, and "
+                "converting one of them would untie them. Leave all of them out with exclude_modules, or untie them first."
             )
 
 
 def nothing_to_convert(module: nn.Module) -> str:
-    """The message for a model in which nothing can be converted: what was found, and where to build the layers."""
+    """Write the message for a model that has nothing to convert: what was found, and where to build the layers."""
     found = candidates(module)
     why = "; ".join(f"`{c.name}`: {c.left_out}" for c in found if c.left_out and c.slots is None)
     return (
-        f"{type(module).__name__} has nothing to convert: expected at least one Linear, Conv, recurrent or attention layer with a "
-        f"trainable weight, found {'only what is left out (' + why + ')' if why else 'none'}. Build the layers in `__init__` or in "
-        "`configure_model`: a callback's `setup` comes before the module's own `setup`."
+        f"{type(module).__name__} has nothing to convert: expected at least one Linear, Conv, recurrent or attention layer "
+        f"with a trainable weight, found {'only what is left out (' + why + ')' if why else 'none'}. Build the layers in "
+        "`__init__` or in `configure_model`: a callback's `setup` comes before the module's own `setup`."
     )
 
 
 def densify(module: nn.Module) -> nn.Module:
-    """Turn converted weights back into ordinary dense parameters, in place: zeros where nothing is connected.
+    """Turn converted weights back into ordinary dense parameters, in place.
 
-    The ``state_dict`` then loads without this package. Parameters are new objects: make the optimizer anew.
+    Dormant connections become zeros. The ``state_dict`` then loads without this package. The parameters are new objects:
+    make a new optimizer.
 
     Args:
         module: a module with or without converted weights.
 
     Returns:
         the module itself.
+
+    Raises:
+        RuntimeError: a dense weight would take more than 16 GiB.
 
     Example::
 
@@ -204,7 +217,7 @@ def densify(module: nn.Module) -> nn.Module:
 
 
 def connections(module: nn.Module) -> dict[str, tuple[torch.Size, Tensor, Tensor]]:
-    """The connections of every converted tensor; never builds a dense tensor.
+    """List the connections of every converted tensor, without building a dense tensor.
 
     Args:
         module: a module with converted weights.

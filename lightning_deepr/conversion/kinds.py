@@ -20,12 +20,12 @@ Size = Callable[[Any, Shape], float]
 
 
 def dense_fan_in(module: nn.Module, shape: Shape) -> int:
-    """The inputs of an output of a layer whose weight's first dimension counts the outputs."""
+    """Count the inputs of one output, for a layer whose weight has the outputs as its first dimension."""
     return max(math.prod(shape[1:]), 1)
 
 
 def fan_in_bound(module: nn.Module, shape: Shape) -> float:
-    """What ``kaiming_uniform_(weight, a=sqrt(5))``, the start of torch's linear layers and convolutions, comes to."""
+    """Compute the bound of ``kaiming_uniform_(weight, a=sqrt(5))``, with which torch starts linear layers and convolutions."""
     return 1 / math.sqrt(max(math.prod(shape[1:]), 1))
 
 
@@ -35,23 +35,27 @@ def _accepts(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Kind:
-    """What the conversion has to know about a kind of layer.
+    """What the conversion knows about a kind of layer.
 
-    Functions are called with the module and the shape of its weight.
+    The functions take the module and the shape of its weight; ``refuses`` takes the module alone.
 
     Args:
-        classes: the layer's classes. A subclass is of the kind of its nearest class that has one.
-        weights: regular expression (``re.fullmatch``) for the names of the tensors that "all" takes.
-        only_when_named: whether "all" leaves the layer out.
-        linear: whether "all-linear" takes it.
-        fan_in: how many inputs an output of the dense layer sums over; ``init="deepr"`` divides by its root.
-        weight_bound: b, where the layer's own ``reset_parameters`` draws its weight uniformly from [-b, b]: the start of a layer
-            on the meta device, whose dense weight is never built. None: unknown, and such a layer needs ``init="deepr"``.
-        normal: the weight is drawn from a normal distribution, with ``weight_bound`` as its standard deviation.
-        bias_bound: b, in the same way, for the other parameters of a layer on the meta device.
-        refuses: why this module can't be converted (the end of a sentence that begins with the tensor's name), or "".
-        compute: how the layer computes from a converted weight. The default builds the weight for each forward pass, except
-            that ``F.linear`` with a two-dimensional weight computes sparsely.
+        classes: the layer's classes. A subclass has the kind of its nearest base class that has one.
+        weights: a regular expression (``re.fullmatch``) for the names of the tensors that "all" takes.
+        only_when_named: True if "all" leaves the layer out.
+        linear: True if "all-linear" takes the layer.
+        fan_in: a function that returns the number of inputs of one output of the dense layer; ``init="deepr"`` divides by its
+            square root.
+        weight_bound: a function that returns b, if the layer's own ``reset_parameters`` draws its weight uniformly from
+            [-b, b]. A layer on the meta device starts with it, since its dense weight is never built. None: the bound is
+            unknown, and such a layer needs ``init="deepr"``.
+        normal: True if ``reset_parameters`` draws the weight from a normal distribution with the standard deviation
+            ``weight_bound``.
+        bias_bound: a function that returns the same bound b for the other parameters of a layer on the meta device.
+        refuses: a function that returns "", or why this module can't be converted: the end of a sentence that begins with the
+            tensor's name.
+        compute: the way in which the layer computes from a converted weight. The default builds the weight for each forward
+            pass, except that ``F.linear`` with a two-dimensional weight computes sparsely.
     """
 
     classes: tuple[type[nn.Module], ...]
@@ -66,7 +70,7 @@ class Kind:
     compute: LayerCompute = READ
 
     def takes(self, tensor_name: str) -> bool:
-        """Whether "all" takes a tensor of this name."""
+        """Tell whether "all" takes a tensor of this name."""
         return re.fullmatch(self.weights, tensor_name) is not None
 
 
@@ -105,7 +109,7 @@ def _sparse_gradients(module: Any) -> str:
 
 KINDS = (
     Kind((nn.Linear,), linear=True, weight_bound=fan_in_bound, compute=forwards.LINEAR),
-    # (attention sets its output's bias to 0)
+    # the output projection of attention: its bias starts at 0
     Kind(
         (nn.modules.linear.NonDynamicallyQuantizableLinear,),
         linear=True,
@@ -141,21 +145,23 @@ KINDS = (
 """The layers of torch."""
 
 OTHER = Kind((), weights="(?!)")
-"""A layer of no kind that is known: "all" takes nothing of it, a name takes any tensor."""
+"""The kind of every layer without a record: "all" takes none of its tensors, a name takes any of them."""
 
 _torch: dict[type, Kind] = {one: kind for kind in KINDS for one in kind.classes}
 _registered: dict[type, Kind] = {}
 
 
 def register_kind(kind: Kind) -> None:
-    """Make a kind of layer known; layers that are converted already stay as they are. A later record of a class replaces an earlier one.
+    """Register a kind of layer.
+
+    Layers that are converted already do not change. A later record of a class replaces an earlier one.
 
     Args:
-        kind: its record.
+        kind: the record of the new kind.
 
     Raises:
-        TypeError: no record, or a class that is no ``nn.Module``.
-        ValueError: no class, a class of torch's that has a record, or a regular expression that is none.
+        TypeError: ``kind`` is not a record, or one of its classes is not an ``nn.Module``.
+        ValueError: the record names no class or one of torch's that has a record, or ``weights`` is not a regular expression.
 
     Example::
 
@@ -182,8 +188,8 @@ def register_kind(kind: Kind) -> None:
     for one in kind.classes:
         if one in _torch:
             raise ValueError(
-                f"register_kind: {one.__name__} has a record already. Expected a class of your own: derive it from {one.__name__} "
-                "and register that."
+                f"register_kind: {one.__name__} has a record already. Expected a class of your own: derive it from "
+                f"{one.__name__} and register that."
             )
     try:
         re.compile(kind.weights)
@@ -193,7 +199,7 @@ def register_kind(kind: Kind) -> None:
 
 
 def kind_of(layer: type[nn.Module]) -> Kind:
-    """The record of a class of layers: that of its nearest class that has one, or :data:`OTHER`."""
+    """Find the record of a class of layers: that of its nearest base class that has one, or :data:`OTHER`."""
     for one in layer.__mro__:
         kind = _registered.get(one) or _torch.get(one)
         if kind is not None:

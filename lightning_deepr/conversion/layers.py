@@ -11,17 +11,16 @@ from lightning_deepr.conversion.convert import sparsify
 class SparseLinear(nn.Linear):
     """A linear layer that is sparse from its construction on: its dense weight never exists.
 
-    The same as ``nn.Linear`` on the meta device followed by :func:`lightning_deepr.sparsify`; a callback takes its connections as they
-    are, and rewires them.
+    It is an ``nn.Linear`` on the meta device, converted by :func:`lightning_deepr.sparsify`. A callback keeps its connections
+    and rewires them.
 
     Args:
         in_features, out_features, bias, dtype: as for ``nn.Linear``.
         connectivity: float in (0, 1] (a fraction of in_features * out_features) or int (the number of connections K).
         init: "module" (magnitudes as ``nn.Linear`` would draw them, times sqrt(N / K)) or "deepr".
-        seed: of places, signs and values; None: drawn from PyTorch's global generator, as the values of an ``nn.Linear`` are, so that
-            every layer has its own.
+        seed: the seed of places, signs and values. None: PyTorch's global generator draws it, so that every layer has its own.
         compute: "sparse" | "auto" | "dense".
-        device: where it lives.
+        device: the device of the layer; None: the CPU.
 
     Example::
 

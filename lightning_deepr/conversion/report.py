@@ -12,7 +12,7 @@ from lightning_deepr.weights.find import converted_tensors
 
 
 class ConnectivityReport:
-    """What is connected in a network, tensor by tensor. Prints as a table; see :func:`connectivity_report`."""
+    """The connectivity of a network, tensor by tensor. It prints as a table; see :func:`connectivity_report`."""
 
     columns = ("name", "shape", "total", "active", "connectivity", "l1", "compute")
 
@@ -31,16 +31,16 @@ class ConnectivityReport:
 
     @property
     def total(self) -> int:
-        """N of all converted tensors."""
+        """The sum of N over the converted tensors."""
         return sum(row["total"] for row in self.rows)
 
     @property
     def active(self) -> int:
-        """K of all converted tensors."""
+        """The sum of K over the converted tensors."""
         return sum(row["active"] for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Rows, sums and what was left out, in builtins only."""
+        """Return rows, sums and what was left out, in builtins only."""
         connectivity = self.active / self.total if self.total else 0.0
         return {
             "rows": [dict(row) for row in self.rows],
@@ -51,7 +51,7 @@ class ConnectivityReport:
         }
 
     def to_pandas(self) -> Any:
-        """The rows as a pandas DataFrame."""
+        """Return the rows as a pandas DataFrame."""
         try:
             import pandas
         except ImportError as error:
@@ -91,14 +91,15 @@ class ConnectivityReport:
 
 
 def connectivity_report(module: nn.Module) -> ConnectivityReport:
-    """Which tensors are sparse, how sparse, and what was left dense and why.
+    """Report which tensors are sparse, how sparse they are, and what was left dense and why.
 
     Args:
         module: any module.
 
     Returns:
-        rows with name, shape, total (N), active (K), connectivity (K / N), l1 (the value that a callback took, None before) and
-        compute (before the first batch a guess under "auto", then what training did last). Print it, iterate over it, or use ``.to_dict()`` and ``.to_pandas()``.
+        rows with name, shape, total (N), active (K), connectivity (K / N), l1 (the value that a callback took, None before)
+        and compute (under "auto" a guess before the first batch, then what the last training step did). Print the report,
+        iterate over it, or use ``.to_dict()`` and ``.to_pandas()``.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Which tensors become sparse."""
+"""Choose the tensors that become sparse."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Distribution = str | Callable[[Shapes, float], "Mapping[str, float] | Sequence[f
 
 @dataclass(frozen=True)
 class Candidate:
-    """A tensor that could be sparse, or already is."""
+    """A tensor that can become sparse, or is sparse already."""
 
     name: str
     module_name: str
     module: nn.Module
     tensor_name: str
     shape: tuple[int, ...]
-    slots: Parametrization | None  # set where it is converted
+    slots: Parametrization | None  # None: not converted
     left_out: str = ""  # why "all" leaves it out
 
     @property
@@ -51,9 +51,9 @@ class Candidate:
 
 
 def candidates(root: nn.Module) -> list[Candidate]:
-    """Every weight of two or more dimensions that is no bias, in the order of ``named_modules``.
+    """List every weight of two or more dimensions that is no bias, in the order of ``named_modules``.
 
-    Layers of the kinds that "all" takes come with an empty ``left_out``; what only a name can select says why.
+    ``left_out`` is empty for a tensor that "all" takes. For the others, which only a name selects, it says why.
     """
     found = []
     metrics: list[str] = []
@@ -79,28 +79,28 @@ def candidates(root: nn.Module) -> list[Candidate]:
                 continue
             reason = ""
             if slots is not None:
-                pass  # converted already, so somebody wanted it: a callback takes it as it is
+                pass  # the user converted it, so a callback takes it in any kind of layer
             elif metric:
                 reason = "belongs to a torchmetrics.Metric"
             elif other:
                 reason = "has another parametrization"
             elif kind is OTHER:
-                reason = f"{type(module).__name__} is no kind that is known: name the tensor to convert it"
+                reason = f"{type(module).__name__} is not a known kind of layer: name the tensor to convert it"
             elif kind.only_when_named:
                 reason = f"{type(module).__name__}: converted only when named"
             elif not kind.takes(tensor_name):
-                # the old spectral_norm, weight_norm and prune leave `weight_orig`, `weight_v` and the like
+                # torch's old spectral_norm, weight_norm and prune leave `weight_orig`, `weight_v` and the like
                 reason = f"no tensor of a plain {type(module).__name__}: name the tensor to convert it"
             elif parameter is not None and not parameter.requires_grad:
                 reason = "requires_grad=False"
             name = plain_name(prefix, tensor_name)
             found.append(Candidate(name, name.rpartition(".")[0], module, tensor_name, shape, slots, reason))
-    # conversion takes a tensor out of _parameters, so that its order within a module is kept by the index
+    # A converted tensor is no longer in _parameters: its index, not this list, keeps its order within the module.
     return found
 
 
 def _parametrized_shape(module: nn.Module, tensor_name: str) -> tuple[int, ...] | None:
-    # (reading the tensor itself would let a spectral_norm take a step)
+    # Reading the tensor itself would make a spectral_norm take a step.
     originals = list(module.parametrizations[tensor_name].parameters(recurse=False))  # type: ignore[index, union-attr]
     return _shape(max(originals, key=Tensor.numel)) if originals else None
 
@@ -115,7 +115,7 @@ def _shape(parameter: Tensor | None) -> tuple[int, ...] | None:
 
 
 def matches(pattern: str, candidate: Candidate) -> bool:
-    """Whether a pattern names the candidate's module or the candidate itself: a suffix at a dot, with fnmatch."""
+    """Tell whether a pattern names the candidate's module or the candidate itself: a suffix at a dot, with fnmatch."""
     return any(
         fnmatchcase(name, pattern) or fnmatchcase(name, "*." + pattern) for name in (candidate.module_name, candidate.name)
     )
@@ -127,11 +127,11 @@ def select(
     exclude_modules: Modules = (),
     connectivity: Connectivity | None = None,
 ) -> list[Candidate]:
-    """The tensors that the arguments ask for, converted ones included.
+    """Select the tensors that the arguments ask for, including converted ones.
 
     Raises:
-        ValueError: a pattern that matches nothing (the message lists the nearest names).
-        TypeError: no form of naming modules.
+        ValueError: a pattern matches nothing (the message lists the nearest names).
+        TypeError: an argument has none of the accepted forms.
     """
     check_modules(target_modules, "target_modules")
     check_modules(exclude_modules, "exclude_modules")
@@ -165,7 +165,7 @@ def check_modules(modules: Any, argument: str) -> None:
     """Validate ``target_modules`` or ``exclude_modules``.
 
     Raises:
-        TypeError, ValueError: says what was expected and what was found.
+        TypeError, ValueError: the message says what was expected and what was found.
     """
     if callable(modules):
         return
@@ -206,7 +206,7 @@ def refuse_unknown(modules: Modules, found: Sequence[Candidate], argument: str) 
 
 
 def best_key(keys: Iterable[str], candidate: Candidate, argument: str) -> str | None:
-    """The key of a dict that holds for a tensor: the longest that matches.
+    """Find the key of a dict that applies to a tensor: the longest key that matches, or None.
 
     Raises:
         ValueError: two keys of the same length match.
@@ -221,7 +221,7 @@ def best_key(keys: Iterable[str], candidate: Candidate, argument: str) -> str | 
 
 
 def entry_for(argument: str, value: Any, candidate: Candidate) -> Any:
-    """The entry of ``l1`` or ``temperature`` for a tensor: of a dict the longest key that matches.
+    """Find the entry of ``l1`` or ``temperature`` for a tensor: in a dict, the entry with the longest key that matches.
 
     Raises:
         ValueError: a dict has no key for the tensor.

@@ -1,4 +1,4 @@
-"""Letting layers share one theta (``scope="global"``), and refusing what cannot share."""
+"""Let layers share one theta (``scope="global"``), and refuse layers that cannot."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ if TYPE_CHECKING:
 
 
 def join(converted: Sequence[Converted]) -> Pool:
-    """Let converted tensors share one theta. Before the optimizer is made: theta is a new parameter.
+    """Let converted tensors share one theta.
 
-    Their slots are other objects afterwards (:class:`SharedSlots`): look converted tensors up again.
+    Call it before the optimizer is made: theta is a new parameter. The slots become new objects (:class:`SharedSlots`): look
+    converted tensors up again afterwards.
 
     Args:
-        converted: of K slots each, with all that they share a theta with already; one pool is left as it is.
+        converted: tensors of K slots each. If some of them share a theta already, all its tensors must be given. Tensors that
+            are one pool already stay one.
 
     Returns:
         the pool.
 
     Raises:
-        ValueError: they can't share: other dtypes or devices, some frozen, some not, a pool that is torn apart.
+        ValueError: the tensors differ in dtype or device, some are frozen and some are not, or a pool is incomplete.
     """
     converted = sorted(converted, key=lambda one: one.slots.index)
     own: list[KSlots] = []
@@ -50,19 +52,23 @@ def join(converted: Sequence[Converted]) -> Pool:
     for one, slots in zip(converted, members, strict=True):
         one.holder._parameters["original"] = theta
         one.holder[0] = slots
-        slots.averages.clear()  # copies that have a theta per layer can't follow
+        slots.averages.clear()  # an averaged copy with a theta per layer can't follow a shared theta
     warn_if_nobody_rewires(theta, members[0], converted[0].name)
     return Pool(members, [one.name for one in converted], members[0].index)
 
 
 def retie(converted: Sequence[Converted], pool: Pool) -> None:
-    """Some ways of moving or loading a module (from meta, ``assign=True``) give each layer a parameter of its own: share one again."""
+    """Restore one shared theta after a move or a load (from meta, ``assign=True``) gave each layer its own parameter.
+
+    Raises:
+        ValueError: the parameters have different values.
+    """
     theta = converted[0].theta
     for one in converted:
         if one.theta is not theta and not (one.theta.shape == theta.shape and torch.equal(one.theta, theta)):
             raise ValueError(
-                f'`{one.name}` and `{converted[0].name}` shared one theta (scope="global"), but now have two with other values. Load '
-                "the state of the whole network, or convert it anew."
+                f'`{one.name}` and `{converted[0].name}` shared one theta (scope="global"), but now have two with other '
+                "values. Load the state of the whole network, or convert it again."
             )
         one.holder._parameters["original"] = theta
     for one in converted:
@@ -71,25 +77,25 @@ def retie(converted: Sequence[Converted], pool: Pool) -> None:
 
 
 def refuse_torn(converted: Iterable[Converted]) -> None:
-    """Refuse some of the layers that share a theta without the others."""
+    """Refuse an incomplete pool: some of the layers that share a theta, without the others."""
     mine = list(converted)
     present = {id(one.slots) for one in mine}
     for one in mine:
         absent = [name for slots, name in one.slots.shared_with() if id(slots) not in present]
         if absent:
             raise ValueError(
-                f'`{one.name}` shares one theta (scope="global") with {", ".join(f"`{name}`" for name in absent)}: expected all of '
-                "them, found some. Name the whole network, all of these layers or none."
+                f'`{one.name}` shares one theta (scope="global") with {", ".join(f"`{name}`" for name in absent)}: expected '
+                "all of them, found some. Name the whole network, all of these layers or none."
             )
 
 
 def check(chosen: Sequence[Candidate], early: bool = True, device: torch.device | str | None = None) -> None:
-    """Refuse what can't be joined, before anything is converted.
+    """Refuse tensors that can't share a theta, before any of them is converted.
 
     Args:
         chosen: dense weights and converted ones.
-        early: no optimizer exists yet, so that parameters may become others.
-        device: where dense weights are going to be; None: where they are.
+        early: True while no optimizer exists, so that parameters can be replaced.
+        device: the device that dense weights are moved to; None: they stay where they are.
     """
     found: list[tuple[str, Tensor]] = []
     apart = [c.name for c in chosen if isinstance(c.slots, KSlots) and not c.slots.shares]
@@ -102,18 +108,23 @@ def check(chosen: Sequence[Candidate], early: bool = True, device: torch.device 
                 if apart
                 else f"{len(pools)} that are shared"
             )
-            + ': the optimizer holds them already. Call sparsify(net, ..., scope="global") before the optimizer is made, or use '
-            'DeepR(scope="layer").'
+            + ': the optimizer holds them already. Call sparsify(net, ..., scope="global") before the optimizer is made, or '
+            'use DeepR(scope="layer").'
         )
     for c in chosen:
-        parameter = c.parameter if c.slots is None else c.module.parametrizations[c.tensor_name].original  # type: ignore[index, union-attr]
+        parameter = (
+            c.parameter
+            if c.slots is None
+            # the theta of a converted tensor
+            else c.module.parametrizations[c.tensor_name].original  # type: ignore[index, union-attr]
+        )
         if parameter is not None:
             found.append((c.name, parameter))
     refuse_mixed(found, device)
 
 
 def refuse_mixed(parameters: Iterable[tuple[str, Tensor]], target: torch.device | str | None = None) -> None:
-    """Layers can share a theta only if they have one dtype, one device, and are trained or frozen together."""
+    """Refuse layers with different dtypes or devices, and frozen layers beside trained ones: they can't share a theta."""
     known: tuple[str, dict[str, Any]] | None = None
     for name, parameter in parameters:
         device = torch.device(target) if target is not None else parameter.device
@@ -124,16 +135,17 @@ def refuse_mixed(parameters: Iterable[tuple[str, Tensor]], target: torch.device 
         for what, value in facts.items():
             if value != known[1][what]:
                 raise ValueError(
-                    f'scope="global" has one theta for all layers: expected one {what}, found {known[1][what]} in `{known[0]}` and '
-                    f"{value} in `{name}`. Convert one of them separately (exclude_modules), or make them alike."
+                    f'scope="global" has one theta for all layers: expected one {what}, found {known[1][what]} in '
+                    f"`{known[0]}` and {value} in `{name}`. Convert one of them separately (exclude_modules), or make them "
+                    "alike."
                 )
 
 
 def refuse_small_total(total: int, sizes: Sequence[int], least: int) -> None:
-    """Refuse a floor that the total can't hold."""
+    """Refuse a minimum per layer that needs more connections than the total."""
     needed = sum(min(least, size) for size in sizes)
     if total < needed:
         raise ValueError(
-            f"least_per_layer = {least} needs {needed} connections in {len(sizes)} layers, found K = {total} in all: lower it or give "
-            "more connections."
+            f"least_per_layer = {least} needs {needed} connections in {len(sizes)} layers, found K = {total} in all: lower it "
+            "or give more connections."
         )

@@ -1,4 +1,4 @@
-"""Where a converted weight starts: its first places, values and signs."""
+"""The first places, values and signs of a converted weight."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def start(
     device: torch.device,
     places: Tensor | None = None,
 ) -> tuple[Tensor, KSlots]:
-    """theta and the K slots with which a tensor begins.
+    """Make the theta and the K slots that a tensor starts with.
 
     Args:
         candidate: the tensor, still dense (it may be on the meta device, except for ``init="largest"``).
-        count: K.
-        index: its place in the order of conversion.
+        count: K, the number of connections.
+        index: the tensor's position in the order of conversion.
         init: "module": random places, the module's own |w| there times sqrt(N / K), so that the layer's output keeps the
             variance that its author gave it, and hashed signs. "deepr": random places and |N(0, 1)| / sqrt(dense fan-in), the
             paper's. "largest": the K largest |w| with their own signs (a pretrained network).
-        seed: of places, signs and values.
-        notice: shared by the tensors of one conversion.
-        device: where the result lies.
-        places: int64 [K], all different: these instead of random ones, or of the largest.
+        seed: the seed of places, signs and values.
+        notice: the object that all tensors of one conversion share.
+        device: the device of the result.
+        places: int64 [K], all different; None: random places, or with ``init="largest"`` those of the largest |w|.
 
     Returns:
         theta [K] and its :class:`KSlots`.
@@ -65,7 +65,7 @@ def start(
             places = flat.abs().topk(count, sorted=False).indices.sort().values
         values = flat[places]
         hashed = randomness.signs_of(sign_seed, places, values.dtype)
-        # kept for good, so that a connection that comes back has its own sign again
+        # These are never forgotten, so that a connection that comes back has its own sign again.
         exceptions = places[(values != 0) & (values.sign() != hashed)].clone()
         theta = values.abs()
     else:
@@ -87,11 +87,11 @@ def start(
 
 
 def own_magnitudes(candidate: Candidate, places: Tensor, index: int, seed: int) -> Tensor:
-    """What torch's own ``reset_parameters`` would put at these places, for a layer that has no values yet."""
+    """Draw values whose magnitudes follow torch's ``reset_parameters``, for a layer on the meta device."""
     kind, module = candidate.kind, candidate.module
     if kind.weight_bound is None:
         raise ValueError(
-            f"`{candidate.name}` is on the meta device and {type(module).__name__} is no kind whose start is known: "
+            f"`{candidate.name}` is on the meta device, and how {type(module).__name__} starts its weight is not known: "
             'expected init="deepr", found "module".'
         )
     bound = kind.weight_bound(module, candidate.shape)
@@ -106,8 +106,11 @@ def own_magnitudes(candidate: Candidate, places: Tensor, index: int, seed: int) 
 def soft_start(
     candidate: Candidate, count: int, index: int, *, init: str, seed: int, notice: Notice, device: torch.device
 ) -> tuple[Tensor, SoftTheta]:
-    """theta and the parametrization with which soft-DEEP R begins: exactly ``count`` active connections, those of
-    :func:`lightning_deepr.conversion.start.start`; the dormant ones uniform on [-1, 0), see :class:`SoftTheta`."""
+    """Make the theta [shape] and the parametrization that soft-DEEP R starts with.
+
+    Exactly ``count`` connections are active: those of :func:`lightning_deepr.conversion.start.start`. The dormant ones are
+    uniform on [-1, 0), see :class:`SoftTheta`.
+    """
     values, slots = start(candidate, count, index, init=init, seed=seed, notice=notice, device=device)
     stream = randomness.key(seed, randomness.START_THETA, 1)
     draw = randomness.bits(stream, randomness.counters(index, torch.arange(candidate.total, device=device)))
@@ -120,9 +123,10 @@ def soft_start(
 def dense_start(
     candidate: Candidate, count: int, index: int, *, init: str, seed: int, notice: Notice, device: torch.device
 ) -> tuple[Tensor, MaskedTheta]:
-    """A dense weight as its module has it, of which ``count`` connections are wanted in the end.
+    """Take a dense weight from its module, for a method that leaves ``count`` of its connections at the end.
 
-    With ``init="deepr"``, and for a layer of the meta device, which has no values yet, it begins as K slots with K = N would.
+    With ``init="deepr"``, and for a layer on the meta device, which has no values yet, the weight starts like K slots with
+    K = N.
     """
     weight = candidate.parameter
     assert weight is not None
@@ -138,7 +142,7 @@ def dense_start(
 
 
 def first_places(total: int, count: int, index: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """:func:`lightning_deepr.algorithm.rewiring.random_places`, by a compiled kernel where there is one: the same places."""
+    """Draw the places of :func:`lightning_deepr.algorithm.rewiring.random_places`, with a compiled kernel if there is one."""
     if 2 * count <= total and torch.device(device).type == "cpu" and kernels.available():
         return kernels.random_places(total, count, index, seed)
     return random_places(total, count, index, seed, device)

@@ -1,7 +1,7 @@
-"""Trained sparse networks in the formats of others: dense ``state_dict``, CSR, ONNX, and C for microcontrollers.
+"""Export trained sparse networks to other formats: dense ``state_dict``, CSR, ONNX, and C for microcontrollers.
 
-Each function takes a module as it is (from a callback, ``sparsify``, ``load_state_dict`` or a dense one) and leaves it unchanged. What each format
-keeps of the sparsity is in ``docs/export.md``.
+Each function takes any module (from a callback, ``sparsify``, ``load_state_dict``, or a dense one) and leaves it unchanged.
+``docs/export.md`` says how much of the sparsity each format keeps.
 """
 
 from __future__ import annotations

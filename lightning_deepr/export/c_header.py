@@ -1,4 +1,4 @@
-"""C99 for microcontrollers: one header with the connections of a feed-forward network and a function that runs it."""
+"""Export to C99 for microcontrollers: one header with the connections of a feed-forward network and a function to run it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ _C_TYPES = {
 
 @dataclass(frozen=True)
 class CHeader:
-    """What :func:`to_c_header` wrote. Bytes are those of the arrays: the code comes on top (``size`` of an object file shows both)."""
+    """The result of :func:`to_c_header`.
+
+    The bytes are those of the arrays. The code takes more space: ``size`` of an object file shows both.
+    """
 
     path: Path
     inputs: int
     outputs: int
-    connections: int  # of value other than 0
-    potential: int
+    connections: int  # K without the connections of value 0
+    potential: int  # N
     constant_bytes: int  # flash: places, values, biases
     buffer_bytes: int  # RAM: the outputs of hidden layers
-    weights: str
+    weights: str  # the type of the stored values
     rounding: float  # the largest difference between a stored weight and the network's; 0 for float32
-    layers: tuple[tuple[str, str, int], ...]  # name, how its connections are stored, bytes
+    layers: tuple[tuple[str, str, int], ...]  # name, the kind of storage, bytes
 
     def __str__(self) -> str:
         exact = "exact" if self.weights == "float32" else f"weights off by at most {self.rounding:.2g}"
@@ -52,24 +55,27 @@ def to_c_header(
 ) -> CHeader:
     """Write a feed-forward network as a C99 header without dependencies: ``void predict(const float *in, float *out)``.
 
-    Per row the number of connections and, per connection, its column and its value are stored: the column as a byte that counts from the
-    connection before it, or as itself, whichever is smaller; a layer that takes less room dense is stored dense. Row by row, the sum runs over the
-    connections in float, so that outputs equal PyTorch's up to the rounding of sums taken in another order. Connections of value 0 are left out.
-    The function keeps the hidden layers in static buffers: call it from one thread.
+    The header has the number of connections of each row, and the column and the value of each connection. A column is a byte
+    with the distance to the previous connection, or the column's number, whichever takes fewer bytes. A layer that is smaller
+    in dense form is stored in dense form. Connections of value 0 are left out. The sum of a row runs over its connections in
+    float, so outputs equal PyTorch's up to the rounding of sums in another order. The function keeps the hidden layers in
+    static buffers: call it from one thread.
 
     Args:
-        module: linear layers and ReLU in one chain (``nn.Sequential``, :class:`lightning_deepr.models.LeNet300100`); Flatten, Identity and Dropout are
-            passed over. It stays as it is; other floating-point types are rounded to float32.
-        path: of the header.
-        name: of the function, and the prefix of everything else in the header.
-        weights: "float32" (exact), or "int16" or "int8" with one scale per layer: smaller, and no longer the same network. The result says by how much
-            a weight is off; what that does to the outputs depends on the data: compare them.
+        module: linear layers and ReLU in one chain (``nn.Sequential``, :class:`lightning_deepr.models.LeNet300100`). Flatten,
+            Identity and Dropout are skipped. The module is not changed; other floating-point types are rounded to float32.
+        path: the header to write.
+        name: the name of the function, and the prefix of all other names in the header.
+        weights: "float32" (exact), or "int16" or "int8" with one scale per layer. Integers are smaller, but the network is no
+            longer the same: the result has the largest error of a weight, and its effect on the outputs depends on the data.
+            Compare them.
 
     Returns:
-        the bytes of constants and of buffers, per layer and in all.
+        the bytes of constants and of buffers, per layer and in total.
 
     Raises:
-        ValueError: any other layer or function, by name; weights that are not finite; a ``name`` that is no C identifier.
+        ValueError: the network has another layer or function (the message names it), a weight is not finite, or ``name`` is not
+            a C identifier.
 
     Example::
 
@@ -124,10 +130,13 @@ def _lines(encoded: list[Encoded], header: CHeader, name: str, buffers: list[int
 
 
 def _layer(item: Encoded, prefix: str) -> Iterator[str]:
-    """Arrays and function of one layer."""
+    """Write the arrays and the function of one layer."""
     layer = item.layer
     yield ""
-    yield f"/* {_plain(layer.name)}: {layer.columns} -> {layer.rows}, {len(layer.values)} connections ({item.kind}){', ReLU' if layer.relu else ''} */"
+    yield (
+        f"/* {_plain(layer.name)}: {layer.columns} -> {layer.rows}, {len(layer.values)} connections "
+        f"({item.kind}){', ReLU' if layer.relu else ''} */"
+    )
     for what, array in (("counts", item.counts), ("places", item.places), ("values", item.values), ("bias", layer.bias)):
         if array is not None:
             yield from _array(f"{prefix}_{what}", array)
@@ -148,7 +157,7 @@ def _layer(item: Encoded, prefix: str) -> Iterator[str]:
 
 
 def _row(item: Encoded, prefix: str) -> Iterator[str]:
-    """The sum over one row."""
+    """Write the sum over one row."""
     width = _counter(item.layer.columns)
     if item.kind == "dense":
         yield f"for ({width} column = 0; column < {item.layer.columns}; column++)"
@@ -185,11 +194,11 @@ def _array(name: str, array: np.ndarray) -> Iterator[str]:
 
 
 def _number(value: float) -> str:
-    """A float literal: nine digits give back every float32."""
+    """Write a float literal: nine digits reproduce every float32."""
     text = f"{value:.9g}"
     return text + ("f" if any(mark in text for mark in ".e") else ".0f")
 
 
 def _plain(text: str) -> str:
-    """A name that can't end a comment."""
+    """Replace what could end a comment in a name."""
     return re.sub(r"[^\w.]", "_", text) or "layer"

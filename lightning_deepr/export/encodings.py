@@ -1,4 +1,4 @@
-"""How a layer's connections are stored in C: arrays of the smallest integers that hold them."""
+"""Encode a layer's connections for C, in arrays of the smallest integers that hold them."""
 
 from __future__ import annotations
 
@@ -12,33 +12,34 @@ from lightning_deepr.export.feed_forward import LinearLayer
 Weights = Literal["float32", "int16", "int8"]
 _LEVELS = {"int16": 32767, "int8": 127}
 _UNSIGNED = (np.uint8, np.uint16, np.uint32)
-ESCAPE = 255  # a gap that says: 255 on, and the gap goes on
+ESCAPE = 255  # this byte adds 255 to a gap and continues it
 
 
 @dataclass
 class Encoded:
     """One layer as arrays.
 
-    kind: "gaps" (uint8 distances between the columns of a row), "columns" (the columns themselves) or "dense" (every weight; no places).
+    ``kind`` is "gaps" (uint8 distances between the columns of a row), "columns" (the columns themselves) or "dense" (every
+    weight, no places).
     """
 
     layer: LinearLayer
     kind: Literal["gaps", "columns", "dense"]
-    counts: np.ndarray | None  # connections of each row
+    counts: np.ndarray | None  # the number of connections of each row
     places: np.ndarray | None
     values: np.ndarray
-    scale: float | None  # of quantized values: weight = scale * value
-    rounding: float  # largest difference between a stored weight and the network's
+    scale: float | None  # for quantized values: weight = scale * value
+    rounding: float  # the largest difference between a stored weight and the network's
 
     @property
     def size(self) -> int:
-        """Bytes of all arrays and the scale."""
+        """The bytes of all arrays and the scale."""
         arrays = (self.counts, self.places, self.values, self.layer.bias)
         return sum(array.nbytes for array in arrays if array is not None) + (0 if self.scale is None else 4)
 
 
 def smallest(values: np.ndarray) -> np.ndarray:
-    """The values in the smallest unsigned integers that hold them."""
+    """Convert values to the smallest unsigned integer type that holds them."""
     top = int(values.max()) if values.size else 0
     for kind in _UNSIGNED:
         if top <= np.iinfo(kind).max:
@@ -47,9 +48,9 @@ def smallest(values: np.ndarray) -> np.ndarray:
 
 
 def gaps(pointers: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The distance of each column to the one before it in its row (to 0 for the first), in bytes; 255 is an escape.
+    """Encode the distance of each column to the previous one in its row (to 0 for the first) in bytes.
 
-    A distance d is d // 255 bytes of 255 and one of d % 255.
+    A distance d becomes d // 255 bytes of value 255 and one byte of value d % 255.
 
     Example::
 
@@ -66,14 +67,14 @@ def gaps(pointers: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 def encode(layer: LinearLayer, weights: Weights) -> Encoded:
-    """Store a layer in whichever of the three ways takes the fewest bytes.
+    """Encode a layer in the kind that takes the fewest bytes.
 
     Args:
-        layer: with float32 values.
+        layer: a layer with float32 values.
         weights: the type of the stored values; int16 and int8 have one scale for the layer.
 
     Raises:
-        ValueError: ``weights`` is none of the three.
+        ValueError: ``weights`` is not one of the three types.
     """
     values, scale, rounding = _quantized(layer.values, weights)
     counts = smallest(np.diff(layer.pointers))
@@ -81,7 +82,7 @@ def encode(layer: LinearLayer, weights: Weights) -> Encoded:
         Encoded(layer, "gaps", counts, gaps(layer.pointers, layer.places), values, scale, rounding),
         Encoded(layer, "columns", counts, smallest(layer.places), values, scale, rounding),
     ]
-    if layer.rows * layer.columns <= 4 * len(values) + layer.rows:  # no layer of few connections is built densely
+    if layer.rows * layer.columns <= 4 * len(values) + layer.rows:  # only then can dense storage be the smallest
         dense = np.zeros((layer.rows, layer.columns), values.dtype)
         dense[np.repeat(np.arange(layer.rows), np.diff(layer.pointers)), layer.places] = values
         ways.append(Encoded(layer, "dense", None, None, dense.reshape(-1), scale, rounding))

@@ -1,4 +1,4 @@
-"""Reading a feed-forward network off a module: linear layers, ReLU, and nothing else."""
+"""Read a feed-forward network from a module: linear layers, ReLU, and nothing else."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _EXPECTED = "expected a chain of Linear, ReLU, Flatten(1), Identity and Dropout"
 
 @dataclass
 class LinearLayer:
-    """y = weight @ x + bias, and ReLU if there is one; float32."""
+    """A linear layer in float32, y = weight @ x + bias, with the ReLU after it if there is one."""
 
     name: str
-    columns: int  # inputs
+    columns: int  # the number of inputs
     pointers: np.ndarray  # int64 [rows + 1]
     places: np.ndarray  # int64 [K], the column of each connection, sorted within a row
-    values: np.ndarray  # float32 [K], none is 0
+    values: np.ndarray  # float32 [K], without zeros
     bias: np.ndarray | None  # float32 [rows]
     relu: bool = False
 
@@ -37,26 +37,27 @@ class LinearLayer:
         return len(self.pointers) - 1
 
     def dense(self) -> np.ndarray:
+        """Build the dense weight [rows, columns]."""
         weight = np.zeros((self.rows, self.columns), np.float32)
         weight[np.repeat(np.arange(self.rows), np.diff(self.pointers)), self.places] = self.values
         return weight
 
 
 class _Tracer(fx.Tracer):
-    """Layers are leaves, converted ones too."""
+    """A tracer that does not enter layers, including converted ones."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _KNOWN) or super().is_leaf_module(m, module_qualified_name)
 
 
 def read_layers(module: nn.Module) -> list[LinearLayer]:
-    """The linear layers of a feed-forward network in the order of its ``forward``.
+    """List the linear layers of a feed-forward network in the order of its ``forward``.
 
     Args:
-        module: converted or not; a dense layer's weights other than 0 are its connections.
+        module: a converted or dense network; the connections of a dense layer are its weights other than 0.
 
     Raises:
-        ValueError: something else than linear layers and ReLU in one chain; names it.
+        ValueError: the network is not a chain of linear layers and ReLU; the message names the other part.
     """
     module = nn.Sequential(module) if isinstance(module, _KNOWN) else module
     try:
@@ -71,12 +72,12 @@ def read_layers(module: nn.Module) -> list[LinearLayer]:
     for node in graph.nodes:
         if node.op == "placeholder":
             if previous is not None:
-                raise ValueError(f"to_c_header: {_EXPECTED} with one input, found another one, `{node.target}`.")
+                raise ValueError(f"to_c_header: {_EXPECTED} with one input, found a second one, `{node.target}`.")
         elif node.op == "output":
             if node.args[0] is not previous:
                 raise ValueError(f"to_c_header: {_EXPECTED}; the output of {type(module).__name__} is not the last layer's.")
         elif previous is None or node.all_input_nodes != [previous]:
-            raise ValueError(f"to_c_header: {_EXPECTED}; `{node.name}` is no link of one chain.")
+            raise ValueError(f"to_c_header: {_EXPECTED}; `{node.name}` is not a link of one chain.")
         else:
             _add(layers, node, module, found)
         previous = node
@@ -91,7 +92,7 @@ def read_layers(module: nn.Module) -> list[LinearLayer]:
 
 
 def _add(layers: list[LinearLayer], node: fx.Node, module: nn.Module, found: dict[str, Any]) -> None:
-    """Take one operation into the list; what changes no value is passed over."""
+    """Add one operation to the list, and skip an operation that changes no value."""
     part = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(part, nn.Linear):
         layers.append(_linear(str(node.target), part, found))
@@ -103,8 +104,8 @@ def _add(layers: list[LinearLayer], node: fx.Node, module: nn.Module, found: dic
         what = type(part).__name__ if part is not None else getattr(node.target, "__name__", node.target)
         place = f"`{node.target}` ({what})" if part is not None else f"`{what}`"
         raise ValueError(
-            f"to_c_header: {_EXPECTED}, found {place} in {type(module).__name__}. to_onnx exports other networks; a softmax at the end is left to "
-            "the caller."
+            f"to_c_header: {_EXPECTED}, found {place} in {type(module).__name__}. to_onnx exports other networks; a softmax "
+            "at the end is left to the caller."
         )
 
 
@@ -113,7 +114,7 @@ def _method(node: fx.Node, *names: str) -> bool:
 
 
 def _does_nothing(node: fx.Node, part: nn.Module | None) -> bool:
-    """Whether an operation leaves the values of one sample as they are, in their order."""
+    """Tell whether an operation keeps the values of a sample and their order."""
     if part is not None:
         return isinstance(part, (nn.Identity, nn.Dropout)) or (
             isinstance(part, nn.Flatten) and (part.start_dim, part.end_dim) == (1, -1)

@@ -1,4 +1,4 @@
-"""Dense ``state_dict`` and compressed sparse rows."""
+"""Export to a dense ``state_dict`` and to compressed sparse rows."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from lightning_deepr.conversion.convert import connections
 from lightning_deepr.export.requirements import needed
 
-_LARGEST_DENSE = 1 << 34  # bytes, as for densify
+_LARGEST_DENSE = 1 << 34  # bytes, the same limit as in densify
 
 
 def to_dense_state_dict(module: nn.Module) -> dict[str, Any]:
-    """The ``state_dict`` that the same module has without this package: dense weights, 0 where nothing is connected.
+    """Make the ``state_dict`` of the module without this package: dense weights, with 0 for dormant connections.
 
-    The module stays as it is, unlike with :func:`lightning_deepr.densify`.
+    Unlike :func:`lightning_deepr.densify`, it does not change the module.
 
     Args:
         module: a module with or without converted weights.
@@ -62,15 +62,15 @@ def to_dense_state_dict(module: nn.Module) -> dict[str, Any]:
 
 
 def to_csr(module: nn.Module) -> dict[str, Tensor]:
-    """Every converted weight as a ``torch.sparse_csr`` matrix; never builds a dense tensor.
+    """Export every converted weight as a ``torch.sparse_csr`` matrix, without building a dense tensor.
 
     Args:
         module: a module with converted weights.
 
     Returns:
-        {tensor name: CSR [rows, columns]} with all K connections, those of value 0 too, sorted by row and column. A weight of more than two
-        dimensions is a matrix of ``shape[0]`` rows: a convolution's columns are (channel, height, width), in that order. What was not converted
-        (biases, say) is not in it.
+        {tensor name: CSR [rows, columns]} with all K connections, including those of value 0, sorted by row and column. A
+        weight of more than two dimensions becomes a matrix of ``shape[0]`` rows: a convolution's columns are (channel, height,
+        width), in that order. Tensors that are not converted, such as biases, are not included.
 
     Example::
 
@@ -87,7 +87,7 @@ def to_csr(module: nn.Module) -> dict[str, Tensor]:
 
 
 def to_scipy(module: nn.Module) -> dict[str, Any]:
-    """Every converted weight as a ``scipy.sparse.csr_array``, on the CPU; otherwise as :func:`to_csr`.
+    """Export every converted weight as a ``scipy.sparse.csr_array`` on the CPU, with the contents of :func:`to_csr`.
 
     Raises:
         ImportError: SciPy is missing (``pip install 'lightning-deepr[export]'``).
@@ -103,14 +103,16 @@ def to_scipy(module: nn.Module) -> dict[str, Any]:
     for name, matrix in to_csr(module).items():
         matrix = matrix.cpu()
         values = matrix.values()
-        values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values  # SciPy multiplies neither
+        values = (
+            values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+        )  # SciPy can't multiply 16-bit floats
         parts = (values.numpy(), matrix.col_indices().numpy(), matrix.crow_indices().numpy())
         result[name] = sparse.csr_array(parts, shape=tuple(matrix.shape))
     return result
 
 
 def rows_of(shape: torch.Size, places: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Connections in the order of rows and columns: row pointers int64 [rows + 1], columns int64 [K], values [K]."""
+    """Sort connections by row and column: row pointers int64 [rows + 1], columns int64 [K], values [K]."""
     order = places.argsort()
     places, values = places[order], values[order]
     columns = max(math.prod(shape[1:]), 1)

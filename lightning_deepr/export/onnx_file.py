@@ -1,4 +1,4 @@
-"""ONNX, checked with onnxruntime against PyTorch before it is written."""
+"""Export to ONNX, checked with onnxruntime against PyTorch before the file is written."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from lightning_deepr.conversion.convert import connections, densify
 from lightning_deepr.export.onnx_weights import scatter_weights
 from lightning_deepr.export.requirements import needed
 
-_LARGEST_FILE = 2**31 - 1  # a protobuf message
+_LARGEST_FILE = 2**31 - 1  # bytes, the limit of a protobuf message
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """What :func:`to_onnx` wrote, and how well onnxruntime agrees with PyTorch."""
+    """The result of :func:`to_onnx`, with the agreement between onnxruntime and PyTorch."""
 
     path: Path
     size: int  # bytes
     opset: int
-    connections: int  # of the converted weights
-    potential: int  # their dense size
-    sparse_weights: tuple[str, ...]  # initializers that the file keeps as places and values
-    max_error: float  # largest absolute difference of any output
-    max_output: float  # largest absolute output, for comparison
-    checked_shapes: tuple[tuple[tuple[int, ...], ...], ...]  # of the inputs that were compared
+    connections: int  # K of the converted weights
+    potential: int  # N of the converted weights
+    sparse_weights: tuple[str, ...]  # the initializers that the file keeps as places and values
+    max_error: float  # the largest absolute difference of an output
+    max_output: float  # the largest absolute output, for comparison
+    checked_shapes: tuple[tuple[tuple[int, ...], ...], ...]  # the shapes of the inputs of the comparison
 
     def __str__(self) -> str:
         return (
@@ -56,26 +56,29 @@ def to_onnx(
 ) -> OnnxFile:
     """Write a network as ONNX, in eval mode, after onnxruntime has reproduced PyTorch's outputs.
 
-    The network that is exported is dense with zeros: ONNX's operators have no sparse weights. ``sparse=True`` makes the *file* small: weights with
-    few connections are kept as places and values (8 bytes per connection) and scattered by standard operators, which onnxruntime folds into dense
-    weights when it loads the file; its memory and speed are those of the dense network in either case.
+    The exported network is dense with zeros: ONNX's operators have no sparse weights. ``sparse=True`` makes the *file* small:
+    it keeps weights with few connections as places and values (8 bytes per connection), and standard operators scatter them.
+    onnxruntime folds these operators into dense weights when it loads the file, so its memory and speed are those of the dense
+    network in either case.
 
     Args:
-        module: a module with or without converted weights. It stays as it is. Of a LightningModule, pass the network inside (``model.net``).
-        path: of the file, one for everything.
+        module: a module with or without converted weights; it is not changed. For a LightningModule, pass the network inside
+            it (``model.net``).
+        path: the file to write; it holds everything.
         example_inputs: the positional arguments, tensors of any size along the dynamic dimensions.
-        dynamic: {dimension: name} of every input that can vary at run time; None: {0: "batch"}. {} for none. For sequences
-            {0: "batch", 1: "time"}, with ``batch_first=False`` {0: "time", 1: "batch"}.
-        opset: ONNX operator set.
-        sparse: see above.
-        tolerance: the largest difference allowed, times the largest output where that is above 1.
+        dynamic: {dimension: name} of the dimensions that can vary at run time, the same for every input. None: {0: "batch"}.
+            {}: none. For sequences {0: "batch", 1: "time"}, with ``batch_first=False`` {0: "time", 1: "batch"}.
+        opset: the version of the ONNX operator set.
+        sparse: True to keep weights with few connections as places and values.
+        tolerance: the largest allowed difference, multiplied by the largest output if that is above 1.
 
     Returns:
-        size, opset and the largest difference that was seen, over the example and two other sizes of the dynamic dimensions.
+        size, opset and the largest difference for the example and for two other sizes of the dynamic dimensions.
 
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing (``pip install 'lightning-deepr[export]'``).
-        ValueError: an LSTM with ``proj_size`` (ONNX's has none), an input that has no such dimension, or a file that would exceed ONNX's 2 GiB.
+        ValueError: an LSTM has ``proj_size`` (ONNX's LSTM has no projection), an input lacks a dynamic dimension, or the file
+            would exceed ONNX's limit of 2 GiB.
         RuntimeError: the exporter failed, or onnxruntime differs by more than the tolerance. Nothing is written.
 
     Example::
@@ -104,8 +107,9 @@ def to_onnx(
     shapes, error_seen, output_seen = _compare(plain, payload, inputs, dynamic)
     if not error_seen <= tolerance * max(1.0, output_seen):
         raise RuntimeError(
-            f"to_onnx: expected onnxruntime to agree with PyTorch to {tolerance:g} (times the largest output, {output_seen:.3g}, if above 1), "
-            f"found a difference of {error_seen:.3g}. Nothing was written. Raise `tolerance` if that is acceptable, or try another `opset`."
+            f"to_onnx: expected onnxruntime to agree with PyTorch to {tolerance:g} (times the largest output, "
+            f"{output_seen:.3g}, if above 1), found a difference of {error_seen:.3g}. Nothing was written. Raise `tolerance` "
+            "if that is acceptable, or try another `opset`."
         )
     Path(path).write_bytes(payload)
     return OnnxFile(
@@ -125,13 +129,14 @@ def _check_inputs(inputs: tuple[Tensor, ...], dynamic: Mapping[int, str]) -> Non
     for number, tensor in enumerate(inputs):
         if not isinstance(tensor, Tensor):
             raise ValueError(
-                f"example_inputs: expected a tensor or a sequence of tensors, found {type(tensor).__name__} at position {number}."
+                f"example_inputs: expected a tensor or a sequence of tensors, found {type(tensor).__name__} at position "
+                f"{number}."
             )
         for dimension in dynamic:
             if not 0 <= dimension < tensor.dim():
                 raise ValueError(
-                    f"dynamic: expected dimensions of every input, found {dimension} where input {number} has shape {tuple(tensor.shape)}. "
-                    "Give dynamic={} for fixed sizes."
+                    f"dynamic: expected dimensions of every input, found {dimension} where input {number} has shape "
+                    f"{tuple(tensor.shape)}. Give dynamic={{}} for fixed sizes."
                 )
 
 
@@ -139,31 +144,32 @@ def _refuse(module: nn.Module) -> None:
     for name, part in module.named_modules():
         if isinstance(part, nn.LSTM) and part.proj_size:
             raise ValueError(
-                f"to_onnx: `{name or type(module).__name__}` is an LSTM with proj_size={part.proj_size}, and ONNX's LSTM has no projection. "
-                "to_dense_state_dict and to_csr export it."
+                f"to_onnx: `{name or type(module).__name__}` is an LSTM with proj_size={part.proj_size}, and ONNX's LSTM has "
+                "no projection. to_dense_state_dict and to_csr export it."
             )
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values() if isinstance(tensor, Tensor))
     size += sum(shape.numel() * values.element_size() for shape, _, values in connections(module).values())
     if size > _LARGEST_FILE:
         raise ValueError(
-            f"to_onnx: dense, the weights take {size / 2**30:.1f} GiB, and an ONNX file holds less than 2 GiB. to_csr(module) keeps them sparse."
+            f"to_onnx: the dense weights take {size / 2**30:.1f} GiB, and an ONNX file holds less than 2 GiB. to_csr(module) "
+            "keeps them sparse."
         )
 
 
 def _export(plain: nn.Module, inputs: tuple[Tensor, ...], dynamic: Mapping[int, str], opset: int) -> Any:
-    # an example of size 1 may be taken for a constant
+    # The exporter may take a size of 1 for a constant.
     traced = tuple(_resized(tensor, {d: max(2, tensor.shape[d]) for d in dynamic}) for tensor in inputs)
     shapes = tuple(dict(dynamic) for _ in traced) if dynamic else None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own, about PyTorch's and its own internals
+            warnings.simplefilter("ignore")  # the exporter warns about internals of PyTorch and of itself
             program = torch.onnx.export(
                 plain, traced, dynamo=True, dynamic_shapes=shapes, opset_version=opset, verbose=False, external_data=False
             )
     except Exception as error:
         raise RuntimeError(
-            f"to_onnx: PyTorch's exporter refused {type(plain).__name__} with inputs {[tuple(t.shape) for t in inputs]}, dynamic {dict(dynamic)}: "
-            f"{error}"
+            f"to_onnx: PyTorch's exporter refused {type(plain).__name__} with inputs {[tuple(t.shape) for t in inputs]}, "
+            f"dynamic {dict(dynamic)}: {error}"
         ) from error
     if program is None:
         raise RuntimeError(f"to_onnx: PyTorch's exporter returned nothing for {type(plain).__name__}.")
@@ -171,7 +177,7 @@ def _export(plain: nn.Module, inputs: tuple[Tensor, ...], dynamic: Mapping[int, 
 
 
 def _without_notes(proto: Any) -> Any:
-    """Take out what the exporter notes about each operation: stack traces, with the paths of this machine, of no use to a runtime."""
+    """Remove the exporter's notes about each operation: stack traces with local paths, which no runtime needs."""
     for entry in (
         *proto.graph.node,
         *proto.graph.value_info,
@@ -190,7 +196,7 @@ def _without_notes(proto: Any) -> Any:
 def _compare(
     plain: nn.Module, payload: bytes, inputs: tuple[Tensor, ...], dynamic: Mapping[int, str]
 ) -> tuple[tuple[tuple[tuple[int, ...], ...], ...], float, float]:
-    """Shapes that were tried, the largest difference and the largest output."""
+    """Run both, and return the shapes of the inputs, the largest difference and the largest output."""
     (runtime,) = needed("onnxruntime", purpose="to_onnx")
     session = runtime.InferenceSession(payload, providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
@@ -204,8 +210,9 @@ def _compare(
         given = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, trial, strict=False)})
         if [tuple(part.shape) for part in given] != [tuple(part.shape) for part in expected]:
             raise RuntimeError(
-                f"to_onnx: expected outputs of shapes {[tuple(part.shape) for part in expected]}, found {[part.shape for part in given]} from "
-                f"onnxruntime for inputs {[tuple(t.shape) for t in trial]}: a size became a constant. Give dynamic={{}} or other dimensions."
+                f"to_onnx: expected outputs of shapes {[tuple(part.shape) for part in expected]}, found "
+                f"{[part.shape for part in given]} from onnxruntime for inputs {[tuple(t.shape) for t in trial]}: a size "
+                "became a constant. Give dynamic={} or other dimensions."
             )
         for one, other in zip(given, expected, strict=True):
             wanted = other.double().numpy()
@@ -215,12 +222,12 @@ def _compare(
 
 
 def _largest(so_far: float, values: np.ndarray) -> float:
-    """The maximum; NaN stays NaN."""
+    """Return the maximum; NaN stays NaN."""
     return float(np.max(np.append(values.reshape(-1), so_far)))
 
 
 def _resized(tensor: Tensor, sizes: Mapping[int, int]) -> Tensor:
-    """A tensor with other sizes, made of its own entries over and over."""
+    """Change the sizes of a tensor by repeating or leaving out its entries."""
     for dimension, size in sizes.items():
         tensor = tensor.index_select(dimension, torch.arange(size) % tensor.shape[dimension])
     return tensor

@@ -1,7 +1,8 @@
-"""ONNX weights kept as places and values, in standard operators.
+"""Keep ONNX weights as places and values, with standard operators.
 
-ONNX's own ``sparse_initializer`` was tried: onnxruntime loads it, but ONNX's shape inference takes such a weight for a sparse tensor and rejects
-the file, and its places have to be int64. ``ScatterElements`` into zeros is valid everywhere, and constant folding leaves a dense weight.
+ONNX's own ``sparse_initializer`` does not work: onnxruntime loads it, but ONNX's shape inference takes such a weight for a
+sparse tensor and rejects the file, and its places have to be int64. ``ScatterElements`` into zeros is valid everywhere, and
+constant folding leaves a dense weight.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from lightning_deepr.export.requirements import needed
 
 
 def scatter_weights(proto: Any) -> tuple[str, ...]:
-    """Replace initializers of few values other than 0 by places and values, in place.
+    """Replace initializers by places and values if that makes the file smaller. Changes ``proto``.
 
     Args:
         proto: an ``onnx.ModelProto``.
 
     Returns:
-        the names of the initializers that were replaced: those that take less room so.
+        the names of the replaced initializers.
     """
     (onnx,) = needed("onnx", purpose="sparse ONNX weights")
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
@@ -30,7 +31,7 @@ def scatter_weights(proto: Any) -> tuple[str, ...]:
         weight = numpy_helper.to_array(tensor)
         places = np.flatnonzero(weight).astype(np.int32 if weight.size < 2**31 else np.int64)
         zero = np.zeros(1, weight.dtype)
-        overhead = 400  # bytes of three nodes and their names
+        overhead = 400  # the bytes of three nodes and their names
         if len(places) * (weight.itemsize + places.itemsize) + overhead >= weight.nbytes:
             continue
         name = tensor.name

@@ -1,4 +1,4 @@
-"""What an export needs beyond the package's own dependencies."""
+"""The optional dependencies of the exports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def needed(*modules: str, purpose: str) -> list[ModuleType]:
     """Import optional modules.
 
     Raises:
-        ImportError: names what is missing, and the extra that brings it.
+        ImportError: a module is missing; the message names it and the extra that installs it.
     """
     found, missing = [], []
     for name in modules:

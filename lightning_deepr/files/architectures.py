@@ -1,4 +1,4 @@
-"""The networks that a file can name: built from recorded arguments, without values for their weights."""
+"""The networks that a file can name, built from recorded arguments without values for their weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Architecture:
     """A network of :mod:`lightning_deepr.models`.
 
     Attributes:
-        cls: the class's name there.
-        limits: argument -> its type, the lowest and the highest value; a file that asks for more is refused.
-        arguments_of: a network's arguments.
+        cls: the name of the class in that module.
+        arguments_of: a function that returns the arguments of a network.
+        limits: {argument: (type, lowest value, highest value)}; a file with other values is refused.
     """
 
     cls: str
@@ -29,6 +29,7 @@ class Architecture:
     limits: Mapping[str, tuple[type, float, float]] = field(default_factory=dict)
 
     def kind(self) -> type[nn.Module]:
+        """Import the class."""
         found: type[nn.Module] = getattr(importlib.import_module("lightning_deepr.models"), self.cls)
         return found
 
@@ -63,7 +64,7 @@ def _within(value: Any, kind: Any, low: float, high: float) -> bool:
 
 
 def recognize(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
-    """The name and arguments with which a file can name a network; (None, {}) where it can't."""
+    """Find the name and the arguments that a file can record for a network; (None, {}) if it is none of the known ones."""
     for name, architecture in ARCHITECTURES.items():
         if type(module) is architecture.kind():
             return name, architecture.arguments_of(module)
@@ -71,17 +72,21 @@ def recognize(module: nn.Module) -> tuple[str | None, dict[str, Any]]:
 
 
 def build(name: str | None, arguments: Mapping[str, Any]) -> nn.Module:
-    """A network whose parameters are on the meta device: nothing of a weight's size is allocated.
+    """Build a network with its parameters on the meta device, so that no memory of a weight's size is allocated.
+
+    Args:
+        name: a key of ``ARCHITECTURES``.
+        arguments: the recorded arguments of the network.
 
     Raises:
-        ValueError: a name that is not known; says what to do.
-        FormatError: arguments that the network does not have, or out of their limits.
+        FormatError: the name is not known (the message says what to do), the network has no such argument, or the value of an
+            argument is beyond its limits.
     """
     if name is None or name not in ARCHITECTURES:
         found = "the file names none" if name is None else f"found {name[:80]!r}"
         raise FormatError(
-            f"architecture: expected one of {', '.join(ARCHITECTURES)}, {found}. Give the network yourself: zoo.load(path, module=Net()). Code is never "
-            "loaded from a file."
+            f"architecture: expected one of {', '.join(ARCHITECTURES)}, {found}. Give the network yourself: "
+            "zoo.load(path, module=Net()). Code is never loaded from a file."
         )
     limits = ARCHITECTURES[name].limits
     for key, value in arguments.items():
@@ -95,7 +100,7 @@ def build(name: str | None, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 class _EmptyIsMeta(TorchFunctionMode):
-    """Parameters are made by ``torch.empty``: they go to the meta device, and buffers, which are computed, have their values."""
+    """Let ``torch.empty`` make meta tensors: parameters go to the meta device, and buffers, which are computed, get values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

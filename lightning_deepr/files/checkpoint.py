@@ -1,4 +1,4 @@
-"""Sparse checkpoints: writing a network as a sparse file, and loading one, or a ``state_dict`` with connections, as recorded."""
+"""Write a network as a sparse file, and load a sparse file or a ``state_dict`` with connections."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lightning_deepr.weights.install import remove
 if TYPE_CHECKING:
     pass
 
-# what zoo.info says of a file by itself
+# the names that zoo.info fills in from the file itself
 RESERVED = frozenset(
     {"architecture", "arguments", "bytes", "connectivity", "dense_parameters", "digest", "file", "format_version", "name"}
     | {"package_version", "sha256"}
@@ -36,19 +36,20 @@ RESERVED = frozenset(
 
 
 def load_state_dict(module: nn.Module, path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> nn.Module:
-    """Load a sparse checkpoint into a module that still is dense: converts as recorded, then loads.
+    """Load a sparse checkpoint into a module: convert its dense weights as recorded, then load.
 
     Args:
-        module: of the architecture of the checkpoint; tensors that are converted already must have the recorded K.
-        path_or_dict: a ``state_dict``, a Lightning checkpoint (its ``state_dict`` is taken), or a path to one of them as
-            ``.ckpt``, ``.pt``, ``.pth`` (loaded with ``weights_only=True``), or to a sparse file, ``.safetensors`` (:func:`save_sparse`).
+        module: a module of the checkpoint's architecture; tensors that are converted already must have the recorded K.
+        path_or_dict: a ``state_dict``, a Lightning checkpoint (its ``state_dict`` is used), or a path to one of them as
+            ``.ckpt``, ``.pt``, ``.pth`` (loaded with ``weights_only=True``), or to a sparse file, ``.safetensors``
+            (:func:`save_sparse`).
 
     Returns:
         the module itself.
 
     Raises:
-        ValueError: the file is no checkpoint, or names layers or shapes that the module does not have.
-        RuntimeError: keys that are missing or left over (torch's own message). A module that was dense is unchanged then, too.
+        ValueError: the file is not a checkpoint, or names layers or shapes that the module does not have.
+        RuntimeError: keys are missing or left over (the message is torch's). A module that was dense stays unchanged.
     """
     if _is_sparse_file(path_or_dict):
         contents = _open(path_or_dict)  # type: ignore[arg-type]
@@ -59,10 +60,13 @@ def load_state_dict(module: nn.Module, path_or_dict: str | PathLike[str] | Mappi
 
 
 def load_checked(module: nn.Module, state: dict[str, Any], checked: Mapping[str, Connections]) -> nn.Module:
-    """:func:`load_state_dict` of a ``state_dict``.
+    """Do what :func:`load_state_dict` does, for a ``state_dict``.
 
     Args:
-        checked: connections by the head of their entries in ``state``, where their places are known to be right: they begin as what they are.
+        module: as for :func:`load_state_dict`.
+        state: the ``state_dict``.
+        checked: {head of the entries in ``state``: connections} whose places were checked already. These tensors start with
+            their connections, and ``state`` is not read for them.
     """
     by_name = {(c.module_name, c.tensor_name): c for c in candidates(module)}
     chosen, counts, records, kinds = [], {}, {}, {}
@@ -88,8 +92,8 @@ def load_checked(module: nn.Module, state: dict[str, Any], checked: Mapping[str,
         if candidate.slots is not None:
             if not isinstance(candidate.slots, kind):
                 raise ValueError(
-                    f"`{name}` is converted for another method: expected {type(candidate.slots).__name__}, found {kind.__name__} in the "
-                    "checkpoint. Load into a dense model (densify(module) first)."
+                    f"`{name}` is converted for another method: expected {type(candidate.slots).__name__}, found "
+                    f"{kind.__name__} in the checkpoint. Load into a dense model (densify(module) first)."
                 )
             if not candidate.slots.may_have(count):
                 raise ValueError(
@@ -124,7 +128,7 @@ def load_checked(module: nn.Module, state: dict[str, Any], checked: Mapping[str,
         _load_rest(module, state, [head for head in checked if head in begun])
     except RuntimeError:
         if chosen and not any(tensor.device.type == "meta" for tensor in before.values()):
-            # looked up again: who shares a theta has other slots than those of its conversion
+            # The tensors are looked up again: one that joined a shared theta has new slots since its conversion.
             for converted in [one for one in converted_tensors(module) if one.name in counts]:
                 remove(converted)
             module.load_state_dict(before)
@@ -133,7 +137,7 @@ def load_checked(module: nn.Module, state: dict[str, Any], checked: Mapping[str,
 
 
 def _load_rest(module: nn.Module, state: dict[str, Any], begun: list[str]) -> None:
-    """``module.load_state_dict``, without what began as it is in ``state``, and need not be checked again."""
+    """Call ``module.load_state_dict`` for everything except the tensors that started with their checked connections."""
     own = {key for head in begun for key in state if key.startswith(head)}
     result = module.load_state_dict({key: value for key, value in state.items() if key not in own}, strict=False)
     if own != set(result.missing_keys) or result.unexpected_keys:
@@ -169,31 +173,33 @@ def save_sparse(
     arguments: Mapping[str, Any] | None = None,
     **metadata: Any,
 ) -> Path:
-    """Write a module as a sparse file: K values and K places for each converted weight, everything else as it is (``docs/format.md``).
+    """Write a module as a sparse file: K values and K places for each converted weight, every other tensor unchanged.
 
-    ``zoo.save`` is an alias of this function.
+    ``docs/format.md`` describes the file. ``zoo.save`` is an alias of this function.
 
-    The same module and metadata give the same bytes. Connections are written in the order of their places: a network that was loaded has the same
-    weights, signs and exceptions, and draws on after the same step, but numbers its slots anew, so that its further births are other draws from
-    the same distribution. (Lightning's checkpoint, with the optimizer's state, goes on exactly.)
+    The same module and metadata give the same bytes. The file has the connections in the order of their places. A network that
+    is loaded from it has the same weights, signs and exceptions, and continues the draws after the same step. It numbers its
+    slots anew, so its further births are other draws from the same distribution. (Lightning's checkpoint, with the optimizer's
+    state, continues exactly.)
 
-    Of a tensor with a theta for every potential connection (soft-DEEP R, pruning, l1-shrinkage) the active connections are
-    written, as K slots: what loads is an ordinary sparse network. (To go on training as before, save its ``state_dict``.)
+    A tensor with a theta for every potential connection (soft-DEEP R, pruning, l1-shrinkage) is written as K slots, with its
+    active connections: the file loads as an ordinary sparse network. (To continue its training, save its ``state_dict``.)
 
     Args:
         module: a module with converted weights, all values finite.
-        path: of the file to write, ``.safetensors``; :func:`load_state_dict` and :func:`lightning_deepr.zoo.load` read it.
-        architecture: the name by which the zoo builds the network; None: recognized where it is one of :mod:`lightning_deepr.models`.
-        arguments: of the architecture; None: recognized.
-        metadata: JSON values to put beside it. The zoo's own models have ``algorithm``, ``hyperparameters``, ``seeds``, ``metrics``, ``data``,
-            ``recipe`` and ``license``.
+        path: the file to write, ``.safetensors``; :func:`load_state_dict` and :func:`lightning_deepr.zoo.load` read it.
+        architecture: the name by which the zoo builds the network; None: recognized if it is one of
+            :mod:`lightning_deepr.models`.
+        arguments: the arguments of the architecture; None: recognized.
+        metadata: JSON values to record in the file. The zoo's own models have ``algorithm``, ``hyperparameters``, ``seeds``,
+            ``metrics``, ``data``, ``recipe`` and ``license``.
 
     Returns:
         the path.
 
     Raises:
-        ValueError: values that are not finite, metadata that JSON does not have or under a name that :func:`lightning_deepr.zoo.info` uses, an
-            architecture that is not known or not this module's.
+        ValueError: a value is not finite, the metadata is not JSON or has a name that :func:`lightning_deepr.zoo.info` uses,
+            or the architecture is not known or is not that of this module.
 
     Example::
 
@@ -207,14 +213,13 @@ def save_sparse(
     """
     taken = sorted(RESERVED & metadata.keys())
     if taken:
-        raise ValueError(
-            f"metadata: expected other names than those of what zoo.info finds out by itself, found {', '.join(taken)}."
-        )
+        raise ValueError(f"metadata: expected names that zoo.info does not fill in itself, found {', '.join(taken)}.")
     known, own = architectures.recognize(module)
     if architecture is not None and (architecture != known or (arguments is not None and dict(arguments) != own)):
         raise ValueError(
-            f"architecture: expected {known!r} with {own}, which is what this {type(module).__name__} is, found {architecture!r} with "
-            f"{dict(arguments or {})}. Leave both out; a network that the zoo does not know is loaded with module=."
+            f"architecture: expected {known!r} with {own}, which is what this {type(module).__name__} is, found "
+            f"{architecture!r} with {dict(arguments or {})}. Leave both out; a network that the zoo does not know is loaded "
+            "with module=."
         )
     if architecture is None and arguments is not None:
         raise ValueError(f"arguments: expected them with `architecture`, found {dict(arguments)} alone.")
@@ -224,7 +229,7 @@ def save_sparse(
 
 
 def report_of_checkpoint(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> ConnectivityReport:
-    """The connectivity that a sparse checkpoint records, read without its model.
+    """Report the connectivity that a sparse checkpoint records, without building its model.
 
     Args:
         path_or_dict: as for :func:`load_state_dict`.
@@ -255,7 +260,7 @@ def _rows(state: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def load_contents(contents: Contents, module: nn.Module | None = None) -> nn.Module:
-    """A checked file's network."""
+    """Load a checked file into a module; None: build the network that the file names."""
     state, found = sparse_file.state_of(contents)
     if module is None:
         record = contents.record
@@ -264,13 +269,13 @@ def load_contents(contents: Contents, module: nn.Module | None = None) -> nn.Mod
         types = {value.dtype for value in state.values() if value.is_floating_point()}
         if len(types) == 1:
             module.to(types.pop())
-        # what is not sparse is the module's at once: nothing is initialized, and the global generator is not asked
+        # The module takes the dense tensors themselves: nothing is initialized, and the global generator is not used.
         module.load_state_dict({name: state[name] for name in sparse_file.dense_names(contents)}, strict=False, assign=True)
     return load_checked(module, state, found)
 
 
 def _refuse_misfit(module: nn.Module, contents: Contents) -> None:
-    """A file's names and shapes against those of the network that it names, before anything is allocated."""
+    """Compare a file's names and shapes with those of the network that it names, before anything is allocated."""
     own = module.state_dict()
     expected = {name: tuple(value.shape) for name, value in own.items()}
     found = {name: contents.pieces[name].shape for name in sparse_file.dense_names(contents)}
@@ -278,8 +283,8 @@ def _refuse_misfit(module: nn.Module, contents: Contents) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise FormatError(
-                f"`{name[:80]}`: {type(module).__name__} with the recorded arguments has {_shape(expected.get(name))}, the file has "
-                f"{_shape(found.get(name))}. Expected the file of such a network; give another one with module=."
+                f"`{name[:80]}`: {type(module).__name__} with the recorded arguments has {_shape(expected.get(name))}, the "
+                f"file has {_shape(found.get(name))}. Expected the file of such a network; give another one with module=."
             )
     for name in sparse_file.dense_names(contents):
         wanted, dtype = own[name].dtype, contents.pieces[name].dtype
@@ -292,7 +297,7 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 
 
 def rows_of(contents: Contents) -> list[dict[str, Any]]:
-    """The connectivity per tensor, in the order of conversion."""
+    """List the connectivity of each tensor, in the order of conversion."""
     return [
         {
             "name": name,

@@ -1,6 +1,7 @@
-"""The file around a sparse model: safetensors, written in one way only, and read with a limit on everything before anything is allocated.
+"""The file around a sparse model: safetensors with one canonical form, read with limits that hold before anything is allocated.
 
-Read without the safetensors library, which checks neither a digest nor whether values are finite; what is written here, it reads.
+The reader here does not use the safetensors library, which checks neither a digest nor whether values are finite. That library
+reads the files that are written here.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from torch import Tensor
 
 from lightning_deepr.files.gaps import LARGEST_TOTAL, FormatError
 
-_LARGEST_HEADER = 1 << 22  # bytes; JSON takes up to some thirty times its size when it is read
-_LARGEST_FILE = 1 << 40
-# The file begins with the header's length (8 bytes) and this; then come the 64 hex digits of the sha256 over everything but themselves.
+_LARGEST_HEADER = 1 << 22  # bytes; parsed JSON can take thirty times as much memory
+_LARGEST_FILE = 1 << 40  # bytes
+# The file begins with the header's length (8 bytes) and these bytes. Then come the 64 hex digits of the sha256 over all other
+# bytes.
 HEAD = b'{"__metadata__":{"sha256":"'
 DIGEST = slice(8 + len(HEAD), 8 + len(HEAD) + 64)
-_KEYS = ["sha256", "format", "version", "record"]  # of the metadata
+_KEYS = ["sha256", "format", "version", "record"]  # the keys of the metadata
 FORMAT, VERSION = "lightning-deepr", 1
 
 DTYPES = {
@@ -44,7 +46,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Piece(NamedTuple):
-    """A tensor in the file, not yet read."""
+    """A tensor in the file, as a view of its bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -55,31 +57,31 @@ class Piece(NamedTuple):
         return math.prod(self.shape)
 
     def tensor(self) -> Tensor:
-        """A copy of its own."""
+        """Copy the bytes into a tensor."""
         if self.numel == 0:
             return torch.empty(self.shape, dtype=self.dtype)
         return torch.frombuffer(bytearray(self.data), dtype=self.dtype).view(self.shape)
 
 
 class Contents(NamedTuple):
-    """A file whose digest, header and sizes were checked."""
+    """The contents of a file after the check of its digest, header and sizes."""
 
     record: dict[str, Any]
     pieces: dict[str, Piece]
-    digest: str  # of all else, as the file states it
-    sha256: str  # of the file
-    size: int
+    digest: str  # the sha256 that the file states, over all bytes but its own digits
+    sha256: str  # the sha256 of the whole file
+    size: int  # bytes
 
 
 def pack(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
-    """The bytes of a file: the same contents give the same bytes.
+    """Make the bytes of a file. The same contents give the same bytes.
 
     Args:
         record: JSON values.
-        tensors: by name.
+        tensors: {name: tensor}.
 
     Raises:
-        ValueError: a value that JSON does not have, a dtype that the format does not have, or too large a header.
+        ValueError: JSON cannot hold a value, the format has no such dtype, or the header is too large.
     """
     host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in host.items():
@@ -111,13 +113,13 @@ def pack(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def sign(file: bytearray) -> bytearray:
-    """Put in the digest."""
+    """Write the digest into its place in the file."""
     file[DIGEST] = _digest_of(file).encode()
     return file
 
 
 def _digest_of(file: bytes | bytearray | memoryview) -> str:
-    """sha256 over all bytes of a file but the 64 digits that state it."""
+    """Compute the sha256 over all bytes of a file except the 64 digits of the digest itself."""
     view = memoryview(file)
     digest = hashlib.sha256(view[: DIGEST.start])
     digest.update(view[DIGEST.stop :])
@@ -125,7 +127,7 @@ def _digest_of(file: bytes | bytearray | memoryview) -> str:
 
 
 def write(path: Path, content: bytes) -> None:
-    """All or nothing: an interrupted write leaves the file of before."""
+    """Write a file completely or not at all: an interrupted write leaves the previous file."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         unfinished.write_bytes(content)
@@ -135,11 +137,11 @@ def write(path: Path, content: bytes) -> None:
 
 
 def read(path: Path) -> Contents:
-    """Read and check a file; what it says about connections is :mod:`lightning_deepr.files.sparse_file`'s to check.
+    """Read a file and check it. :mod:`lightning_deepr.files.sparse_file` checks what it says about connections.
 
     Raises:
-        FormatError: with the file's path.
-        FileNotFoundError: there is none.
+        FormatError: something is wrong with the file; the message begins with its path.
+        FileNotFoundError: there is no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint at {path}.")
@@ -150,7 +152,7 @@ def read(path: Path) -> Contents:
 
 
 class about:
-    """Puts the file's name in front of what is wrong with it."""
+    """A context that puts the file's path in front of the message of a :class:`FormatError`."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = path
@@ -163,22 +165,24 @@ class about:
 
 
 def unpack(file: bytes) -> Contents:
-    """The contents of a file, as views into it.
+    """Check the bytes of a file, and return its contents as views of them.
 
     Raises:
-        FormatError: what is wrong with it.
+        FormatError: something is wrong with the file.
     """
     length = struct.unpack("<Q", file[:8])[0] if len(file) >= 8 else 0
     if len(file) < DIGEST.stop or length > len(file) - 8 or file[8 : DIGEST.start] != HEAD:
         raise FormatError(
-            f"expected a file of lightning-deepr (safetensors whose header begins with `{HEAD.decode()}`), found {_guess(file, length)}."
+            f"expected a file of lightning-deepr (safetensors whose header begins with `{HEAD.decode()}`), found "
+            f"{_guess(file, length)}."
         )
     if length > _LARGEST_HEADER:
         raise FormatError(f"expected a header of at most {_LARGEST_HEADER:,} bytes, found {length:,}.")
     stated, found = file[DIGEST].decode("latin-1"), _digest_of(file)
     if stated != found:
         raise FormatError(
-            f"expected the sha256 {stated!r} that the file states, found {found!r}: it is damaged, or was changed. Get it again."
+            f"expected the sha256 {stated!r} that the file states, found {found!r}: it is damaged, or was changed. Get it "
+            "again."
         )
     header = _json(file[8 : 8 + length], "header")
     metadata = header.pop("__metadata__")
@@ -211,7 +215,8 @@ def _pieces(header: Mapping[str, Any], data: memoryview) -> Iterator[tuple[str, 
         size = math.prod(shape) * dtype.itemsize
         if offsets != [end, end + size] or end + size > len(data):
             raise FormatError(
-                f"`{name}`: expected {size} bytes from {end} on (tensors lie end to end, {len(data)} bytes in all), found {_short(offsets)}."
+                f"`{name}`: expected {size} bytes from {end} on (tensors lie end to end, {len(data)} bytes in all), found "
+                f"{_short(offsets)}."
             )
         piece = Piece(dtype, shape, data[end : end + size])
         _check_values(name, piece)
@@ -232,10 +237,10 @@ def _check_values(name: str, piece: Piece) -> None:
 
 
 def whole_numbers(value: Any, what: str) -> tuple[int, ...]:
-    """A shape: at most 16 sizes from 0 on, N below 2^48.
+    """Check a shape: at most 16 sizes from 0 on, and N at most 2^48.
 
     Raises:
-        FormatError: it is none.
+        FormatError: ``value`` is not such a shape.
     """
     if (
         not isinstance(value, list)
@@ -259,13 +264,13 @@ def _json(text: bytes, what: str) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name appears twice")
     return found
 
 
@@ -274,11 +279,9 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _guess(file: bytes, length: int) -> str:
-    """What a file is that is none of ours."""
+    """Guess what a foreign file is, for the message that refuses it."""
     if file[:4] == b"PK\x03\x04" or file[:2] in (b"\x80\x02", b"\x80\x04"):
-        return (
-            "a pickle or a zip file, as torch.save writes: load_state_dict reads those where they are named .pt, .pth or .ckpt"
-        )
+        return "a pickle or a zip file, as torch.save writes: load_state_dict reads those if they are named .pt, .pth or .ckpt"
     if file[:9].startswith(b"version h"):
         return "a pointer of Git LFS: `git lfs pull` gets the file itself"
     if 2 <= length <= len(file) - 8 and file[8:9] == b"{":

@@ -1,8 +1,9 @@
-"""Places as gaps: increasing places of a tensor in as few bits as their gaps allow.
+"""Places as gaps: a compact code for the increasing places of a tensor.
 
-The number of free places before each connection is written in units of ``bits`` bits: a unit of all ones means "that many, and it goes on", any
-other ends the gap. One parameter covers every density: 8 bits suit 1 %, 3 bits 20 %, and 1 bit is a bitmap. For random places this takes at
-most a tenth more than the entropy at any density from 0.1 to 50 %. Decoding can't give a place twice or out of order.
+The code is the number of free places before each connection, in units of ``bits`` bits. A unit of all ones adds its value and
+continues the gap; any other unit adds its value and ends the gap. One parameter covers every density: 8 bits suit 1 %, 3 bits
+suit 20 %, and 1 bit is a bitmap. For random places this takes at most a tenth more than the entropy at any density from 0.1 to
+50 %. Decoding can't give a place twice or out of order.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-WIDEST = 40
-LARGEST_TOTAL = 1 << 48  # N of a tensor; with it no sum of gaps overflows
-_CHUNK = 1 << 15  # units that are decoded at once: a multiple of 8, so that chunks begin at a byte
+WIDEST = 40  # the most bits of a unit
+LARGEST_TOTAL = 1 << 48  # the largest N of a tensor: no sum of gaps overflows
+_CHUNK = 1 << 15  # the units that are decoded together: a multiple of 8, so that each chunk begins at a byte
 
 Places = NDArray[np.int64]
 
 
 class FormatError(ValueError):
-    """A file that is damaged, hostile or of another format."""
+    """The error for a file that is damaged, hostile or of another format."""
 
 
 def best_width(places: Places) -> int:
-    """The number of bits per unit with which the places take the fewest bytes; the smallest on a tie."""
+    """Find the number of bits per unit that gives the fewest bytes; on a tie, the smallest."""
     gaps = _gaps(places)
     sizes = {}
     for bits in range(1, WIDEST + 1):
@@ -33,7 +34,7 @@ def best_width(places: Places) -> int:
 
 
 def encode(places: Places, bits: int) -> bytes:
-    """Increasing places as units of ``bits`` bits, the lowest bit first; the last byte is filled with zeros.
+    """Write increasing places as units of ``bits`` bits, the lowest bit first, and fill the last byte with zeros.
 
     Example::
 
@@ -54,20 +55,21 @@ def encode(places: Places, bits: int) -> bytes:
 
 
 def decode(stream: memoryview | bytes, count: int, bits: int, *, total: int) -> Places:
-    """The places that :func:`encode` wrote.
+    """Read the places that :func:`encode` wrote.
 
     Args:
-        stream: the whole of it.
-        count: K.
-        bits: per unit.
-        total: N, places are below it.
+        stream: all bytes of the code.
+        count: K, the number of places.
+        bits: the number of bits per unit.
+        total: N; all places are below it.
 
     Raises:
-        FormatError: not K places, one out of range, or bytes left over.
+        FormatError: there are not K places, a place is out of range, or bytes are left over.
     """
     if not 1 <= bits <= WIDEST or not 0 <= count <= total <= LARGEST_TOTAL or count * bits > 8 * len(stream):
         raise FormatError(
-            f"expected K <= N <= 2^48 places in units of 1 to {WIDEST} bits, found K = {count}, N = {total}, {bits} bits and {len(stream)} bytes."
+            f"expected K <= N <= 2^48 places in units of 1 to {WIDEST} bits, found K = {count}, N = {total}, {bits} bits and "
+            f"{len(stream)} bytes."
         )
     raw = np.frombuffer(stream, np.uint8)
     places = np.empty(count, np.int64)

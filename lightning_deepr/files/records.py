@@ -1,4 +1,4 @@
-"""What the entries of a ``state_dict`` say about a converted tensor."""
+"""Read the entries of a ``state_dict`` that describe a converted tensor."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lightning_deepr.weights.k_slots import KSlots
 
 
 def kind_of_record(state: Mapping[str, Any], head: str) -> type[Parametrization]:
-    """Which parametrization wrote the entries that begin with ``head``."""
+    """Find the class of the parametrization that wrote the entries under ``head``."""
     if head + "0.theta_min" in state:
         return SoftTheta
     return MaskedTheta if head + "0.mask" in state else KSlots
 
 
 def wanted_by_record(state: Mapping[str, Any], head: str) -> int:
-    """The K that was asked for."""
+    """Read the K that the user asked for."""
     if kind_of_record(state, head) is KSlots:
         return int(state[head + "0.places"].numel())
     return int(state[head + "0.wanted"])
 
 
 def active_by_record(state: Mapping[str, Any], head: str) -> int:
-    """How many connections are active."""
+    """Count the active connections."""
     kind = kind_of_record(state, head)
     if kind is KSlots:
         return int(state[head + "0.places"].numel())
@@ -39,7 +39,7 @@ def active_by_record(state: Mapping[str, Any], head: str) -> int:
 
 
 def shared_by_record(state: Mapping[str, Any]) -> list[set[str]]:
-    """The names of the tensors that share a theta, one set for each theta that is shared."""
+    """List the names of the tensors that share a theta, one set for each shared theta."""
     found: dict[int, set[str]] = {}
     end = ".0." + SHARING_KEY
     for key, value in state.items():

@@ -1,7 +1,7 @@
-"""What of a network is in its file: signed values and places of the connections, everything else as it is, and a record in JSON.
+"""The contents of a sparse file: signed values and places of the connections, all other tensors, and a record in JSON.
 
-A connection's value is its weight; theta is its magnitude and the float's sign bit is the connection's constant sign, also where theta is 0 (-0.0).
-Connections are in the order of their places. ``docs/format.md`` describes the file.
+A connection's value is its weight. The magnitude is theta. The sign bit of the float is the connection's constant sign, also if
+theta is 0 (-0.0). Connections are in the order of their places. ``docs/format.md`` describes the file.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from lightning_deepr.weights.find import converted_tensors
 from lightning_deepr.weights.k_slots import KSlots
 
 _SPARSE_KEYS = {"shape", "total", "active", "bits", "index", "sign_seed", "last_birth"}
-_EXCEPTION_KEYS = {"exceptions", "exception_bits"}  # only where there are any
+_EXCEPTION_KEYS = {"exceptions", "exception_bits"}  # only if there are exceptions
 _RECORD_KEYS = {"architecture", "arguments", "connectivity", "left_out", "metadata", "package_version", "sparse"}
 
 
 class Connections(NamedTuple):
-    """The connections of one tensor, by increasing places."""
+    """The connections of one tensor, in the order of their places."""
 
     shape: tuple[int, ...]
     places: Tensor  # int64 [K]
     values: Tensor  # [K], signed
-    exceptions: Tensor  # int64, sorted: all places whose sign is not the hash's
-    number: int  # the tensor's place in the order of conversion
+    exceptions: Tensor  # int64, sorted: all places with the opposite of the hashed sign
+    number: int  # the tensor's position in the order of conversion
     sign_seed: int
     last_birth: int
 
@@ -46,6 +46,7 @@ class Connections(NamedTuple):
         return self.values.abs()
 
     def slots(self, dtype: torch.dtype, device: torch.device) -> KSlots:
+        """Make K slots with these connections."""
         slots = KSlots(
             torch.Size(self.shape), self.places.to(device), self.number, self.sign_seed, self.exceptions.to(device), dtype
         )
@@ -59,10 +60,10 @@ class Connections(NamedTuple):
 def contents_of(
     module: nn.Module, architecture: str | None, arguments: dict[str, Any], metadata: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The record and the tensors of a module's file.
+    """Collect the record and the tensors of a module's file.
 
     Raises:
-        ValueError: the module's state has something that is no tensor, or no finite number.
+        ValueError: an entry of the module's ``state_dict`` is not a tensor, or has a value that is not finite.
     """
     prefixes = {id(submodule): prefix for prefix, submodule in module.named_modules()}
     tensors: dict[str, Tensor] = dict(module.state_dict())
@@ -98,14 +99,15 @@ def contents_of(
 def _refuse_infinite(name: str, value: Tensor) -> None:
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise ValueError(
-            f"`{name}` holds NaN or infinity: expected finite values. A buffer that needs them is no part of a file: register it with persistent=False."
+            f"`{name}` holds NaN or infinity: expected finite values. A buffer that needs them can't be part of a file: "
+            "register it with persistent=False."
         )
 
 
 def _connections(slots: Parametrization, theta: Tensor) -> Connections:
     if isinstance(slots, KSlots):
         places, own, signs = slots.places, slots.own(theta), slots.signs
-        # a weight that passed through zero (trained without rewiring, or with free signs) has the sign that it has now
+        # A weight that passed through zero (trained without rewiring, or with free signs) keeps its present sign.
         values = torch.where(own == 0, torch.copysign(torch.zeros_like(own), signs), own * signs)
         exceptions = slots.exceptions
     elif isinstance(slots, SoftTheta) and bool((theta >= 0).any()):
@@ -141,7 +143,7 @@ def _encoded(found: Connections) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "last_birth": found.last_birth,
     }
     streams = {"values": found.values, "gaps": _stream(gaps.encode(places, bits))}
-    # of active places the sign bit tells; exceptions that are dormant just now have to be named
+    # The sign bit shows an exception at an active place. Exceptions at dormant places need an entry of their own.
     dormant = np.setdiff1d(found.exceptions.numpy(), places)
     if dormant.size:
         entry["exceptions"], entry["exception_bits"] = int(dormant.size), gaps.best_width(dormant)
@@ -157,10 +159,10 @@ def _stream(content: bytes) -> Tensor:
 
 
 def check(contents: Contents) -> None:
-    """Whether the record and the tensors agree; reads no place.
+    """Check that the record and the tensors agree, without decoding the places.
 
     Raises:
-        FormatError: they don't.
+        FormatError: they disagree.
     """
     record, pieces = contents.record, contents.pieces
     if set(record) != _RECORD_KEYS:
@@ -200,7 +202,8 @@ def _check_entry(name: str, entry: Any, pieces: dict[str, Piece]) -> None:
     total, active = math.prod(shape), entry["active"]
     if entry["total"] != total or active > total or entry.get("exceptions", 0) > total - active:
         raise FormatError(
-            f"`{name}`: expected K <= N = {total} (and exceptions among the other places), found K = {active}, N = {entry['total']}."
+            f"`{name}`: expected K <= N = {total} (and exceptions among the other places), found K = {active}, "
+            f"N = {entry['total']}."
         )
     values, stream = _piece(pieces, f"{name}.values"), _piece(pieces, f"{name}.gaps")
     if not values.dtype.is_floating_point or values.shape != (active,):
@@ -220,7 +223,7 @@ def _piece(pieces: dict[str, Piece], name: str) -> Piece:
 
 
 def dense_names(contents: Contents) -> list[str]:
-    """The tensors that are in the file as they are."""
+    """List the tensors of the file that are not part of a sparse tensor."""
     own = {f"{name}.{key}" for name, entry in contents.record["sparse"].items() for key in _streams(entry)}
     return [name for name in contents.pieces if name not in own]
 
@@ -230,10 +233,10 @@ def _streams(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def all_connections(contents: Contents) -> Iterator[tuple[str, Connections]]:
-    """Every sparse tensor's name and connections, in the order of conversion.
+    """Yield every sparse tensor's name and connections, in the order of conversion.
 
     Raises:
-        FormatError: places that are not as recorded.
+        FormatError: the places do not agree with the record.
     """
     for name, entry in sorted(contents.record["sparse"].items(), key=lambda item: item[1]["index"]):
         try:
@@ -260,7 +263,10 @@ def _decoded(name: str, entry: dict[str, Any], pieces: dict[str, Piece]) -> Conn
 
 
 def state_of(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Connections]]:
-    """A file as the ``state_dict`` of a converted module, and its connections by the name of their entries in it (the head)."""
+    """Turn a file into the ``state_dict`` of a converted module and {head: connections}.
+
+    The head is the beginning of the names of a tensor's entries in the ``state_dict``.
+    """
     state = {name: contents.pieces[name].tensor() for name in dense_names(contents)}
     heads = {}
     for name, found in all_connections(contents):
@@ -282,6 +288,6 @@ def _outer(prefix: str, tensor_name: str) -> str:
 
 
 def _head(name: str) -> str:
-    """Where a tensor's entries are in a ``state_dict``: "fc1.weight" -> "fc1.parametrizations.weight."."""
+    """Return the head of a tensor's entries in a ``state_dict``: "fc1.weight" -> "fc1.parametrizations.weight."."""
     module, _, tensor = name.rpartition(".")
     return _outer(module, f"parametrizations.{tensor}.")

@@ -1,7 +1,7 @@
-"""The Hugging Face Hub: a file from it, checked; a folder to it in one commit; cards; a mixin for classes of one's own.
+"""The Hugging Face Hub: checked downloads, uploads in one commit, model cards, and a mixin for your own classes.
 
-A model goes to the Hub with ``zoo.publish`` and comes from it with ``zoo.load(..., source="hub")``. Two names here are aliases: ``hub.publish`` is
-``zoo.publish``, and ``hub.load(repo_id)`` is ``zoo.load(repo_id, source="hub")``.
+``zoo.publish`` sends a model to the Hub, and ``zoo.load(..., source="hub")`` gets it from there. Two names here are aliases:
+``hub.publish`` is ``zoo.publish``, and ``hub.load(repo_id)`` is ``zoo.load(repo_id, source="hub")``.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from lightning_deepr.hub.mixin import SparseHubMixin
     from lightning_deepr.hub.transfer import WEIGHTS, Published, download, revision_of
 
-    # `load` and `publish` are missing here: the zoo stands above this folder, and its names are found by strings alone.
+    # `load` and `publish` are not imported here: the zoo is a layer above this one, so only strings may name it.
 
 __all__ = ["WEIGHTS", "HubError", "Published", "SparseHubMixin", "download", "load", "publish", "revision_of"]
 
-# `huggingface_hub` is imported when it is used; and SparseHubMixin's base class signs up every subclass when it is defined
+# These names are lazy so that `huggingface_hub` is imported only when one of them is used. SparseHubMixin can't import it any
+# later, because its base class registers every subclass when it is defined.
 __getattr__, __dir__ = lazy(
     __name__,
     {

@@ -1,4 +1,4 @@
-"""Model cards: a README.md in the Hub's form, made from a file's own metadata.
+"""Model cards: a README.md in the Hub's form, made from the metadata of a file.
 
 python -m lightning_deepr.zoo.write_cards FOLDER [NAME_OR_PATH ...]
 """
@@ -22,7 +22,7 @@ _CITATION = """@inproceedings{bellec2018deep,
   url       = {https://openreview.net/forum?id=BJ_wN01C-}
 }"""
 _SPARSE_FROM_THE_START = {"DeepR", "SET", "FixedRandom"}
-# what the Hub calls them: task, data set
+# the Hub's names of the tasks and of the data sets
 _TASKS = {"lenet300_100": "image-classification", "cifar10_cnn": "image-classification", "timit_blstm": "audio-classification"}
 _DATA_SETS = {"mnist": "ylecun/mnist", "cifar-10": "uoft-cs/cifar10", "cifar10": "uoft-cs/cifar10"}
 
@@ -30,16 +30,16 @@ _DATA_SETS = {"mnist": "ylecun/mnist", "cifar-10": "uoft-cs/cifar10", "cifar10":
 def card(
     info: Mapping[str, Any], *, repo_id: str | None = None, picture: str | None = PICTURE, recipe: str | None = None
 ) -> str:
-    """A model's card.
+    """Write the card of a model.
 
     Args:
-        info: what ``zoo.info`` tells of the model. What is not recorded is left out.
-        repo_id: where it is published, None: it travels with the package only.
-        picture: path of the picture of the connectivity, None: there is none.
-        recipe: path of the recipe's YAML beside the card, None: it is not there.
+        info: the result of ``zoo.info`` for the model. The card leaves out what is not recorded there.
+        repo_id: the model's repository on the Hub; None: the model is in the package only.
+        picture: the path of the picture of the connectivity; None: there is no picture.
+        recipe: the path of the recipe's YAML beside the card; None: it is not there.
 
     Returns:
-        Markdown with the Hub's metadata in front.
+        Markdown with the Hub's metadata at the beginning.
 
     Example::
 
@@ -62,21 +62,23 @@ def card(
 
 
 def card_of_class(module: nn.Module, front_matter: Mapping[str, Any], **details: Any) -> str:
-    """The card of a user's own class (``SparseHubMixin``): its connectivity and how to load it.
+    """Write the card of a user's own class (``SparseHubMixin``): its connectivity and how to load it.
 
     Args:
-        module: with converted weights.
-        front_matter: the metadata of its class, as the mixin keeps it.
-        details: ``model_card_kwargs`` of ``save_pretrained``, each a section of its own.
+        module: a module with converted weights.
+        front_matter: the metadata of its class, from the mixin.
+        details: the ``model_card_kwargs`` of ``save_pretrained``; each becomes a section.
     """
     from lightning_deepr.conversion.report import connectivity_report
 
-    written = next(
-        cls for cls in type(module).__mro__ if cls.__module__ != "torch.nn.utils.parametrize"
-    )  # as its author wrote it
+    # the user's class, without the one that torch derives for parametrized modules
+    written = next(cls for cls in type(module).__mro__ if cls.__module__ != "torch.nn.utils.parametrize")
     kind = written.__name__
     source = "" if written.__module__ == "__main__" else f"from {written.__module__} import {kind}\n\n"
-    use = f"The class does not travel with its weights: you need its code.\n\n```python\n{source}net = {kind}.from_pretrained(...)  # in eval mode\n```"
+    use = (
+        "The repository has the weights without the class: you need its code.\n\n"
+        f"```python\n{source}net = {kind}.from_pretrained(...)  # in eval mode\n```"
+    )
     rows = {"connectivity": connectivity_report(module).to_dict()}
     parts = [
         _yaml({"library_name": LIBRARY, **{key: value for key, value in front_matter.items() if value is not None}}),
@@ -90,7 +92,7 @@ def card_of_class(module: nn.Module, front_matter: Mapping[str, Any], **details:
 
 
 def _front(info: Mapping[str, Any], name: str) -> str:
-    """The YAML in front of the card, with the Hub's ``model-index``."""
+    """Write the YAML at the beginning of the card, with the Hub's ``model-index``."""
     task = _TASKS.get(str(info.get("architecture")))
     fields: dict[str, Any] = {
         "library_name": LIBRARY,
@@ -126,7 +128,7 @@ def _front(info: Mapping[str, Any], name: str) -> str:
 
 
 def table(info: Mapping[str, Any]) -> str:
-    """Connections per tensor, as Markdown."""
+    """Write the table of the connections per tensor, in Markdown."""
     recorded = info.get("connectivity") or {}
     lines = ["| tensor | shape | potential | connections | connectivity |", "|---|---|---:|---:|---:|"]
     for row in recorded.get("rows", []):
@@ -142,7 +144,7 @@ def table(info: Mapping[str, Any]) -> str:
 
 
 def metrics(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The recorded metrics: name -> value (this file's), mean, std, seeds (number of runs) and whatever else was noted.
+    """Collect the recorded metrics: {name: {value of this file, mean, std, seeds and any other entries}}.
 
     A metric may be recorded as a number or as a dict.
     """
@@ -155,7 +157,7 @@ def metrics(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def metrics_table(info: Mapping[str, Any]) -> str:
-    """Each metric of this file, and its mean and spread over seeds."""
+    """Write the table of the metrics of this file, with mean and spread over seeds."""
     found = metrics(info)
     if not found:
         return ""
@@ -214,7 +216,8 @@ def _use(info: Mapping[str, Any], name: str, repo_id: str | None) -> str:
     if repo_id:
         lines += [
             "",
-            'Pin what you use: `revision="<commit hash>"`. Only safetensors and JSON are read; no code comes from this repository.',
+            'Pin what you use: `revision="<commit hash>"`. Only safetensors and JSON are read; no code comes from this '
+            "repository.",
         ]
     lines += ["", "To go on training it, give it to a `lightning.Trainer` with `DeepR()` among its callbacks."]
     return _section("Use", "\n".join(lines))
@@ -270,7 +273,7 @@ def _licence(info: Mapping[str, Any]) -> str:
 
 
 def _hub_licence(info: Mapping[str, Any]) -> str | None:
-    """The Hub's identifiers are SPDX's in small letters, and "other"."""
+    """Return the Hub's identifier of the licence: SPDX's in small letters, or "other"."""
     if not info.get("license"):
         return None
     spdx = str(info["license"]).lower()
@@ -290,12 +293,12 @@ def _method(info: Mapping[str, Any]) -> str:
 
 
 def _part(value: Any) -> dict[str, Any]:
-    """A recorded value that may be a bare name."""
+    """Return a recorded value as a dict; a bare name becomes its "name"."""
     return dict(value) if isinstance(value, Mapping) else {} if value is None else {"name": value}
 
 
 def _plain_name(metric: str) -> str:
-    """The Hub's name of a metric: "test_accuracy" is "accuracy"."""
+    """Return the Hub's name of a metric: "accuracy" for "test_accuracy"."""
     return metric.lower().removeprefix("test").strip(" _/")
 
 

@@ -24,14 +24,17 @@ class SparseHubMixin(
     tags=["sparse", "deep-r"],
     paper_url="https://arxiv.org/abs/1711.05136",
 ):
-    """``huggingface_hub``'s ``PyTorchModelHubMixin`` whose weights are a sparse file: K values and K places per converted weight.
+    """The ``PyTorchModelHubMixin`` of ``huggingface_hub`` with a sparse file as weights.
 
-    Used as that mixin: ``net.save_pretrained(folder)``, ``net.push_to_hub("me/net")``, ``Net.from_pretrained("me/net" or folder)``. The arguments of
-    ``__init__`` that JSON can hold travel in ``config.json``. The class itself does not travel: whoever loads has it in his own code, and nothing from the
-    Hub is executed. Unlike that mixin, there is no fallback to pickled weights, and missing or left over keys are an error.
+    The file has K values and K places per converted weight. The methods are the same: ``net.save_pretrained(folder)``,
+    ``net.push_to_hub("me/net")`` and ``Net.from_pretrained("me/net" or folder)``. ``config.json`` records the arguments of
+    ``__init__`` that JSON can hold. It does not hold the class: the user who loads the model needs its code, and nothing from
+    the Hub is executed. Unlike that mixin, this one has no fallback to pickled weights, and missing or left over keys are an
+    error.
 
-    ``from_pretrained`` builds the class as its ``__init__`` does, dense, then converts it as recorded; it returns the module in eval mode, and
-    ``train()`` under ``DeepR`` goes on from there. A module without converted weights is refused when saved: ``PyTorchModelHubMixin`` is for those.
+    ``from_pretrained`` builds the dense class with its ``__init__``, then converts it as recorded. It returns the module in
+    eval mode; after ``train()``, training under ``DeepR`` continues from there. A module without converted weights can't be
+    saved: use ``PyTorchModelHubMixin`` for it.
 
     Example::
 
@@ -52,7 +55,7 @@ class SparseHubMixin(
         save_sparse(_module(self), save_directory / WEIGHTS, license=self._hub_mixin_info.model_card_data.license)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The library's card from a class's own template, ours where it has none: with the table of the connectivity."""
+        """Make the library's card if the class has a template of its own, else a card with the table of the connectivity."""
         from huggingface_hub.hub_mixin import DEFAULT_MODEL_CARD
 
         if self._hub_mixin_info.model_card_template != DEFAULT_MODEL_CARD:
@@ -60,10 +63,10 @@ class SparseHubMixin(
         return ModelCard(card_of_class(_module(self), self._hub_mixin_info.model_card_data.to_dict(), **kwargs))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Publish: ``PyTorchModelHubMixin.push_to_hub`` with its arguments, and errors that say what to do.
+        """Publish the module. The arguments are those of ``PyTorchModelHubMixin.push_to_hub``.
 
         Raises:
-            HubError: with ``reason`` and what to do.
+            HubError: the upload failed; ``reason`` is the cause, and the message says what to do.
         """
         _refuse_dense(self)
         with readable(repo_id, revision=options.get("branch"), publishing=True):
@@ -71,12 +74,14 @@ class SparseHubMixin(
 
     @classmethod
     def from_pretrained(cls: type[_Own], pretrained_model_name_or_path: str | Path, **options: Any) -> _Own:
-        """Build the class from ``config.json`` and load its sparse weights: ``PyTorchModelHubMixin.from_pretrained`` with its arguments.
+        """Build the class from ``config.json`` and load its sparse weights.
+
+        The arguments are those of ``PyTorchModelHubMixin.from_pretrained``.
 
         Raises:
-            HubError: with ``reason`` and what to do.
-            FileNotFoundError: a folder without ``model.safetensors``.
-            ValueError: the file is damaged or of another architecture.
+            HubError: the download failed; ``reason`` is the cause, and the message says what to do.
+            FileNotFoundError: the folder has no ``model.safetensors``.
+            ValueError: the file is damaged or belongs to another architecture.
         """
         if Path(pretrained_model_name_or_path).is_dir():
             return super().from_pretrained(pretrained_model_name_or_path, **options)
@@ -100,7 +105,8 @@ class SparseHubMixin(
     ) -> _Own:
         if not strict:
             raise ValueError(
-                "strict=False: expected a file with all of the module's tensors; a sparse file is loaded whole or not at all."
+                "strict=False: expected a file with all of the module's tensors; a sparse file is loaded completely or not at "
+                "all."
             )
         if Path(model_id).is_dir():
             file = Path(model_id) / WEIGHTS
@@ -127,6 +133,6 @@ def _module(net: Any) -> nn.Module:
 def _refuse_dense(net: Any) -> None:
     if not any(True for _ in converted_tensors(_module(net))):
         raise ValueError(
-            f"{type(net).__name__} has no converted weight: expected a sparse module. Call sparsify(module, connectivity) or train it under "
-            "DeepR first, or derive it from huggingface_hub's PyTorchModelHubMixin for a dense one."
+            f"{type(net).__name__} has no converted weight: expected a sparse module. Call sparsify(module, connectivity) or "
+            "train it under DeepR first, or derive it from huggingface_hub's PyTorchModelHubMixin for a dense one."
         )

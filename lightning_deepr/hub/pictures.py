@@ -1,4 +1,4 @@
-"""A picture of which connections a network has; matplotlib is imported when one is drawn."""
+"""A picture of the connections of a network. matplotlib is imported only when one is drawn."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CELLS = 96  # per side, at most
-_IMAGES = {784: (28, 28)}  # inputs of a first layer that are the pixels of an image
+_CELLS = 96  # the most cells per side
+_IMAGES = {784: (28, 28)}  # {number of inputs of a first layer: size of the image that they are the pixels of}
 
 
 def counts(shape: tuple[int, ...], places: Tensor, cells: int = _CELLS) -> tuple[np.ndarray, tuple[int, int]]:
-    """How many connections fall into each cell of a grid over a weight, rows (outputs) by columns (everything else).
+    """Count the connections in each cell of a grid over a weight, rows (outputs) by columns (everything else).
 
     Args:
-        shape: of the weight.
-        places: int64 [K], flat indices into it.
-        cells: of the grid per side, at most.
+        shape: the shape of the weight.
+        places: int64 [K], flat indices into the weight.
+        cells: the most cells per side of the grid.
 
     Returns:
-        the connections per cell as int64 [rows, columns] with at most ``cells`` of each, and the size of a cell in rows and columns.
+        the connections per cell as int64 [rows, columns] with at most ``cells`` of each, and the size of a cell in rows and
+        columns.
 
     Example::
 
@@ -42,7 +43,7 @@ def counts(shape: tuple[int, ...], places: Tensor, cells: int = _CELLS) -> tuple
 
 
 def _shares(shape: tuple[int, ...], places: Tensor) -> np.ndarray:
-    """The connectivity of each cell; those at the edges may be smaller."""
+    """Compute the connectivity of each cell. Cells at the edges may be smaller than the others."""
     found, (tall, wide) = counts(shape, places)
     heights = np.minimum(tall, shape[0] - tall * np.arange(found.shape[0]))
     widths = np.minimum(wide, math.prod(shape[1:]) - wide * np.arange(found.shape[1]))
@@ -50,19 +51,19 @@ def _shares(shape: tuple[int, ...], places: Tensor) -> np.ndarray:
 
 
 def per_input(shape: tuple[int, ...], places: Tensor) -> np.ndarray | None:
-    """The connections of each input as the image that a first layer sees, None where it sees none."""
+    """Count the connections of each input, as an image; None: the inputs are not the pixels of an image."""
     if len(shape) != 2 or shape[1] not in _IMAGES:
         return None
     return torch.bincount(places.cpu() % shape[1], minlength=shape[1]).view(_IMAGES[shape[1]]).numpy()
 
 
 def draw(connections: Mapping[str, tuple[Any, Tensor, Tensor]], path: str | PathLike[str], title: str = "") -> Path:
-    """Draw each tensor's pattern, and for the pixels of an image the connections per pixel.
+    """Draw the pattern of each tensor, and the connections per pixel if the inputs are an image.
 
     Args:
-        connections: what :func:`lightning_deepr.connections` gives: name -> (shape, places int64 [K], values [K]).
-        path: of the PNG.
-        title: over the whole.
+        connections: the result of :func:`lightning_deepr.connections`: {name: (shape, places int64 [K], values [K])}.
+        path: the PNG to write.
+        title: the title of the figure.
 
     Returns:
         the path.
@@ -106,6 +107,6 @@ def draw(connections: Mapping[str, tuple[Any, Tensor, Tensor]], path: str | Path
     if title:
         figure.suptitle(title, fontsize=10)
     path = Path(path)
-    # no date and no version inside: the same network gives the same file
+    # The file has no date and no version, so that the same network gives the same file.
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return path

@@ -1,7 +1,7 @@
-"""Files to and from the Hugging Face Hub: one as a checked file, several in one commit.
+"""Download a checked file from the Hugging Face Hub, and upload several files in one commit.
 
-Everything goes through ``huggingface_hub``: its cache, its token, HF_HUB_OFFLINE, HF_ENDPOINT. What is read is safetensors and JSON: nothing from
-the Hub is executed or unpickled. Import this module only where the Hub is wanted: it imports ``huggingface_hub``.
+Everything goes through ``huggingface_hub``: its cache, its token, HF_HUB_OFFLINE, HF_ENDPOINT. Only safetensors and JSON are
+read: nothing from the Hub is executed or unpickled. This module imports ``huggingface_hub``: import it only to use the Hub.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ LIBRARY = "lightning-deepr"
 
 @dataclass(frozen=True)
 class Published:
-    """What :func:`upload` made.
+    """The result of :func:`upload`.
 
     Attributes:
-        url: of the commit, or of the pull request.
-        revision: the commit's hash, to pin: ``zoo.load(repo_id, source="hub", revision=...)``.
-        sha256: of the weights' file.
+        url: the address of the commit or of the pull request.
+        revision: the hash of the commit, to pin it: ``zoo.load(repo_id, source="hub", revision=...)``.
+        sha256: the sha256 of the weights' file.
         repo_id: ``owner/name``.
     """
 
@@ -50,23 +50,25 @@ def download(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Path:
-    """Get a file of a model repository, from the cache where it is, and check it.
+    """Get a file of a model repository, from the cache if it is there, and check it.
 
     Args:
         repo_id: ``owner/name``.
-        revision: a branch, a tag or a whole commit hash; None: the newest of the main branch. With a commit hash, a file in the cache needs no request.
-        filename: within the repository.
-        sha256: that the file must have, 64 hex digits; None: the one that the Hub told when the file was downloaded.
-        token: None: the one of ``hf auth login`` or HF_TOKEN; False: none.
-        cache_dir: None: the library's.
-        local_files_only: take it from the cache or not at all, as HF_HUB_OFFLINE=1 does.
-        force_download: although it is in the cache.
+        revision: a branch, a tag or a whole commit hash; None: the newest commit of the main branch. With a commit hash, a file
+            in the cache needs no request.
+        filename: the name of the file in the repository.
+        sha256: the sha256 that the file must have, 64 hex digits; None: the checksum that the Hub stated at the download.
+        token: a token; None: the token of ``hf auth login`` or HF_TOKEN; False: no token.
+        cache_dir: the folder of the cache; None: the library's.
+        local_files_only: True to use the cache alone, as HF_HUB_OFFLINE=1 does.
+        force_download: True to download a file that is in the cache again.
 
     Returns:
         the path in the cache. Don't write to it.
 
     Raises:
-        HubError: with ``reason`` and what to do. A file that fails the Hub's checksum is taken out of the cache.
+        HubError: the download failed, or a checksum differs; ``reason`` is the cause, and the message says what to do. A file
+            that fails the Hub's checksum is removed from the cache.
 
     Example::
 
@@ -93,15 +95,15 @@ def download(
 
 
 def revision_of(path: str | PathLike[str]) -> str:
-    """The commit of a downloaded file: ``.../snapshots/<commit>/model.safetensors``."""
+    """Read the commit of a downloaded file from its path: ``.../snapshots/<commit>/model.safetensors``."""
     return Path(path).parent.name
 
 
 def _check(path: Path, what: str, wanted: str | None) -> None:
-    """Compare a file in the cache with its name there, which is the Hub's checksum, and with the one that the caller knows."""
+    """Compare the checksum of a file in the cache with its name there, which is the Hub's, and with the caller's."""
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
-    # one step only: what lies beyond may be a store that several caches share, under other names
+    # Follow one link only: behind it may be a store that several caches share, with other names.
     blob = path.parent / os.readlink(path) if path.is_symlink() else None
     name = blob.name if blob is not None else ""
     told = {64: found, 40: hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()}.get(len(name))
@@ -109,19 +111,19 @@ def _check(path: Path, what: str, wanted: str | None) -> None:
         try:
             path.unlink()
             blob.unlink(missing_ok=True)
-            advice = f"It was taken out of the cache ({path}); load again."
+            advice = f"It was removed from the cache ({path}); load again."
         except OSError as error:
-            advice = f"It could not be taken out of the cache ({error}): remove {path} and {blob}, then load again."
+            advice = f"It could not be removed from the cache ({error}): remove {path} and {blob}, then load again."
         raise HubError(
             "checksum",
-            f"{what}: expected checksum {name}, as the Hub told, found {told}: the file is damaged. {advice} If that comes back, what stands between "
-            "you and the Hub (a mirror, a proxy) alters files.",
+            f"{what}: expected checksum {name}, as the Hub stated, found {told}: the file is damaged. {advice} If this happens "
+            "again, something between you and the Hub (a mirror, a proxy) alters files.",
         )
     if wanted is not None and wanted.lower() != found:
         raise HubError(
             "checksum",
-            f"{what}: expected sha256 {wanted}, found {found}: this is another file than the one that you mean. Give the `revision` to which the "
-            "checksum belongs.",
+            f"{what}: expected sha256 {wanted}, found {found}: this is not the file that you mean. Give the `revision` that "
+            "the checksum belongs to.",
         )
 
 
@@ -137,15 +139,15 @@ def upload(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> Published:
-    """Create the model repository or update it, in one commit. A file that is the same already is not sent again.
+    """Create the model repository or update it, in one commit. A file that did not change is not sent again.
 
     Args:
-        files: name in the repository -> path; :data:`WEIGHTS` is one of them.
-        title: of the model, for the commit's message.
+        files: {name in the repository: path}; :data:`WEIGHTS` is one of the names.
+        title: the name of the model, for the commit's message.
         repo_id, private, revision, commit_message, parent_commit, create_pr, token: see :func:`lightning_deepr.zoo.publish`.
 
     Raises:
-        HubError: with ``reason`` and what to do.
+        HubError: the upload failed; ``reason`` is the cause, and the message says what to do.
     """
     api = HfApi(token=token, library_name=LIBRARY, library_version=__version__)
     with readable(repo_id, revision=revision, publishing=True):

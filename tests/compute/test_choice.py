@@ -1,4 +1,4 @@
-"""Which kind of compute is picked for a tensor, and that what is asked for is done."""
+"""The choice of compute for a tensor: "auto" picks one, and an explicit choice is followed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_auto_picks_per_tensor_and_the_report_says_what() -> None:
     for kind, twin in both.items():
         for slots in all_slots(twin)[:2]:
             slots.choose_compute(kind, True)
-    for batch in (1, 30, 200, 1):  # each batch size has a choice of its own; the numbers are the same
+    for batch in (1, 30, 200, 1):  # each batch size has its own choice; the numbers are the same
         x = torch.randn(batch, 1000)
         for twin in both.values():
             torch.testing.assert_close(net(x), twin(x), rtol=1e-4, atol=1e-5)
@@ -50,7 +50,7 @@ def test_what_is_asked_for_is_what_is_done(compute: str) -> None:
     assert seen.names.count("lightning_deepr.linear.default") == (
         2 if compute == "sparse" and kernels_module.available() else 0
     )
-    # a convolution has no sparse kernel that wins: it stays dense and says so
+    # no sparse kernel is faster for this convolution: it stays dense, and the report says so
     assert [row["compute"] for row in connectivity_report(net)] == [compute, compute, "dense"]
 
 
@@ -64,7 +64,7 @@ def test_a_layer_too_large_to_be_dense_is_sparse_whatever_is_picked() -> None:
 
 
 def test_first_used_in_inference_mode_then_trained() -> None:
-    """A sanity check runs in inference mode, and may be the first that needs the order of the connections."""
+    """A sanity check runs in inference mode, and may be the first pass that needs the order of the connections."""
     layer = sparse_layer(500, 400, 0.02, compute="auto")
     slots = slots_by_name(layer)["weight"]
     slots.order, slots.policy = None, "sparse"

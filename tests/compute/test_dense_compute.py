@@ -1,4 +1,4 @@
-"""The transient weight: what the kernels make of many connections is what PyTorch makes of them, under every way of differentiating."""
+"""The transient weight: kernels and PyTorch build the same one, and every way of differentiating gives the same gradients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tensors(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the calls that take the kernels, so that no test compares PyTorch with itself."""
+    """Count the calls that use the kernels, so that no test compares PyTorch with itself."""
     calls: list[int] = []
     original = dense._Scatter.forward
 

@@ -1,4 +1,4 @@
-"""Memory and work are proportional to K: nothing of N elements is made, in layers of up to 10^12 places."""
+"""Memory and work are proportional to K: no tensor of N elements is made, in layers of up to 10^12 places."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:A backward pass reached", "ignor
 @needs_kernels
 @pytest.mark.parametrize("way", ["short", "operators"])
 def test_no_dense_tensor_is_ever_made(way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if way == "short":  # what eager mode runs; a dispatch mode at work would otherwise send all to the operators
+    if way == "short":  # the way of eager mode; the dispatch mode of this test would otherwise send every call to the operators
         monkeypatch.setattr("lightning_deepr.compute.sparse.is_plain", lambda x: True)
     torch.manual_seed(0)
     columns, rows, count, batch = 3000, 4000, 3000, 8
@@ -47,7 +47,7 @@ def test_no_dense_tensor_is_ever_made(way: str, monkeypatch: pytest.MonkeyPatch,
     kernel_calls = seen.names.count("lightning_deepr.linear.default")
     assert kernel_calls == (0 if way == "short" else 4)
     assert batch * rows <= seen.largest <= rows * columns / 100
-    # 3000 connections of 16 bytes and of two moments, 4000 biases of three numbers; a dense weight has 48 MB
+    # 3000 connections of 16 bytes with two moments each, 4000 biases of three numbers; a dense weight would take 48 MB
     assert (tmp_path / "checkpoint.pt").stat().st_size < 250_000
 
 
@@ -88,7 +88,7 @@ def test_state_gradients_and_checkpoint_are_k_sized(name: str, optimizer_name: s
     assert report.active == round(0.05 * report.total)
     parameters = list(net.parameters())
     assert elements(parameters) == elements([p.grad for p in parameters]) == report.active
-    per_tensor = 10  # counters, seeds, shapes: numbers whose count does not depend on N or K
+    per_tensor = 10  # counters, seeds, shapes: their number does not depend on N or K
     extra = per_tensor * len(parameters)
     kept = max(sum(isinstance(v, Tensor) and v.shape == p.shape for v in optimizer.state[p].values()) for p in parameters)
     assert kept <= 4

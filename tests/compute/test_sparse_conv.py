@@ -1,4 +1,4 @@
-"""Sparse convolutions compute what torch's convolution computes with the same weight, built dense."""
+"""Sparse convolutions give the results of torch's convolution with the same weight in dense form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IMAGE = (7, 9)
 
 
 def slots_for(shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[KSlots, Tensor]:
-    """K random connections; theta lies in slot order, which is no order of places."""
+    """Make K random connections; the slots are not in the order of their places."""
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(torch.Size(shape).numel(), generator=generator)[:count]
     theta = torch.rand(count, generator=generator, dtype=dtype) + 0.1
@@ -38,7 +38,7 @@ def inputs(
 
 
 def agree(slots: KSlots, theta: Tensor, x: Tensor, bias: Tensor | None, how: dict[str, Any], tolerance: float) -> None:
-    """Value and all gradients, relative to the largest; the expected ones are computed in float64."""
+    """Compare value and all gradients, relative to the largest, with those computed in float64."""
     given = [x, theta] if bias is None else [x, theta, bias]
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     # the signs are in theta's dtype; +-1 is exact in each
@@ -61,7 +61,7 @@ def agree(slots: KSlots, theta: Tensor, x: Tensor, bias: Tensor | None, how: dic
 
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """Small layers are not worth a second thread; here they get it."""
+    """Give small layers a second thread, which they would not use otherwise."""
     from lightning_deepr.kernels.cpu import native
 
     before = torch.get_num_threads()
@@ -78,11 +78,11 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         (SHAPE, IMAGE, {}),
         (SHAPE, IMAGE, {"stride": 2, "padding": 1}),
         (SHAPE, IMAGE, {"stride": (3, 2), "padding": (0, 2), "dilation": (2, 1)}),
-        (SHAPE, IMAGE, {"padding": 5}),  # pixels of y that see nothing of x
+        (SHAPE, IMAGE, {"padding": 5}),  # pixels of y that depend on no pixel of x
         (SHAPE, IMAGE, {"padding": "same", "dilation": 2}),
         ((5, 3, 2, 4), IMAGE, {"padding": "same"}),  # uneven padding
         ((5, 3, 4, 1), IMAGE, {"padding": "valid", "stride": (1, 4)}),
-        ((5, 3, 1, 1), IMAGE, {"stride": 3}),  # pixels of x that nobody sees
+        ((5, 3, 1, 1), IMAGE, {"stride": 3}),  # pixels of x that no pixel of y depends on
         ((3, 2, 5, 5), (25, 14), {"padding": 2}),  # more pixels than are computed at a time
         ((20, 17, 3, 3), (3, 1), {"padding": 1}),
         ((2, 3, 7, 9), IMAGE, {}),  # one pixel is left

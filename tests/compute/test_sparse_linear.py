@@ -1,4 +1,4 @@
-"""A sparse linear layer computes what the dense one computes, refuses what it refuses, in every precision."""
+"""A sparse linear layer gives the results of the dense one, and refuses the same arguments, in every precision."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SHAPES: dict[str, tuple[int, int, float | int]] = {  # columns, rows, connectivi
 
 
 def oracle_product(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, np.ndarray]:
-    """y and all gradients in double precision NumPy, a connection at a time where it matters."""
+    """Compute y and all gradients in double precision NumPy, one connection at a time."""
     ((shape, places, values),) = connections(layer).values()
     rows, columns = np.divmod(places.numpy(), shape[1])
     signs = np.where(values.numpy() < 0, -1.0, 1.0)
@@ -225,7 +225,7 @@ def test_an_input_that_does_not_fit_is_refused_as_by_nn_linear(x: Tensor, bias: 
     ids=["one number", "expanded", "strided", "0-D", "one for each element of the batch"],
 )
 def test_any_bias_that_f_linear_takes(bias: Tensor) -> None:
-    """Kernels know addresses, not strides and sizes: a bias must never be read past its end."""
+    """Kernels take addresses, without strides and sizes: they must never read a bias past its end."""
     layer = sparse_layer()
     x = torch.randn(5, 14)
     torch.testing.assert_close(F.linear(x, layer.weight, bias), F.linear(x, dense_twin(layer).weight, bias))
@@ -270,7 +270,7 @@ def test_a_theta_put_in_from_outside() -> None:
 
 @pytest.mark.parametrize("path", ["kernels", "operators", "plain PyTorch"])
 def test_a_second_derivative_is_refused(path: str, request: pytest.FixtureRequest) -> None:
-    """Also where the first one has no graph of its own (dy of a sum): a gradient penalty must not vanish silently."""
+    """Also if the first one has no graph of its own (dy of a sum): a gradient penalty must not vanish silently."""
     if path == "plain PyTorch":
         request.getfixturevalue("without_kernels")
     layer = sparse_layer()
@@ -283,7 +283,7 @@ def test_a_second_derivative_is_refused(path: str, request: pytest.FixtureReques
     for power in (1, 2):
         with Recording() if path == "operators" else nullcontext(), pytest.raises(RuntimeError, match="no double backward"):
             penalty(x, power)
-    layer(x).sum().backward()  # a first one still is no problem
+    layer(x).sum().backward()  # a first derivative still works
 
 
 @pytest.mark.parametrize("compute", ["sparse", "dense"])
@@ -354,7 +354,7 @@ def test_a_dtype_without_a_kernel_runs_in_plain_pytorch_and_says_so_once(monkeyp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(layer(x), y)
-        sparse_layer(5, 4)(torch.randn(1, 5))  # float32 has one
+        sparse_layer(5, 4)(torch.randn(1, 5))  # float32 has a kernel
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), plain(x).float(), rtol=0.05, atol=0.1)
     y.sum().backward()

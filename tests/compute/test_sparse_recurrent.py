@@ -1,4 +1,4 @@
-"""Sparse compute of LSTMs and GRUs: the same numbers as torch's own layers with the same weights, dense where it can't be sparse."""
+"""Sparse compute of LSTMs and GRUs gives the numbers of torch's own layers, and dense compute takes the cases that it can't."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ both_layers = pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
 
 
 def layer_and_twin(cell: Any, connectivity: Any = 0.3, compute: str = "sparse", **options: Any) -> tuple[Any, Any]:
-    """A converted layer and an ordinary one with the same weights."""
+    """Make a converted layer and an ordinary one with the same weights."""
     torch.manual_seed(0)
     layer = sparsify(cell(**options), connectivity, compute=compute)
     return layer, densify(copy.deepcopy(layer))
@@ -35,7 +35,7 @@ def layer_and_twin(cell: Any, connectivity: Any = 0.3, compute: str = "sparse", 
 
 @pytest.fixture
 def sparse_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of steps of each layer and direction that kernels went through forward."""
+    """List the number of steps of each forward pass of the kernels, by layer and direction."""
     found: list[int] = []
     plain = recurrent._forward
 
@@ -48,7 +48,7 @@ def sparse_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def outcome(layer: nn.RNNBase, x: Tensor, states: Any) -> dict[str, Tensor]:
-    """Outputs and all gradients, those of converted weights at the places of their connections."""
+    """Compute outputs and all gradients; for converted weights, those at the places of their connections."""
     given = () if states is None else tensors_in(states)
     inputs = [one.detach().clone().requires_grad_() for one in (x, *given)]
     output = layer(inputs[0], None if states is None else tuple(inputs[1:]) if isinstance(states, tuple) else inputs[1])
@@ -80,12 +80,12 @@ def assert_same(layer: Any, twin: Any, x: Tensor, states: Any = None) -> None:
     tolerance = TOLERANCE[x.dtype]
     for name, value in expected.items():
         assert ours[name].shape == value.shape and ours[name].dtype == value.dtype
-        scale = max(1.0, float(value.detach().abs().max()))  # of gradients that sum over many steps
+        scale = max(1.0, float(value.detach().abs().max()))  # gradients that sum over many steps are large
         torch.testing.assert_close(ours[name], value, rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def some_states(layer: nn.RNNBase, batch: int | None, dtype: torch.dtype) -> Any:
-    """h, and c of an LSTM, as the layer takes them."""
+    """Make h and, for an LSTM, c in the form that the layer takes."""
     count = layer.num_layers * (2 if layer.bidirectional else 1)
     shape = (count, layer.hidden_size) if batch is None else (count, batch, layer.hidden_size)
     h = torch.randn(shape, dtype=dtype)
@@ -129,7 +129,7 @@ def test_several_tiles_parts_and_threads(threads: int, cell: Any, sparse_layers:
 @both_layers
 @pytest.mark.parametrize("connectivity", [{"weight_ih_l0": 1, "weight_hh_l0": 1}, 1.0], ids=["K = 1", "K = N"])
 def test_one_connection_and_all(connectivity: Any, cell: Any) -> None:
-    # (more than one chunk of 256 connections in a row, and many rows and columns with none)
+    # all: more than one chunk of 256 connections in a row; one: many rows and columns without connections
     layer, twin = layer_and_twin(cell, connectivity, input_size=300, hidden_size=33, dtype=torch.float64)
     assert_same(layer, twin, torch.randn(4, 5, 300, dtype=torch.float64))
 
@@ -156,7 +156,9 @@ def test_only_the_gradients_asked_for(cell: Any) -> None:
             parameter.requires_grad_(name not in frozen)
         torch.manual_seed(1)
         output = layer(x)
-        sum((one.double() * torch.randn(one.shape, dtype=torch.float64)).sum() for one in tensors_in(output)).backward()  # type: ignore[union-attr]
+        sum(  # type: ignore[union-attr]
+            (one.double() * torch.randn(one.shape, dtype=torch.float64)).sum() for one in tensors_in(output)
+        ).backward()
         assert (x.grad is None) == (frozen != names)
         if x.grad is not None:
             torch.testing.assert_close(x.grad, expected["dx"])
@@ -188,7 +190,7 @@ def test_dropout_between_layers_is_that_of_torch(cell: Any) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
 def test_sigmoid_and_tanh_from_tiny_to_huge(dtype: torch.dtype) -> None:
-    """One unit whose gates are x: the input gate open, the cell's input tanh(x); then the other way round."""
+    """One unit with x as its gates: the input gate is open and the cell's input is tanh(x); then the other way round."""
     layer = nn.LSTM(4, 1, dtype=dtype)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -233,7 +235,7 @@ def test_a_second_derivative_and_a_rewired_graph_are_refused(cell: Any) -> None:
 
 
 class TestDense:
-    """What sparse compute leaves alone runs as torch's own layer, with the same numbers."""
+    """The cases that sparse compute does not take run as torch's own layer, with the same numbers."""
 
     @both_layers
     def test_packed_sequences_projections_and_partly_converted_layers(self, cell: Any, sparse_layers: list[int]) -> None:
@@ -322,7 +324,7 @@ class TestDense:
             (nn.LSTM, 0.9, 32, (30, 100), False),
             (nn.LSTM, 0.3, 1, (30, 100), False),
             (nn.GRU, 0.05, 32, (30, 100), True),
-            (nn.GRU, 0.3, 1, (30, 100), True),  # torch's own takes long for a step, of however few units
+            (nn.GRU, 0.3, 1, (30, 100), True),  # torch's GRU takes long for a step, even of few units
             (nn.GRU, 0.9, 1, (256, 400), False),
             (nn.GRU, 0.9, 32, (256, 400), False),
         ],

@@ -1,4 +1,4 @@
-"""A training with sparse compute is the training with dense compute, after every step and whatever happens in between."""
+"""Training with sparse compute equals training with dense compute after every step, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_they_agree_after_deepcopy() -> None:
         one.begin()
     pair.train(20, 1)
     for (net, _, _), state in zip(originals, before, strict=True):
-        assert_equal_states(state_of(net), state)  # what a copy does is the copy's own
+        assert_equal_states(state_of(net), state)  # training the copy does not change the original
     for one, (net, optimizer, rewiring) in zip(pair.both, originals, strict=True):
         one.net, one.optimizer, one.rewiring = net, optimizer, rewiring
     pair.train(10, 2)
@@ -125,14 +125,14 @@ def test_they_agree_after_another_dtype_and_back() -> None:
     pair.compare_outputs()
     for net in pair.nets:
         net.to(torch.float64)
-    for one in pair.both:  # (momentum of the former dtype would not do)
+    for one in pair.both:  # momentum of the former dtype does not fit
         one.optimizer.state.clear()
     pair.compare()
     pair.train(20, 1)
 
 
 def test_they_agree_after_an_average_is_swapped_in_and_out() -> None:
-    """Values move through ``.data.copy_``, which no version counter sees."""
+    """The swap writes through ``.data.copy_``, which does not change the version counter."""
     pair = Pair()
     averages = [AveragedModel(net, avg_fn=get_ema_avg_fn(0.9)) for net in pair.nets]
 
@@ -196,7 +196,7 @@ def test_they_agree_after_remove_and_densify() -> None:
     places = [slots.places.clone() for slots in all_slots(pair.nets[0])]
     for one in pair.both:
         one.rewiring.remove()
-    pair.train(10, 1)  # no callback: connections stay, values go on
+    pair.train(10, 1)  # without a callback, connections stay and values change
     assert_equal_states(places, [slots.places for slots in all_slots(pair.nets[0])])
     pair.compare_outputs()
     for one in pair.both:
@@ -244,7 +244,7 @@ def test_a_resumed_training_is_the_same_to_the_bit(dtype: torch.dtype, tmp_path:
 @needs_kernels
 @pytest.mark.parametrize("connectivity", [0.01, 0.2, 0.5, 0.8, 1.0])
 def test_the_order_that_follows_is_the_order_built_anew(connectivity: float) -> None:
-    """By row, then by column, whatever happened: that is what makes a resumed training equal."""
+    """The order depends on the places alone, not on their history; otherwise a resumed training would differ."""
     torch.manual_seed(0)
     net = sparsify(nn.Linear(90, 70, bias=False), connectivity, compute="sparse", seed=SEED)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -261,7 +261,7 @@ def test_the_order_that_follows_is_the_order_built_anew(connectivity: float) -> 
         assert torch.equal(order.buffer, Order(slots.places, slots.signs, slots.shape).buffer), f"step {step}"
     assert reborn > 3 * slots.count
 
-    # and what is in it, told apart from how it is built
+    # the contents of the order, without the code that builds it
     base = order.buffer.data_ptr()
     parts = [(a - base) // 4 for a in addresses(order.buffer, 70, 90, slots.count)]
     read = [

@@ -1,4 +1,4 @@
-"""``layer.weight`` of a sparse layer: it tells what it is without being built, and reads as the dense tensor."""
+"""``layer.weight`` of a sparse layer: its shape and dtype are known without building it, and it reads as the dense tensor."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_arithmetic_with_the_weight_reaches_theta(name: str) -> None:
 
 @pytest.mark.parametrize("compute", ["sparse", "dense"])
 def test_writing_into_the_weight_changes_nothing(compute: str) -> None:
-    """What is read is built anew each time, under either compute; a layer is initialized before it is converted."""
+    """Every read builds the weight again, under either compute. A layer is initialized before it is converted."""
     layer = sparse_layer(compute=compute)
     x = torch.randn(5, 14)
     before, state = layer(x), state_of(layer)

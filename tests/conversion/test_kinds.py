@@ -40,7 +40,7 @@ def _no_kind_stays_registered() -> Iterator[None]:
 
 
 def tensors_of(net: nn.Module) -> Iterator[tuple[Kind, nn.Module, str, Tensor]]:
-    """What a network holds in layers of a known kind: (kind, module, the tensor's name, its values)."""
+    """List the tensors of a network in layers of a known kind: (kind, module, the tensor's name, its values)."""
     for module in net.modules():
         kind = kind_of(type(module))
         for name, parameter in module.named_parameters(recurse=False):
@@ -62,7 +62,7 @@ def test_the_table_of_layers_has_every_kind_and_every_tensor_of_it() -> None:
 def test_all_takes_of_a_kind_what_the_record_says(layer: Layer) -> None:
     taken = {c.name for c in candidates(layer.build()) if not c.left_out}
     assert taken == (set() if layer.named else set(layer.tensors))
-    assert set(layer.tensors) == {c.name for c in candidates(layer.build())}, "what only a name takes is found, too"
+    assert set(layer.tensors) == {c.name for c in candidates(layer.build())}, "tensors that only a name takes are found, too"
 
 
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.name != "own_layer"], ids=str)
@@ -116,7 +116,7 @@ class TwoMatrices(nn.Module):
 
 
 def test_every_matrix_of_an_own_layer_may_be_computed_sparsely() -> None:
-    """The second one is converted when the layer's class is one of torch's making already."""
+    """Torch has made the layer's class already when the second matrix is converted."""
     net = sparsify(TwoMatrices(), 0.3, target_modules=["first", "second"], compute="sparse")
     assert [row["compute"] for row in connectivity_report(net)] == ["sparse", "sparse"]
     twin, x = densify(copy.deepcopy(net)), torch.randn(6, 14)
@@ -135,7 +135,7 @@ def test_a_convolution_of_soft_deepr_is_compiled_in_one_graph() -> None:
 
 @pytest.fixture(name="documented")
 def _documented() -> dict[str, Any]:
-    """What the document's code makes: it is run as it stands."""
+    """Run the code of the document unchanged, and return the names that it defines."""
     names: dict[str, Any] = {}
     text = DOCUMENT.read_text(encoding="utf-8").partition("\n# A new kind of layer\n")[2]
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL)):
@@ -148,7 +148,7 @@ def test_the_documents_layer_is_converted_by_all(documented: dict[str, Any]) -> 
     net = nn.Sequential(grouped(12, 6, groups=3), nn.Linear(6, 4))
     assert not any(candidate.left_out for candidate in candidates(net))
     del kinds._registered[grouped]
-    assert "is no kind that is known" in candidates(net)[0].left_out, "without its record it is not"
+    assert "is not a known kind of layer" in candidates(net)[0].left_out, "without its record it is not"
 
 
 @pytest.mark.parametrize("init", ["module", "deepr"])
@@ -261,7 +261,7 @@ def test_a_subclass_is_of_the_kind_of_its_nearest_class() -> None:
     record = Kind((Kernel,), weight_bound=lambda layer, shape: 1.0)
     register_kind(record)
     assert kind_of(Further) is record and kind_of(nn.Linear) is KINDS[0] and kind_of(nn.ReLU) is OTHER
-    assert kind_of(type(sparsify(Further(7, 5), 0.5))) is record, "of a converted layer, too"
+    assert kind_of(type(sparsify(Further(7, 5), 0.5))) is record, "also for a converted layer"
 
 
 def test_a_record_may_refuse_a_module_and_draw_from_a_normal_distribution() -> None:
@@ -281,7 +281,7 @@ def test_a_kind_without_a_bound_needs_another_start_on_meta() -> None:
     register_kind(Kind((Kernel,)))
     with torch.device("meta"):
         layer = Kernel(7, 5)
-    with pytest.raises(ValueError, match=r'Kernel is no kind whose start is known: expected init="deepr"'):
+    with pytest.raises(ValueError, match=r'how Kernel starts its weight is not known: expected init="deepr"'):
         sparsify(layer, 0.5)
     assert bool(flat(sparsify(layer, 0.5, init="deepr")(torch.randn(3, 7))).isfinite().all())
 

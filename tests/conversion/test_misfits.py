@@ -1,4 +1,4 @@
-"""What does not fit the network is refused by name, and the network stays as it is."""
+"""Arguments that do not fit the network are refused by name, and the network does not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors become sparse, how many connections each of them gets, and the report that says so."""
+"""The choice of tensors that become sparse, the number of connections of each, and the report."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def shapes_of(generator: random.Random) -> list[nn.Module]:
 
 
 def exact_erdos_renyi(shapes: list[tuple[int, ...]], budget: int, kernel: bool) -> list[Fraction] | None:
-    """The shares by the definition: grow a common factor until the budget is used, full layers set aside one after another.
+    """Compute the shares from the definition: a common factor that uses the budget, with full layers set aside one by one.
 
-    None where a share would be less than one connection (the implementation raises those to 1, a rule of its own).
+    Returns None if a share is less than one connection: the implementation raises it to 1, which the definition does not.
     """
     sizes = [math.prod(shape) for shape in shapes]
     raw = [Fraction(sum(s if kernel else s[:2]), math.prod(s if kernel else s[:2])) for s in shapes]
@@ -161,15 +161,15 @@ def test_counts_of_random_networks_add_up() -> None:
 def test_share_out_takes_the_largest_remainders() -> None:
     assert share_out(10, [1, 1, 1], [9, 9, 9], "x") == [4, 3, 3]
     assert share_out(10, [5.5, 2.4, 2.1], [9, 9, 9], "x") == [6, 2, 2]
-    assert share_out(10, [100, 1, 1], [4, 9, 9], "x") == [4, 3, 3]  # what is full gives to the others in proportion
-    assert share_out(10, [1e9, 1, 1], [10, 10, 10], "x") == [8, 1, 1]  # and nobody goes without
+    assert share_out(10, [100, 1, 1], [4, 9, 9], "x") == [4, 3, 3]  # the rest of a full tensor goes to the others in proportion
+    assert share_out(10, [1e9, 1, 1], [10, 10, 10], "x") == [8, 1, 1]  # and every tensor gets at least one
 
 
-# -- a dict -----------------------------------------------------------------------------------------------------------------------
+# -- a dict -------------------------------------------------------------------------------------------------------------------
 
 
 class Network(nn.Module):
-    """One of everything that selection tells apart."""
+    """A network with one of each case that selection distinguishes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ def test_dict_gives_a_value_per_tensor() -> None:
         "encoder.2.weight": 60,
         "lstm.weight_hh_l0": 9,
         "head.weight": 10,
-        "embed.weight": 30,  # named, as the two below
+        "embed.weight": 30,  # named, like the two below
         "own.weight": 3,
         "frozen.weight": 2,
     }
@@ -236,7 +236,7 @@ def test_one_connection_is_asked_about(connectivity: Any) -> None:
         check_connectivity(2)
 
 
-# -- which --------------------------------------------------------------------------------------------------------------------------
+# -- which --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_layer_used_twice_is_converted_once() -> None:
     assert len(list(net.parameters())) == 2
 
 
-# -- the report -----------------------------------------------------------------------------------------------------------------------
+# -- the report ---------------------------------------------------------------------------------------------------------------
 
 
 def test_report_says_what_was_left_out_and_why() -> None:
@@ -354,7 +354,7 @@ def test_report_as_data() -> None:
 
 def test_report_as_a_data_frame() -> None:
     report = connectivity_report(sparsify(LeNet300100(), 2662))
-    if importlib.util.find_spec("pandas") is None:  # pandas is optional, and we say so
+    if importlib.util.find_spec("pandas") is None:  # pandas is optional, and the error says so
         with pytest.raises(ImportError, match=r"to_pandas needs pandas: `pip install pandas`"):
             report.to_pandas()
         return

@@ -1,4 +1,4 @@
-"""Where training starts: the places, the values and the signs of each ``init``, and modules on the meta device."""
+"""The start of training: the places, values and signs of each ``init``, and modules on the meta device."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lightning_deepr.algorithm.rewiring import random_places, reactivate
 from tests.helpers.layers import LAYERS, Layer, flat
 from tests.helpers.state import assert_connected, slots_by_name, theta_of
 
-P_VALUE = 1e-3  # seeds are fixed: a test that passes once passes always
+P_VALUE = 1e-3  # the seeds are fixed: a test that passes once always passes
 
 
-# -- places ---------------------------------------------------------------------------------------------------------------------
+# -- places -------------------------------------------------------------------------------------------------------------------
 
 
 def test_places_are_a_function_of_the_seed() -> None:
@@ -30,11 +30,11 @@ def test_places_are_a_function_of_the_seed() -> None:
         return connections(sparsify(nn.Linear(40, 30), 100, **options))["weight"][1].tolist()
 
     for init in ("module", "deepr"):
-        assert places(init=init) == places(init=init), "the same on repeated calls, whatever the global generator does"
+        assert places(init=init) == places(init=init), "repeated calls agree, whatever the global generator does"
         assert places(init=init, seed=1) != places(init=init)
     assert places(init="deepr") == places(init="module")
     two = connections(sparsify(nn.Sequential(nn.Linear(40, 30), nn.Linear(40, 30)), 200, distribution="uniform"))
-    assert two["0.weight"][1].tolist() != two["1.weight"][1].tolist(), "tensors of one network draw apart"
+    assert two["0.weight"][1].tolist() != two["1.weight"][1].tolist(), "tensors of one network draw differently"
 
 
 @pytest.mark.parametrize(("total", "count"), [(1, 1), (7, 7), (64, 32), (64, 33), (1000, 999), (5, 1)])
@@ -54,7 +54,7 @@ def test_places_are_uniform(total: int, count: int) -> None:
     # drawn without replacement, so the counts vary less than a multinomial's
     statistic = ((counted - draws * share) ** 2).sum() / (draws * share * (1 - share)) * (total - 1) / total
     assert P_VALUE < stats.chi2.sf(float(statistic), total - 1) < 1 - P_VALUE
-    for slot in (0, count - 1):  # in no slot does a place come more often than in another
+    for slot in (0, count - 1):  # no slot prefers a place
         assert stats.chisquare(torch.bincount(found[:, slot], minlength=total)).pvalue > P_VALUE
 
 
@@ -75,7 +75,7 @@ def test_places_among_a_trillion() -> None:
         assert stats.chisquare(torch.bincount(places % modulus, minlength=modulus)).pvalue > P_VALUE
 
 
-# -- values: "module" ----------------------------------------------------------------------------------------------------------------
+# -- values: "module" ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -104,7 +104,7 @@ def test_module_keeps_the_variance_of_the_output(make: Any, size: tuple[int, ...
     assert found == pytest.approx(dense, rel=0.08)
 
 
-# -- values: "deepr" -----------------------------------------------------------------------------------------------------------------
+# -- values: "deepr" ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_deepr_is_half_normal_over_the_root_of_the_dense_fan_in(make: Any, fan_i
         assert stats.kstest(theta.numpy() * math.sqrt(inputs), "halfnorm").pvalue > P_VALUE
 
 
-# -- values: "largest" ---------------------------------------------------------------------------------------------------------------
+# -- values: "largest" --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
@@ -155,7 +155,7 @@ def test_a_connection_that_comes_back_has_its_own_sign() -> None:
     layer = sparsify(nn.Linear(8, 6), 10, init="largest")
     slots, theta = slots_by_name(layer)["weight"], theta_of(layer, "weight").detach()
     exceptions = set(slots.exceptions.tolist())
-    assert exceptions, "this seed has none"
+    assert exceptions, "this seed has no exceptions"
     first = dict(zip(slots.places.tolist(), slots.signs.tolist(), strict=True))
     left: set[int] = set()
     came_back: set[int] = set()
@@ -179,14 +179,14 @@ def test_largest_of_weights_that_are_zero() -> None:
     assert bool((theta_of(layer, "weight") == 0).all())
 
 
-# -- the meta device -----------------------------------------------------------------------------------------------------------------
+# -- the meta device ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_layer_of_a_trillion_weights() -> None:
     started = time.process_time()  # of this process alone, whatever else the machine does
     layer = sparsify(nn.Linear(1_000_000, 1_000_000, device="meta"), 1000, device="cpu")
     shape, places, values = connections(layer)["weight"]
-    assert time.process_time() - started < 60  # a look at every weight would take an hour
+    assert time.process_time() - started < 60  # a pass over all weights would take an hour
     assert shape == (1_000_000, 1_000_000) and places.numel() == values.numel() == 1000
     assert int(places.max()) > 2**35 and layer.bias.device.type == "cpu"
     bound = 1 / math.sqrt(1_000_000) * math.sqrt(1e12 / 1000)
@@ -201,7 +201,7 @@ def test_a_layer_of_a_trillion_weights() -> None:
     assert_connected(layer, {"weight": 1000})
 
 
-# (whose magnitudes a layer of the user's own has is not known: the last test)
+# The magnitudes of a user's own layer are not known: see the last test.
 ON_META = [(layer, init) for layer in LAYERS for init in ("module", "deepr") if (layer.name, init) != ("own_layer", "module")]
 
 
@@ -217,7 +217,7 @@ def test_a_module_on_meta_is_materialized(layer: Layer, init: str) -> None:
     twin = sparsify(layer.build(), 0.3, target_modules=layer.target, init=init)
     for name, (shape, places, values) in connections(module).items():
         assert shape == connections(twin)[name][0]
-        assert torch.equal(places, connections(twin)[name][1]), "the same places as of a layer that was built"
+        assert torch.equal(places, connections(twin)[name][1]), "the same places as in a layer on a real device"
         if init == "deepr":
             assert torch.equal(values, connections(twin)[name][2])
         else:  # the same distribution, by its spread
@@ -238,7 +238,7 @@ def test_what_cannot_be_materialized_is_refused() -> None:
     with torch.device("meta"):
         own = next(layer for layer in LAYERS if layer.name == "own_layer").make()
         linear = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match=r'no kind whose start is known: expected init="deepr"'):
+    with pytest.raises(ValueError, match=r'starts its weight is not known: expected init="deepr"'):
         sparsify(own, 0.3, target_modules=["weight"])
     with pytest.raises(ValueError, match=r'init="largest" needs a trained layer'):
         sparsify(linear, 0.3, init="largest")

@@ -1,4 +1,4 @@
-"""C source holds the same network: compiled by the machine's compiler; the example in examples/c."""
+"""The exported C source, compiled here, computes the same network; the example in examples/c runs."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ EXAMPLE = ROOT / "examples" / "c"
 
 
 def run_in_c(folder: Path, inputs: Tensor, outputs: int, name: str = "predict") -> Tensor:
-    """Compile <folder>/model.h, strictly, as a shared library and give it the inputs one by one."""
+    """Compile <folder>/model.h as a shared library, with all warnings as errors, and run it on each input."""
     assert CC is not None
     source, library = folder / "run.c", folder / "run.so"
     source.write_text(
-        f'#include "model.h"\nvoid run(const float *in, float *out);\nvoid run(const float *in, float *out) {{ {name}(in, out); }}\n'
+        '#include "model.h"\nvoid run(const float *in, float *out);\n'
+        f"void run(const float *in, float *out) {{ {name}(in, out); }}\n"
     )
     flags = ["-O2", "-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     done = subprocess.run([CC, *flags, "-o", str(library), str(source)], capture_output=True, text=True, timeout=1800)
@@ -63,7 +64,7 @@ def test_c_reproduces_the_network(kind: str, tmp_path: Path) -> None:
     assert header.connections == sum(int((w != 0).sum()) for n, w in to_dense_state_dict(net).items() if n.endswith("weight"))
 
 
-SHAPES = {  # inputs, connections: how the connections of a 20-row layer are stored
+SHAPES = {  # inputs and connections of a layer of 20 rows, for each kind of storage
     "gaps_with_escapes": (3000, 400, "gaps"),
     "columns_in_two_bytes": (60_000, 30, "columns"),
     "columns_in_four_bytes": (100_000, 30, "columns"),
@@ -80,7 +81,7 @@ def test_c_in_every_encoding(shape: str, weights: Any, tmp_path: Path) -> None:
     header = to_c_header(net, tmp_path / "model.h", weights=weights, name="net")
     assert header.layers[0][1] == kind
     weight = densify(copy.deepcopy(net))[0].weight.detach().double()
-    if weights != "float32":  # what is stored: whole multiples of the largest weight over the number of levels
+    if weights != "float32":  # stored values are whole multiples of the largest weight over the number of levels
         scale = weight.abs().max() / {"int16": 32767, "int8": 127}[weights]
         rounded = (weight / scale).round() * scale
         assert header.rounding == pytest.approx(float((rounded - weight).abs().max()), abs=1e-6)
@@ -108,7 +109,7 @@ def test_gaps_decode_to_the_columns() -> None:
 
 
 class Followed(nn.Module):
-    """All that is passed over, in one forward."""
+    """A forward with every operation that the export skips."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +155,7 @@ class Branching(nn.Module):
         (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(5, 4)), "`0` has 4 outputs, and `2` takes 5"),
         (nn.Sequential(nn.Identity()), "no linear layer"),
         (BLSTMClassifier(), r"can't be followed|found"),
-        (Residual(), "no link of one chain"),
+        (Residual(), "not a link of one chain"),
         (Branching(), "can't be followed"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",

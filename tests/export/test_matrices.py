@@ -1,4 +1,4 @@
-"""Dense state_dict and CSR matrices hold the same network."""
+"""The dense state_dict and the CSR matrices hold the same network."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_dense_state_dict_is_that_of_the_plain_layer(layer: Layer) -> None:
     for name, (_, places, values) in connections(sparse).items():
         assert torch.equal(state[name].reshape(-1)[places], values)
         assert int((state[name] != 0).sum()) == int((values != 0).sum())
-    state[next(iter(state))].fill_(7)  # a copy: the module stays as it is
+    state[next(iter(state))].fill_(7)  # it is a copy: the module does not change
     assert all(torch.equal(tensor, before[name]) for name, tensor in sparse.state_dict().items())
 
 

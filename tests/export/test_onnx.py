@@ -1,4 +1,4 @@
-"""ONNX holds the same network, as onnxruntime runs it."""
+"""onnxruntime reproduces the network from the ONNX file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* is an int and means one singl
 
 
 def onnx_outputs(path: Path, *inputs: Tensor) -> list[np.ndarray]:
-    """Read and run without this package's help."""
+    """Read and run a file without this package."""
     runtime = pytest.importorskip("onnxruntime")
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return session.run(None, {entry.name: x.numpy() for entry, x in zip(session.get_inputs(), inputs, strict=True)})
@@ -56,7 +56,7 @@ def test_onnxruntime_reproduces_the_network(name: str, sparse: bool, tmp_path: P
     assert len(file.checked_shapes) == 3
     other = tuple(
         size + 4 if dimension in dynamic else size for dimension, size in enumerate(shape)
-    )  # sizes that no check has seen
+    )  # sizes that to_onnx did not check
     x = torch.randn(other)
     with torch.no_grad():
         wanted = flat(net(x)).numpy()
@@ -70,7 +70,7 @@ def test_onnxruntime_reproduces_the_network(name: str, sparse: bool, tmp_path: P
 @pytest.mark.parametrize("kind", ["speech", "noise"])
 @pytest.mark.parametrize("name", zoo.list_models("timit_blstm.*"))
 def test_onnxruntime_runs_the_lstms_of_the_zoo(name: str, kind: str, tmp_path: Path) -> None:
-    """On the test speakers' utterances, where TIMIT's sample is at hand, and on sizes that the exporter has not seen."""
+    """Use the test speakers' utterances if the TIMIT sample is there, and sizes that the exporter has not seen."""
     pytest.importorskip("onnxscript")
     if kind == "speech":
         inputs = [x for x, _, _ in SequenceBatches(load_timit(real_sample(), cache_dir=tmp_path).test, 1)]
@@ -95,7 +95,7 @@ def test_onnx_of_every_kind_and_its_size(kind: str, tmp_path: Path) -> None:
     assert files[0].size > 4 * files[0].potential  # dense
     assert files[1].sparse_weights
     assert files[1].size < files[0].size
-    assert net.training  # left as it was
+    assert net.training  # not changed
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_scattered_weights_are_the_same_in_onnxruntime(tmp_path: Path) -> None:
         helper.make_graph(nodes, "g", ends[:1], ends[1:], constants), opset_imports=[helper.make_opsetid("", 18)], ir_version=9
     )
     before = proto.SerializeToString()
-    assert scatter_weights(proto) == ("weight",)  # the full one takes less room as it is
+    assert scatter_weights(proto) == ("weight",)  # the full one would become larger
     onnx.checker.check_model(proto, full_check=True)
     after = proto.SerializeToString()
     assert len(after) < len(before) - weight.nbytes + 1500

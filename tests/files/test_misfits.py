@@ -1,4 +1,4 @@
-"""Checkpoints that do not fit are refused, and the network stays as it is."""
+"""Checkpoints that do not fit are refused, and the network does not change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.trainer import trainer
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of one epoch of DEEP R."""
+    """Train one epoch with DEEP R, and return its checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoint")
     trainer(DeepR(0.3), ModelCheckpoint(folder, filename="sparse"), enable_checkpointing=True).fit(Net(), batches(3))
     return folder / "sparse.ckpt"
@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_load_from_checkpoint_of_a_class_that_builds_the_dense_model(checkpoint: Path) -> None:
     with pytest.raises(RuntimeError, match=r"lightning_deepr\.load_state_dict"):
         Net.load_from_checkpoint(checkpoint)
-    net = load_state_dict(Net(), checkpoint)  # what the message says
+    net = load_state_dict(Net(), checkpoint)  # the advice of the message
     assert_connected(net, {"fc1.weight": 45, "fc2.weight": 32})
 
 

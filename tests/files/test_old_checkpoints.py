@@ -1,4 +1,4 @@
-"""Checkpoints of an earlier version load, give what the network gave, and training goes on to where it went then."""
+"""Checkpoints of an earlier version load, give the same outputs, and continue to the same end of training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def expected() -> dict[str, dict[str, Tensor]]:
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
-    """Equal but for the last bits, which depend on the order in which a CPU adds."""
+    """Compare up to the last bits, which depend on the order of sums on a CPU."""
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 

@@ -1,4 +1,4 @@
-"""The file of a sparse model: what is equal after loading, how large it is, what is refused, and that it can be read without the package."""
+"""The file of a sparse model: equality after loading, its size, refused files, and a reader without the package."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def trained(**options: Any) -> nn.Module:
 
 
 def numbered_by_place(net: nn.Module) -> nn.Module:
-    """The same network with its slots in the order in which a file has them."""
+    """Return the same network with its slots in the order of the file."""
     net = copy.deepcopy(net)
     for converted in converted_tensors(net):
         slots, order = converted.slots, converted.slots.places.argsort()
@@ -69,7 +69,7 @@ def numbered_by_place(net: nn.Module) -> nn.Module:
 
 
 def everything(net: nn.Module, but: tuple[str, ...] = ("born",)) -> dict[str, Any]:
-    """All that a network consists of."""
+    """Collect the complete state of a network."""
     state = {name: value for name, value in net.state_dict().items() if not name.endswith(but)}
     for converted in converted_tensors(net):
         state[converted.name + " signs"] = converted.slots.signs
@@ -143,7 +143,7 @@ def test_equal_after_loading(tmp_path: Path) -> None:
 
 
 def test_training_on_after_loading_equals_never_having_saved(tmp_path: Path) -> None:
-    """With the slots numbered by place, that is: births are drawn by slot number."""
+    """This holds for slots numbered by place, because births are drawn by slot number."""
     net = trained()
     loaded = load_state_dict(mlp(), save_sparse(net, tmp_path / "net.safetensors"))
     twice = load_state_dict(mlp(), save_sparse(loaded, tmp_path / "twice.safetensors"))
@@ -171,7 +171,7 @@ def test_exceptions_that_are_dormant_are_kept(tmp_path: Path) -> None:
     net = train(sparsify(mlp(), 0.3, init="largest"), DeepR(l1=0.3), batches(20))
     slots = next(converted_tensors(net)).slots
     dormant = np.setdiff1d(slots.exceptions.numpy(), slots.places.numpy())
-    assert dormant.size and dormant.size < slots.exceptions.numel(), "the case is not there"
+    assert dormant.size and dormant.size < slots.exceptions.numel(), "this training does not produce the case"
     loaded = load_state_dict(mlp(), save_sparse(net, tmp_path / "net.safetensors"))
     assert_same(everything(loaded), everything(numbered_by_place(net)))
 
@@ -187,7 +187,7 @@ def test_weights_that_passed_through_zero(tmp_path: Path) -> None:
 
 
 def test_soft_networks_are_written_by_their_active_connections(tmp_path: Path) -> None:
-    """Their exceptions stay, also of what is dormant or at 0."""
+    """Their exceptions stay, also those at dormant places and at weights of 0."""
     torch.manual_seed(0)
     net = SoftDeepR(0.3, temperature=1e-3, init="largest").prepare(mlp())
     soft = next(converted_tensors(net)).slots
@@ -239,7 +239,7 @@ def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
 
 
 def test_the_reader_in_the_documentation(tmp_path: Path) -> None:
-    """30 lines without the package: read by a Python that can't import it."""
+    """A Python that can't import the package runs the 30 lines of the reader."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "format.md").read_text(encoding="utf-8"), re.DOTALL)
     assert code is not None and len(code[1].splitlines()) <= 30
     assert set(re.findall(r"^import (\w+)", code[1], re.MULTILINE)) == {"hashlib", "json", "struct", "numpy"}
@@ -262,7 +262,7 @@ def test_the_reader_in_the_documentation(tmp_path: Path) -> None:
 
 
 def test_bytes_per_connection(tmp_path: Path) -> None:
-    """LeNet-300-100 at 1 %, all included, with the metadata of a zoo model."""
+    """LeNet-300-100 at 1 %, the whole file with the metadata of a zoo model."""
     metadata = {
         "algorithm": {"name": "DeepR", "hyperparameters": {"l1": 1e-4, "temperature": {"coefficient": 1e-12, "power": 2}}},
         "metrics": {"test_accuracy": {"value": 0.9741, "correct": 9741, "examples": 10000, "mean": 0.973, "std": 0.001}},
@@ -285,7 +285,7 @@ def test_no_dense_tensor_is_built_in_sparse_loading(tmp_path: Path, make: Callab
     rows = zoo.info(path)["connectivity"]["rows"]
     with Recording() as seen:
         zoo.load(path)
-    # the widest thing is a piece of the file itself, in bytes: values are checked and read from it
+    # the largest tensor is a piece of the file in bytes, from which values are checked and read
     most = path.stat().st_size
     assert 0 < seen.largest <= most < max(row["total"] for row in rows)
     with Recording() as seen:
@@ -297,7 +297,7 @@ def test_no_dense_tensor_is_built_in_sparse_loading(tmp_path: Path, make: Callab
 
 
 def changed(path: Path, change: Callable[[Parts], Any]) -> Path:
-    """The file with a change and a right digest."""
+    """Change a file, and write the right digest."""
     parts = Parts(path.read_bytes())
     change(parts)
     path.write_bytes(parts.file())
@@ -377,7 +377,7 @@ def test_refused_with_a_right_digest(tmp_path: Path, case: str) -> None:
 
 
 def test_the_change_itself_does_no_harm(tmp_path: Path) -> None:
-    """Else every case above would be refused, whatever it changes."""
+    """Otherwise every case above would be refused, whatever it changes."""
     path = zoo.save(sparsify(LeNet300100(), 0.01), tmp_path / "net.safetensors")
     before = path.read_bytes()
     assert_same(everything(zoo.load(changed(path, lambda parts: None))), everything(zoo.load(path)))

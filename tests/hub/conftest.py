@@ -1,4 +1,4 @@
-"""The Hub on loopback, and what lies on it."""
+"""The Hub on loopback, and a model file for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.hub_server import HubServer
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A server, and the client's settings for it: what HF_ENDPOINT, HF_HOME and HF_HUB_DISABLE_XET set at import."""
+    """Start a server, and give the client the settings that HF_ENDPOINT, HF_HOME and HF_HUB_DISABLE_XET make at import."""
     constants = huggingface_hub.constants
     with HubServer() as server:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -39,13 +39,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A model's file with what a trained one records."""
+    """Write a model's file with the metadata of a trained one."""
     return saved(lenet(), tmp_path / "lenet300_100.test.safetensors")
 
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long the client would have waited before it tried again."""
+    """Record how long the client would have waited before each new attempt."""
     slept: list[float] = []
     clock = types.SimpleNamespace(**{name: getattr(time, name) for name in dir(time) if not name.startswith("__")})
     clock.sleep = slept.append

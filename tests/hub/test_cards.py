@@ -1,4 +1,4 @@
-"""Model cards and pictures, from metadata alone."""
+"""Model cards and pictures are made from metadata alone."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_what_is_not_recorded_is_left_out(info: dict[str, Any]) -> None:
     data = huggingface_hub.ModelCard(text).data
     assert data.eval_results is None and data.license is None
     assert "sparse from the first step" not in text and "found by RigL" in card({**info, "algorithm": "RigL"})
-    assert "module=Net()" in text  # no registry can build it
+    assert "module=Net()" in text  # the zoo can't build this architecture
     assert metrics_table({"metrics": {"accuracy": 0.5, "note": "text", "flag": True}}).count("\n") == 2
     assert card({**info, "data": "MNIST", "recipe": "mnist_best", "algorithm": "DeepR", "license": "EUPL-9"}).startswith(
         "---\n"

@@ -16,7 +16,7 @@ from tests.helpers.hub_server import HubServer, Repository, Stored
 WEIGHTS = b"not quite a model" * 5000
 
 
-# the client's own affair with the library below it
+# the client warns about a library that it uses
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 tries_again = pytest.mark.skipif(
     int(huggingface_hub.__version__.split(".")[0]) < 2,
@@ -26,7 +26,7 @@ tries_again = pytest.mark.skipif(
 
 @pytest.fixture
 def stored(hub: HubServer) -> Repository:
-    """A repository with a large file and a regular one, as somebody else published it."""
+    """Make another user's repository with a large file and a regular one."""
     repository = Repository()
     hub.repositories["someone/net"] = repository
     hub.large[hashlib.sha256(WEIGHTS).hexdigest()] = WEIGHTS
@@ -38,7 +38,7 @@ FILES = r"/resolve/|/[0-9a-f]{64}"
 
 
 def methods(hub: HubServer) -> list[str]:
-    """What was asked about files (the client has questions of its own, too)."""
+    """List the methods of the requests for files; the client makes other requests, too."""
     return [request.method for request in hub.asked(FILES)]
 
 
@@ -47,9 +47,9 @@ def test_a_download_is_cached_and_pinned(hub: HubServer, stored: Repository) -> 
     assert path.read_bytes() == WEIGHTS
     assert revision_of(path) == stored.refs["main"]
     assert methods(hub) == ["HEAD", "GET"]
-    assert download("someone/net") == path  # the newest: one look, no download
+    assert download("someone/net") == path  # the newest revision: one request, no download
     assert methods(hub) == ["HEAD", "GET", "HEAD"]
-    download("someone/net", revision=revision_of(path))  # a pinned one: no request at all
+    download("someone/net", revision=revision_of(path))  # a pinned revision: no request
     assert methods(hub) == ["HEAD", "GET", "HEAD"]
     download("someone/net", force_download=True)
     assert methods(hub) == ["HEAD", "GET", "HEAD", "HEAD", "GET"]
@@ -76,7 +76,7 @@ def test_no_token_leaves_the_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch
 def test_a_cut_connection_goes_on_where_it_was(
     hub: HubServer, stored: Repository, waits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 4096)  # what is kept of a cut body is whole chunks
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 4096)  # the client keeps whole chunks of a cut body
     hub.cut(r"GET /[0-9a-f]{64}", after=20_000)
     assert download("someone/net").read_bytes() == WEIGHTS
     ranges = [request.headers.get("Range") for request in hub.asked(r"GET /[0-9a-f]{64}")]
@@ -93,7 +93,7 @@ def test_a_connection_that_stays_cut(hub: HubServer, stored: Repository, tmp_pat
         download("someone/net")
     assert caught.value.reason == "cut"
     left = [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.stat().st_size > 1000]
-    assert left == []  # nothing half is kept
+    assert left == []  # no partial file is kept
     hub.faults.clear()
     assert download("someone/net").read_bytes() == WEIGHTS
 
@@ -104,7 +104,7 @@ def test_the_client_tries_again(
 ) -> None:
     hub.fail("HEAD", 429, times=2, Retry_After="7")
     assert download("someone/net").read_bytes() == WEIGHTS
-    assert 8 in waits  # as long as Retry-After says, and one more
+    assert 8 in waits  # Retry-After and one second more
     hub.fail("HEAD", 500, times=1)
     assert download("someone/net", filename="config.json").read_bytes() == b"{}"
     hub.fail("PUT /", 500, times=2)
@@ -127,7 +127,7 @@ def test_server_error(hub: HubServer, stored: Repository) -> None:
         download("someone/net", filename="config.json")
     assert (caught.value.reason, caught.value.status) == ("server", 500)
     assert isinstance(caught.value.__cause__, Exception)
-    assert download("someone/net").read_bytes() == WEIGHTS  # what is in the cache is there without the Hub
+    assert download("someone/net").read_bytes() == WEIGHTS  # a file in the cache loads without the Hub
 
 
 def test_nothing_there(hub: HubServer, stored: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,14 +148,14 @@ def test_nothing_there(hub: HubServer, stored: Repository, monkeypatch: pytest.M
     ) as caught:
         download("someone/net")
     assert caught.value.reason == "no_file"
-    assert hub.asked(f"GET.*({FILES})") == []  # least of all the pickle
+    assert hub.asked(f"GET.*({FILES})") == []  # also not the pickle
     with pytest.raises(HubError, match="expected a repository as `owner/name`, found 'a/b/c'"):
         download("a/b/c")
 
 
 def test_no_access(hub: HubServer, stored: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     stored.private = True
-    for token, status in (("", 401), ("hf_reader", 404)):  # the Hub does not tell strangers that there is something
+    for token, status in (("", 401), ("hf_reader", 404)):  # the Hub hides private repositories from strangers
         monkeypatch.setenv("HF_TOKEN", token)
         with pytest.raises(HubError, match="For a private repository") as caught:
             download("someone/net")
@@ -186,7 +186,7 @@ def test_offline(hub: HubServer, stored: Repository, monkeypatch: pytest.MonkeyP
     ) as caught:
         download("someone/net", filename="config.json")
     assert caught.value.reason == "offline"
-    assert len(hub.requests) == asked  # not even the client's own questions
+    assert len(hub.requests) == asked  # not even the client's own requests
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     assert download("someone/net", local_files_only=True) == path
     with pytest.raises(HubError, match="since local_files_only=True was given"):
@@ -214,9 +214,9 @@ def test_an_endpoint_that_is_no_hub(hub: HubServer, stored: Repository) -> None:
 
 def test_checksum(hub: HubServer, stored: Repository) -> None:
     name = hashlib.sha256(WEIGHTS).hexdigest()
-    hub.large[name] = WEIGHTS[:-1] + b"?"  # of the right size
+    hub.large[name] = WEIGHTS[:-1] + b"?"  # the right size, another content
     with pytest.raises(
-        HubError, match=f"expected checksum {name}.*the file is damaged. It was taken out of the cache"
+        HubError, match=f"expected checksum {name}.*the file is damaged. It was removed from the cache"
     ) as caught:
         download("someone/net")
     assert caught.value.reason == "checksum"
@@ -225,14 +225,14 @@ def test_checksum(hub: HubServer, stored: Repository) -> None:
     assert path.read_bytes() == WEIGHTS
     blob = path.resolve()
     blob.chmod(0o644)
-    blob.write_bytes(WEIGHTS[:-1] + b"?")  # a bad disk
-    with pytest.raises(HubError, match="taken out of the cache"):
+    blob.write_bytes(WEIGHTS[:-1] + b"?")  # as a bad disk would change it
+    with pytest.raises(HubError, match="removed from the cache"):
         download("someone/net")
     assert download("someone/net", sha256=name.upper()).read_bytes() == WEIGHTS
     with pytest.raises(HubError, match=f"expected sha256 {'0' * 64}, found {name}"):
         download("someone/net", sha256="0" * 64)
-    assert path.exists()  # the caller's mistake, not the file's
+    assert path.exists()  # the caller gave a wrong checksum; the file is right
     regular = download("someone/net", filename="config.json")
     regular.resolve().write_bytes(b"[]")
-    with pytest.raises(HubError, match="taken out of the cache"):
+    with pytest.raises(HubError, match="removed from the cache"):
         download("someone/net", filename="config.json")

@@ -14,7 +14,7 @@ from lightning_deepr.hub import HubError, SparseHubMixin
 from tests.helpers.hub import Net, same
 from tests.helpers.hub_server import HubServer
 
-# the client's own affair with the library below it
+# the client warns about a library that it uses
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -57,7 +57,7 @@ class OwnLayer(nn.Linear, SparseHubMixin):
 
 
 def test_a_class_that_is_a_layer(tmp_path: Path) -> None:
-    net = sparsify(OwnLayer(40), 0.1)  # torch makes a class of its own for such a module
+    net = sparsify(OwnLayer(40), 0.1)  # torch derives a class for a parametrized module
     net.save_pretrained(tmp_path)
     assert "# OwnLayer\n" in (tmp_path / "README.md").read_text(encoding="utf-8")
     assert same(net, OwnLayer.from_pretrained(tmp_path))

@@ -1,4 +1,4 @@
-"""Models are published to a server on loopback that speaks the Hub's API, and loaded again; by Python, by the command line, by the environment."""
+"""Models are published to a loopback server with the Hub's API, and loaded again: from Python, commands and the environment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_deepr.hub import HubError, publish
 from tests.helpers.hub import MODEL, Net, lenet, same, saved
 from tests.helpers.hub_server import HubServer, Repository, Stored
 
-# the client's own affair with the library below it
+# the client warns about a library that it uses
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -59,14 +59,14 @@ def test_published_and_loaded_again(writer: HubServer, file: Path) -> None:
     assert same(net, zoo.load(file)) and same(net, lenet()) and not net.training
     dense = zoo.load(MODEL, source="hub", dense=True)
     assert torch.equal(dense.fc1.weight, net.fc1.weight) and type(dense.fc1) is nn.Linear
-    assert len(writer.asked(r"GET /[0-9a-f]{64}")) == 1  # the second load was the cache's
+    assert len(writer.asked(r"GET /[0-9a-f]{64}")) == 1  # the second load came from the cache
 
 
 def test_an_update_and_the_old_revision(writer: HubServer, file: Path, tmp_path: Path) -> None:
     first = publish(file, MODEL)
     sent = len(writer.asked("PUT"))
     assert sent == 1
-    assert publish(file, MODEL).revision == first.revision  # nothing is new: no commit, nothing sent
+    assert publish(file, MODEL).revision == first.revision  # nothing changed: no commit, no upload
     assert len(writer.asked("PUT")) == sent
     other = saved(lenet(seed=1), tmp_path / "other.safetensors")
     second = publish(other, MODEL, commit_message="better")
@@ -75,7 +75,7 @@ def test_an_update_and_the_old_revision(writer: HubServer, file: Path, tmp_path:
     assert same(zoo.load(MODEL, source="hub", revision=first.revision), lenet())
     asked = len(writer.requests)
     assert same(zoo.load(MODEL, source="hub", revision=first.revision), lenet())
-    assert len(writer.requests) == asked  # pinned and in the cache: nothing was asked
+    assert len(writer.requests) == asked  # pinned and in the cache: no request
     with pytest.raises(HubError, match=r"nobody else to write.*HTTP 412") as caught:
         publish(file, MODEL, parent_commit=first.revision)
     assert caught.value.reason == "conflict"
@@ -118,7 +118,7 @@ def test_publishing_that_fails(writer: HubServer, file: Path, tmp_path: Path, mo
     with pytest.raises(ValueError, match="damaged"):
         publish(tmp_path / "damaged.safetensors", MODEL)
     forged = bytearray(file.read_bytes())
-    forged[-300:] = b"\xff" * 300  # places past the end, under a digest that is right
+    forged[-300:] = b"\xff" * 300  # places past the end, with a right digest
     (tmp_path / "forged.safetensors").write_bytes(sign(forged))
     with pytest.raises(ValueError, match="places"):
         publish(tmp_path / "forged.safetensors", MODEL, picture=False)
@@ -158,7 +158,7 @@ def test_publishing_that_fails(writer: HubServer, file: Path, tmp_path: Path, mo
     assert caught.value.reason == "offline"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     writer.close()
-    huggingface_hub.utils.close_session()  # and what was kept alive
+    huggingface_hub.utils.close_session()  # and the connections that it keeps open
     with pytest.raises(HubError, match=r"expected to reach http://127.0.0.1"):
         publish(file, MODEL, picture=False)
 
@@ -184,7 +184,7 @@ def test_no_file_of_the_hub_is_executed(writer: HubServer, tmp_path: Path) -> No
         Net.from_pretrained("writer/trap")
     assert not (tmp_path / "sprung").exists() and writer.asked("pytorch_model|modeling") == []
     pickle.loads(trap)
-    assert (tmp_path / "sprung").exists()  # it would have
+    assert (tmp_path / "sprung").exists()  # unpickling it would have executed it
 
 
 def test_names_without_an_owner(hub: HubServer) -> None:
@@ -260,6 +260,9 @@ except OSError as error:
 
 
 def test_the_hub_is_imported_when_it_is_asked() -> None:
-    code = "import sys, lightning_deepr; from lightning_deepr import zoo; zoo.list_models(); print('huggingface_hub' in sys.modules)"
+    code = (
+        "import sys, lightning_deepr; from lightning_deepr import zoo; zoo.list_models(); "
+        "print('huggingface_hub' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
     assert done.stdout.strip() == "False", done.stderr
