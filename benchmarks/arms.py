@@ -1,4 +1,4 @@
-"""Training arms: a network, an optimizer and data as a block of whole training steps, and the peers that do the same."""
+"""Training arms: blocks of whole training steps for a network, an optimizer and data, here and in peer packages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 def batches(batch_size: int, shape: tuple[int, ...], count: int = 64) -> Batches:
-    """Random images from ten noisy prototypes: something to learn, so that rewiring has something to decide."""
+    """Make random images from ten noisy prototypes, so that the network can learn and rewiring has a gradient to act on."""
     generator = torch.Generator().manual_seed(0)
     prototypes = torch.rand(10, *shape, generator=generator)
     found = []
@@ -38,7 +38,7 @@ def sgd(net: nn.Module) -> torch.optim.Optimizer:
 
 
 def plain(net: nn.Module, optimizer: Any, data: Batches) -> Block:
-    """A plain loop; a step is forward, loss, backward and ``optimizer.step()`` with whatever is hooked to it."""
+    """Make a plain loop; a step is forward, loss, backward and ``optimizer.step()`` with its hooks."""
     done = 0
 
     def block(steps: int) -> list[float]:
@@ -58,7 +58,7 @@ def plain(net: nn.Module, optimizer: Any, data: Batches) -> Block:
 
 
 def start_newborn(net: nn.Module, share: float) -> None:
-    """Put a random share of the slots at theta = 0, where newborns start."""
+    """Set theta of a random share of the slots to 0, the starting value of newborns."""
     for converted in converted_tensors(net):
         theta = converted.theta.detach()
         theta[torch.rand_like(theta) < share] = 0.0
@@ -80,14 +80,14 @@ def weighted(net: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def masked(net: nn.Module, connectivity: float) -> nn.Module:
-    """What mask libraries compute, with no rewiring and nothing else around it."""
+    """Mask the weights, as mask libraries do, without rewiring or anything else."""
     for _, module in weighted(net):
         parametrize.register_parametrization(module, "weight", Mask(module.weight, connectivity))
     return net
 
 
 class _Steps:
-    """Several actions as one optimizer."""
+    """Several optimizers and actions, called as one optimizer."""
 
     def __init__(self, optimizers: list[Any], *steps: Any) -> None:
         self.optimizers, self.steps = optimizers, steps
@@ -114,7 +114,7 @@ def deep_rewire(net: nn.Module, connectivity: float, l1: float, data: Batches) -
 
 
 def rigl_torch(net: nn.Module, connectivity: float, data: Batches) -> Block | str:
-    """RigL on masked dense weights, at its default of one update in 100 steps. It leaves the first layer dense."""
+    """RigL on masked dense weights with its default of one update in 100 steps. It leaves the first layer dense."""
     try:
         from rigl_torch.RigL import RigLScheduler
 

@@ -1,15 +1,15 @@
-"""From which density on is dense compute faster, and does ``compute="auto"`` know?
+"""From which density on is dense compute faster, and does ``compute="auto"`` choose the faster one?
 
     python benchmarks/break_even.py
     python benchmarks/break_even.py --sizes 256x256 --batches 128 --fit
 
-Forward and backward of one converted linear layer (gradients of the input, theta and the bias; float32), with compute="sparse" and with
-compute="dense", by size, density and batch. The table holds sparse / dense: below 1, sparse is faster. Arms take turns within each
-round; medians.
+It times forward and backward of one converted linear layer (gradients of the input, theta and the bias; float32), with
+compute="sparse" and with compute="dense", by size, density and batch. The table has the ratio sparse / dense: below 1, sparse
+is faster. Arms take turns within each round; times are medians.
 
-Below the table: how often the rule in ``lightning_deepr/compute/choice.py`` picks the faster one, and what it loses where it
-doesn't. With --fit, constants for that rule that suit these times best (least squares of log time), as they would be written there. With
---read, both for a break_even.csv from before.
+Below the table it prints how often the rule in ``lightning_deepr/compute/choice.py`` chooses the faster one, and how much time
+the other choices lose. --fit prints the constants for that rule that fit these times best (least squares of log time), in the
+form of that file. --read does both for an existing break_even.csv.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def arguments(row: Row) -> tuple[int, int, int, int]:
 
 
 def judge(rows: list[Row]) -> str:
-    """What the rule makes of these times."""
+    """Judge the rule by these times."""
     lost, right = [], 0
     for row in rows:
         picked = choice.prefers_sparse(*arguments(row), torch.float32, "cpu")
@@ -62,13 +62,14 @@ def judge(rows: list[Row]) -> str:
         lost.append(max(ratio, 1.0) - 1)
     chosen = [one for one in lost if one > 0]
     return (
-        f"The rule picks the faster compute in {right} of {len(rows)} settings ({right / len(rows):.0%}); where it doesn't, it loses "
-        f"{statistics.median(chosen or [0]):.0%} (median) and {max(chosen or [0]):.0%} at most; {statistics.mean(lost):.1%} on average over all."
+        f"The rule picks the faster compute in {right} of {len(rows)} settings ({right / len(rows):.0%}). In the others it "
+        f"loses {statistics.median(chosen or [0]):.0%} (median) and {max(chosen or [0]):.0%} at most; "
+        f"on average over all settings it loses {statistics.mean(lost):.1%}."
     )
 
 
 def fit(rows: list[Row]) -> str:
-    """Constants of choice.py: non-negative, by least squares of log time."""
+    """Fit the constants of choice.py, which are non-negative, by least squares of log time."""
     from scipy.optimize import least_squares
 
     settings = np.array([arguments(row) for row in rows]).T
@@ -92,7 +93,7 @@ def fit(rows: list[Row]) -> str:
 
 
 def table(rows: list[Row]) -> list[Row]:
-    """One line per size and batch, a column per density."""
+    """Make a table with one line per size and batch, and one column per density."""
     found: dict[Any, Row] = {}
     for row in rows:
         line = found.setdefault(
@@ -136,7 +137,7 @@ def main() -> None:
     asked.add_argument("--batches", default=BATCHES)
     asked.add_argument("--budget", type=float, default=0.03, help="seconds per arm and round")
     asked.add_argument("--fit", action="store_true", help="print constants for choice.py")
-    asked.add_argument("--read", action="store_true", help="measure nothing, take the break_even.csv in --out")
+    asked.add_argument("--read", action="store_true", help="measure nothing, read the break_even.csv in --out")
     options = asked.parse_args()
     prepare(options)
     rows = read(options) if options.read else []

@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: arms that take turns, medians, tables, plots."""
+"""Shared parts of the speed benchmarks: arms that take turns, medians, tables, plots."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
-Block = Callable[[int], list[float]]  # does so many steps, returns the seconds of each
+Block = Callable[[int], list[float]]  # runs the given number of steps, returns the seconds of each
 Row = dict[str, Any]
 
 
 def parser(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
-    """The options of all scripts."""
+    """Make a parser with the options that all scripts share."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--rounds", type=int, default=rounds, help=f"in which the arms take turns (default: {rounds})")
+    found.add_argument("--rounds", type=int, default=rounds, help=f"rounds in which the arms take turns (default: {rounds})")
     found.add_argument("--threads", type=int, default=2)
-    found.add_argument("--out", type=Path, default=HERE, help="folder of the table and the plot (default: beside the script)")
+    found.add_argument("--out", type=Path, default=HERE, help="folder for the table and the plot (default: the script's)")
     return found
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Threads and silence; before anything is measured, and before a peer brings an OpenMP runtime of its own."""
+    """Set the threads and silence warnings. Call it before any measurement, and before a peer loads another OpenMP runtime."""
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def take_turns(arms: Mapping[str, Block], rounds: int, steps: Mapping[str, int] | int) -> dict[str, list[float]]:
-    """The seconds of every step of every arm. Arms alternate, so that a slow minute of the machine meets all of them."""
+    """Return the seconds of every step of every arm. Arms alternate, so that a slow minute of the machine affects them all."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(rounds):
         for name, arm in arms.items():
@@ -54,7 +54,7 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def calls(function: Callable[[], Any], before: Callable[[], Any] | None = None) -> Block:
-    """A block of calls; ``before`` is not timed."""
+    """Make a block that times calls of ``function``; it calls ``before`` first, untimed."""
 
     def block(steps: int) -> list[float]:
         seconds = []
@@ -70,7 +70,7 @@ def calls(function: Callable[[], Any], before: Callable[[], Any] | None = None) 
 
 
 def training_pass(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]:
-    """Forward and backward of one layer, given the gradient of its output; gradients are made, not accumulated."""
+    """Make a forward and backward pass of one layer, given the gradient of its output; gradients do not accumulate."""
     parameters = list(layer.parameters())
 
     def run() -> None:
@@ -83,7 +83,7 @@ def training_pass(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], None]
 
 
 def compare(arms: Mapping[str, Block], rounds: int, budget: float, most: int = 200) -> dict[str, float]:
-    """Median seconds of arms whose times are not known before: per round each gets about ``budget`` seconds."""
+    """Return the median seconds of arms with unknown times; each arm runs for about ``budget`` seconds per round."""
     steps = {}
     for name, arm in arms.items():
         arm(1)  # compiles, allocates
@@ -92,12 +92,12 @@ def compare(arms: Mapping[str, Block], rounds: int, budget: float, most: int = 2
 
 
 def why_not(error: BaseException) -> str:
-    """What is put in the table for a peer that can't be run."""
+    """Format the table's entry for a peer that can't run."""
     return f"not run: {type(error).__name__}: {error}".split("\n")[0][:120]
 
 
 def save(rows: Sequence[Row], options: argparse.Namespace, name: str, shown: Sequence[Row] | None = None) -> None:
-    """Writes <name>.csv and prints the rows, or others in their place, as a markdown table."""
+    """Write <name>.csv, and print the rows, or ``shown`` instead, as a markdown table."""
     with (options.out / f"{name}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -109,7 +109,7 @@ def save(rows: Sequence[Row], options: argparse.Namespace, name: str, shown: Seq
 
 
 def axes(panels: int, columns: int = 3, width: float = 4.2, height: float = 3.4) -> tuple[Any, list[Any]]:
-    """A figure that needs no display, and its panels."""
+    """Make a figure that needs no display, and its panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -124,7 +124,7 @@ def axes(panels: int, columns: int = 3, width: float = 4.2, height: float = 3.4)
 
 
 def bars(axis: Any, values: Mapping[str, float], title: str, label: str, mark: float | None = None) -> None:
-    """Horizontal bars, the first on top."""
+    """Draw horizontal bars, the first on top."""
     names = list(values)[::-1]
     drawn = axis.barh(names, [values[name] for name in names], color="#4477aa")
     axis.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8)

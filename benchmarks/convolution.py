@@ -3,14 +3,16 @@
     python benchmarks/convolution.py                     # table, convolution.csv and convolution.png beside this file
     python benchmarks/convolution.py --batches 128 --connectivities 0.05
 
-Forward and backward of one layer, at 1 to 20 % connectivity:
+It times forward and backward of one layer at 1 to 20 % connectivity. The arms are:
 
 - dense: ``nn.Conv2d``;
-- transient weight: the same layer converted with ``compute="dense"``, which builds its weight from the K connections in each forward;
-- sparse: from the K connections alone.
+- transient weight: the same layer converted with ``compute="dense"``, which builds its weight from the K connections in each
+  forward;
+- sparse: the same layer computed from the K connections alone.
 
-The layers: both convolutions of the CIFAR-10 tutorial CNN (the first has no input gradient) and a 3x3 one as in the third stage of
-a ResNet. Arms take turns within each round, a figure is the median over all passes, and only ratios within one run are meant.
+The layers are both convolutions of the CIFAR-10 tutorial CNN (the first has no input gradient) and a 3x3 convolution as in the
+third stage of a ResNet. Arms take turns within each round. Times are medians over all passes; compare only ratios within one
+run.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Layer(NamedTuple):
     outputs: int
     kernel: int
     pixels: int
-    first: bool = False  # of its network: its input needs no gradient
+    first: bool = False  # whether it is its network's first layer, whose input needs no gradient
 
 
 LAYERS = {
@@ -97,7 +99,7 @@ def main() -> None:
     asked = parser(__doc__)
     asked.add_argument("--connectivities", default="0.01,0.02,0.05,0.1,0.2")
     asked.add_argument("--batches", default="128,16")
-    asked.add_argument("--only", default=",".join(LAYERS), help="some of first,second,resnet")
+    asked.add_argument("--only", default=",".join(LAYERS), help="layers to measure, out of first,second,resnet")
     asked.add_argument("--budget", type=float, default=0.25, help="seconds per arm and round")
     options = asked.parse_args()
     prepare(options)

@@ -1,10 +1,11 @@
-"""Is a training step of a recipe bound by its data? The share of the step that is spent on making the batch.
+"""Is a training step of a recipe bound by its data?
 
     python benchmarks/data_loading.py
 
-One row per recipe and way of training: milliseconds to make a batch, the same over the whole step (batch, forward, backward, optimizer,
-rewiring), with the recipe's batch size and connectivity, and for the dense network. Made-up images and frames of the recipes' sizes take
-the place of the files: a batch is as long in the making. One process, no worker: batches are made while nothing else runs.
+It prints one row per recipe and network, DeepR with the recipe's connectivity and dense: the milliseconds to make a batch of
+the recipe's size, and their share of the whole step (batch, forward, backward, optimizer, rewiring). Made-up images and frames
+of the recipes' sizes replace the files; making a batch takes the same time. Batches are made in the same process while nothing
+else runs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass
 class Recipe:
-    """What a recipe trains, and on what."""
+    """Network, data and settings of a recipe."""
 
     title: str
     batches: Iterable[Any]
@@ -57,7 +58,7 @@ def recipes() -> list[Recipe]:
     digits = torch.randint(0, 256, (20_000, 28, 28), dtype=torch.uint8, generator=draw)
     photographs = torch.randint(0, 256, (10_000, 3, 32, 32), dtype=torch.uint8, generator=draw)
     labels = torch.arange(20_000) % 10
-    lengths = torch.randint(142, 551, (100,), generator=draw)  # as the sample's utterances
+    lengths = torch.randint(142, 551, (100,), generator=draw)  # lengths like those of the sample's utterances
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     count = int(offsets[-1])
     frames = Frames(torch.randn(count, 39, generator=draw), torch.arange(count) % 60, offsets)
@@ -89,7 +90,7 @@ def recipes() -> list[Recipe]:
 
 
 def measure(recipe: Recipe, sparse: bool, steps: int) -> tuple[float, float]:
-    """Median seconds of making a batch, and of a whole step."""
+    """Return the median seconds of making a batch and of a whole step."""
     torch.manual_seed(0)
     net = recipe.net()
     if sparse:
@@ -108,7 +109,7 @@ def measure(recipe: Recipe, sparse: bool, steps: int) -> tuple[float, float]:
         optimizer.step()
         making.append(made - start)
         whole.append(time.perf_counter() - start)
-    return statistics.median(making[4:]), statistics.median(whole[4:])  # the first steps compile
+    return statistics.median(making[4:]), statistics.median(whole[4:])  # the first steps compile kernels
 
 
 def main() -> None:

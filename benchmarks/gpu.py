@@ -3,16 +3,17 @@
     python benchmarks/gpu.py
     python benchmarks/gpu.py --only rewiring,steps --rounds 3
 
-First the Triton kernels are held against PyTorch on this card, in every dtype. Then, medians of arms that take turns, each block timed
-from its first launch until the card is done:
+First it compares the Triton kernels with PyTorch on this card, in every dtype. Then it measures medians of arms that take
+turns. A block is timed from its first launch until the card has finished:
 
-- steps: training steps of the CIFAR-10 CNN (5 %) and of the 784-4096-4096-10 MLP (1 %), batch 128, dense compute: dense layers, DeepR by
-  Triton, DeepR by plain PyTorch; with the host synchronizations per step that PyTorch itself reports.
-- rewiring: what follows ``optimizer.step()``, 12 % of the slots reborn, by K and by N.
-- break_even: one layer forward and backward, dense, with the transient weight, and by the sparse kernels.
-- lstm: a converted LSTM (cuDNN) against the same as an ordinary dense one.
+- steps: training steps of the CIFAR-10 CNN (5 %) and of the 784-4096-4096-10 MLP (1 %), batch 128, dense compute: dense layers,
+  DeepR by Triton, DeepR by plain PyTorch; with the host synchronizations per step that PyTorch reports.
+- rewiring: the work after ``optimizer.step()``, 12 % of the slots reborn, by K and by N.
+- break_even: forward and backward of one layer: dense, with the transient weight, and by the sparse kernels.
+- lstm: a converted LSTM (cuDNN) compared with the same LSTM with ordinary dense weights.
 
-Without a GPU it says so and measures nothing. (``--device cpu`` only tries the script itself, with the kernels of the CPU.)
+Without a GPU it prints that there is none and measures nothing. ``--device cpu`` only tests the script, with the kernels of the
+CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @contextmanager
 def plain_pytorch() -> Iterator[None]:
-    """Without the Triton kernels."""
+    """A context that turns the Triton kernels off."""
     kept, gate.DEVICE_TYPES = gate.DEVICE_TYPES, set()
     try:
         yield
@@ -57,7 +58,7 @@ def wait(device: torch.device) -> None:
 
 
 def whole(block: Block, device: torch.device, by_pytorch: bool = False) -> Block:
-    """The mean seconds per step of a block of steps, until the device is done with them: nobody waits in between."""
+    """Time a whole block: mean seconds per step until the device has finished, without waiting between steps."""
 
     def timed(steps: int) -> list[float]:
         wait(device)
@@ -74,7 +75,7 @@ def whole(block: Block, device: torch.device, by_pytorch: bool = False) -> Block
 
 
 def synchronizations(block: Block, device: torch.device, by_pytorch: bool, steps: int = 50) -> str:
-    """Host synchronizations per step."""
+    """Count the host synchronizations per step."""
     if device.type != "cuda":
         return "-"
     with warnings.catch_warnings(record=True) as caught:
@@ -89,7 +90,7 @@ def synchronizations(block: Block, device: torch.device, by_pytorch: bool, steps
 
 
 def check(device: torch.device) -> list[Row]:
-    """Whether the kernels agree with PyTorch here."""
+    """Compare the kernels with PyTorch on this device."""
     rows = []
     checks = {"rewiring": gpu_check.rewiring_differs, "sparse linear layers": linear_check.linear_differs}
     for name, one in checks.items():
@@ -120,7 +121,7 @@ def steps(device: torch.device, rounds: int, count: int) -> list[Row]:
             callbacks[arm].attach(net, optimizer)
             blocks[arm] = plain(net, optimizer, data)
         timed = {arm: whole(block, device, arm.endswith("PyTorch")) for arm, block in blocks.items()}
-        take_turns(timed, 1, 5)  # compiles, allocates
+        take_turns(timed, 1, 5)  # compiles kernels, allocates memory
         took = medians(take_turns(timed, rounds, count))
         for arm, seconds in took.items():
             turnover = (
@@ -140,7 +141,7 @@ def steps(device: torch.device, rounds: int, count: int) -> list[Row]:
 
 
 class OnDevice(Setting):
-    """A layer on the GPU, whose rewiring is timed."""
+    """A layer on the GPU for timing its rewiring."""
 
     def __init__(self, count: int, total: float, device: torch.device) -> None:
         super().__init__(count, total, "dense")
@@ -238,7 +239,7 @@ def break_even(device: torch.device, rounds: int) -> list[Row]:
 
 
 def lstm(device: torch.device) -> list[Row]:
-    """A forward and backward pass beside the same network with ordinary weights."""
+    """Compare a forward and backward pass with the same network with ordinary weights."""
     net = sparsify(nn.LSTM(40, 64, num_layers=2, bidirectional=True), 0.05, compute="dense").to(device)
     ordinary = densify(deepcopy(net))
     x = torch.randn(20, 8, 40, device=device)
@@ -261,9 +262,9 @@ def lstm(device: torch.device) -> list[Row]:
 
 def main() -> None:
     asked = parser(__doc__)
-    asked.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
-    asked.add_argument("--largest", type=float, default=1e7, help="K of the rewiring")
-    asked.add_argument("--steps", type=int, default=50, help="of a block")
+    asked.add_argument("--only", default=",".join(PARTS), help=f"parts to run, out of {','.join(PARTS)}")
+    asked.add_argument("--largest", type=float, default=1e7, help="largest K of the rewiring")
+    asked.add_argument("--steps", type=int, default=50, help="steps per block")
     asked.add_argument("--device", default="cuda")
     options = asked.parse_args()
     device = torch.device(options.device)

@@ -1,4 +1,4 @@
-"""What the studies of accuracy share: trainings as lines of a csv, resumable, several at a time; tables and figures over connectivity."""
+"""Shared parts of the accuracy studies: resumable parallel trainings, one csv line each, tables and figures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Job:
 
 
 class Results:
-    """The csv: one line per training, the job's fields first."""
+    """The csv with one line per training; the job's fields come first."""
 
     def __init__(self, path: Path, *columns: str) -> None:
         self.path = path
@@ -60,12 +60,12 @@ class Results:
             writer.writerow(row)
 
     def forget(self, jobs: Sequence[Job]) -> None:
-        """Drops the lines of trainings that the same job would do with other settings now."""
+        """Remove the lines of trainings whose job now has other settings."""
         settings = {job.key: json.loads(job.settings) for job in jobs}
         rows = self.read()
         kept = [row for row in rows if _key(row) not in settings or settings[_key(row)] == json.loads(row["settings"])]
         if len(kept) < len(rows):
-            print(f"{len(rows) - len(kept)} trainings had other settings: they are done again", flush=True)
+            print(f"{len(rows) - len(kept)} trainings had other settings and are run again", flush=True)
             new = self.path.with_suffix(".new")
             with new.open("w", newline="") as file:
                 writer = csv.DictWriter(file, self.columns)
@@ -74,10 +74,10 @@ class Results:
             new.replace(self.path)
 
     def train(self, jobs: Sequence[Job], run: Callable[..., dict[str, Any]], workers: int, *arguments: Any) -> None:
-        """Runs what has no line yet; ``run(job, *arguments)`` returns the columns that the job itself does not have."""
+        """Run the jobs without a line; ``run(job, *arguments)`` returns the columns that the job does not have."""
         done = {_key(row) for row in self.read()}
         todo = [job for job in jobs if job.key not in done]
-        print(f"{len(todo)} trainings to do of {len(jobs)}", flush=True)
+        print(f"{len(todo)} of {len(jobs)} trainings to run", flush=True)
         with ProcessPoolExecutor(workers, initializer=quiet) as pool:
             waiting = {pool.submit(run, job, *arguments): job for job in todo}
             for number, finished in enumerate(as_completed(waiting), 1):
@@ -94,16 +94,19 @@ def _key(row: Row) -> tuple[str, ...]:
 
 
 def steps_in_common(callback: Any) -> int:
-    """Steps in which the wanted connectivity does not matter yet: before pruning prunes first, and before l1-shrinkage cuts.
+    """Count the first steps that do not depend on the connectivity: those before the first pruning or l1-shrinkage's cut.
 
-    Trainings that differ in nothing else are the same until then, and need it only once.
+    Trainings that differ only in the connectivity share these steps, which therefore run only once.
     """
     fraction = getattr(callback, "prune_from", getattr(callback, "freeze_at", None))
     return 0 if fraction is None else callback.step_at(fraction) - 1
 
 
 def restore(state: dict[str, Any], net: nn.Module, optimizer: Optimizer, callback: Any) -> None:
-    """Go on from the state_dicts "net", "optimizer" and "callback" of this training, or of one for another connectivity as long as that does not matter."""
+    """Restore the state_dicts "net", "optimizer" and "callback".
+
+    They come from this training, or from one with another connectivity during the steps that do not depend on it.
+    """
     load(net, state["net"])
     optimizer.load_state_dict(state["optimizer"])
     if callback is not None:
@@ -113,20 +116,20 @@ def restore(state: dict[str, Any], net: nn.Module, optimizer: Optimizer, callbac
 
 
 def load(net: nn.Module, state: dict[str, Any]) -> None:
-    """Load all but the wanted numbers of connections."""
+    """Load everything except the wanted numbers of connections."""
     own = net.state_dict()
     net.load_state_dict({name: own[name] if name.endswith(".wanted") else value for name, value in state.items()})
 
 
 def quiet() -> None:
-    """One thread per training, and no words from Lightning."""
+    """Use one thread per training, and silence Lightning."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
 
 
 def summary(values: Sequence[float]) -> str:
-    """Mean, spread and number of runs."""
+    """Format mean, standard deviation and number of runs."""
     if not values:
         return "-"
     spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
@@ -134,12 +137,15 @@ def summary(values: Sequence[float]) -> str:
 
 
 def ended(rows: Sequence[Row], total: int) -> float:
-    """The mean connectivity at the end."""
+    """Return the mean connectivity at the end."""
     return statistics.mean(int(row["connections"]) / total for row in rows)
 
 
 def table(rows: Sequence[Row], arms: Sequence[str], connectivities: Sequence[float], total: int, value: str) -> list[str]:
-    """Arms by connectivities; the arm "dense" in a line of its own. Says where a run did not end at its connectivity."""
+    """Make a table of arms by connectivities, with a separate line for the arm "dense".
+
+    A cell also states the connectivity at the end if it is not the wanted one.
+    """
     dense = [float(row[value]) for row in rows if row["arm"] == "dense"]
     lines = [f"dense (100 %): {summary(dense)}", ""]
     lines += [
@@ -163,7 +169,7 @@ def table(rows: Sequence[Row], arms: Sequence[str], connectivities: Sequence[flo
 def over_connectivity(
     panel: Any, rows: Sequence[Row], arms: Sequence[str], connectivities: Sequence[float], total: int, value: str
 ) -> None:
-    """Draw the value over the connectivity at the end, as in the paper's figures; dense as a line across."""
+    """Draw the value over the connectivity at the end, as in the paper's figures, with a horizontal line for dense."""
     for number, arm in enumerate(arms):
         mine = [row for row in rows if row["arm"] == arm]
         if arm == "dense":
@@ -197,7 +203,7 @@ def figure(
     label: str,
     path: Path,
 ) -> None:
-    """A picture of :func:`over_connectivity`."""
+    """Save a picture of :func:`over_connectivity`."""
     drawing, (panel,) = axes(1, width=6, height=4.4)
     over_connectivity(panel, rows, arms, connectivities, total, value)
     panel.set_xlabel("connectivity at the end, % of all weights")

@@ -1,18 +1,20 @@
-"""How long are forward and backward of one linear layer, by size and density?
+"""How long do forward and backward of one linear layer take, by size and density?
 
     python benchmarks/linear_layer.py
     python benchmarks/linear_layer.py --only 4096x4096 --densities 0.01 --rounds 20
 
-Batch 128, float32, with a bias; gradients of the input, the weight and the bias; no optimizer, no rewiring. Arms, all with the same
-connections:
+Batch 128, float32, with a bias; gradients of the input, the weight and the bias; no optimizer, no rewiring. All arms have the
+same connections:
 
 - dense: ``nn.Linear``;
 - ours: ``sparsify(nn.Linear(...), compute="sparse")``;
 - SparseProp: the PyPI package ``sparseprop`` (fixed connections, C++ with AVX2);
-- CSR: what PyTorch has. The product with a CSR tensor, a second CSR tensor of the transpose for the input gradient, and
-  ``torch.sparse.sampled_addmm`` for the weight gradient, with fixed connections.
+- CSR: PyTorch's sparse tensors with fixed connections: the product with a CSR tensor, a second CSR tensor of the transpose for
+the
+  input gradient, and ``torch.sparse.sampled_addmm`` for the weight gradient.
 
-Arms take turns within each round; medians, as ratios to dense. Before anything is timed, outputs and gradients are compared.
+Arms take turns within each round; times are medians, given as ratios to dense. The script compares outputs and gradients before
+it times anything.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class CSR(torch.autograd.Function):
 
 
 class CSRLinear(nn.Module):
-    """Values in the order of the rows; the transpose's order is a permutation of it."""
+    """A linear layer with CSR tensors: values in the order of the rows, and a permutation for the transpose's order."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ def layers(rows: int, columns: int, density: float) -> dict[str, nn.Module | str
 
 
 def check(passes: dict[str, Callable[[], None]], modules: dict[str, nn.Module], x: Tensor) -> None:
-    """The arms compute the same."""
+    """Check that all arms compute the same."""
     expected = modules["dense"](x)
     passes["dense"]()
     gradient = x.grad
@@ -129,7 +131,7 @@ def measure(size: str, density: float, rounds: int, budget: float) -> list[Row]:
 
 def main() -> None:
     asked = parser(__doc__, rounds=10)
-    asked.add_argument("--only", default=",".join(SIZES), help="rows x columns of the layers")
+    asked.add_argument("--only", default=",".join(SIZES), help="layers to measure, as rows x columns")
     asked.add_argument("--densities", default="0.01,0.05,0.1,0.2")
     asked.add_argument("--budget", type=float, default=0.1, help="seconds per arm and round")
     options = asked.parse_args()

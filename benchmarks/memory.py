@@ -3,16 +3,17 @@
     python benchmarks/memory.py
     python benchmarks/memory.py --only million --steps 5
 
-Peak resident memory of some training steps (forward, backward, optimizer, and for DEEP R rewiring with at least 10 % of the slots reborn
-per step), above what the process holds after its imports, each arm in a process of its own; the median of the rounds:
+It measures the peak resident memory of some training steps above the memory after the imports. A step is forward, backward,
+optimizer and, for DEEP R, rewiring with at least 10 % of the slots reborn. Each arm runs in its own process; figures are
+medians of the rounds:
 
 - million: one linear layer of 1,000,000 x 1,000,000 places (dense: 4 TB), K = 1,000,000, Adam, batch 8;
 - hundred: one of 100,000 x 100,000 places (dense: 40 GB), K = 10,000,000, Adam, batch 8;
 - mlp: 784-4096-4096-10 with Adam, batch 128: dense, masked dense (a dense weight times a dense mask) and DeepR at 1 %.
 
-The imports are torch, lightning_deepr with its kernels, and what PyTorch itself imports when the first optimizer is made and steps; the kernels'
-machine code, which is loaded at their first call, counts as training. "least" is what theta, its gradient, Adam's two moments (float32) and the
-places (int64) take.
+The imports are torch, lightning_deepr with its kernels, and the modules that PyTorch imports when the first optimizer is made
+and steps. The kernels' machine code is loaded at their first call and counts as training. "least" is the memory of theta, its
+gradient, Adam's two moments (float32) and the places (int64).
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ L1 = {
     ARMS["million"][0]: 30.0,
     ARMS["hundred"][0]: 4.0,
     "MLP, DeepR": 4.0,
-}  # a newborn loses more per step than Adam can give it
+}  # so large that a newborn loses more per step than Adam can add
 
 
 def peak() -> int:
-    """Peak resident bytes of this process so far."""
+    """Return the peak resident bytes of this process so far."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def imports() -> None:
-    """Everything that is imported sooner or later, whatever is trained."""
+    """Import everything that any training imports."""
     import lightning_deepr.kernels as kernels
 
     if kernels.available():
@@ -62,7 +63,7 @@ def imports() -> None:
 
 
 def train(arm: str, steps: int) -> dict[str, float]:
-    """One arm, in a process of its own."""
+    """Train one arm in this process, and return its figures."""
     from arms import masked, mlp
 
     from lightning_deepr import DeepR, connections, sparsify
@@ -109,8 +110,8 @@ def in_a_process(arm: str, options: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     asked = parser(__doc__, rounds=3)
     asked.add_argument("--steps", type=int, default=20)
-    asked.add_argument("--only", default=",".join(ARMS), help="some of million,hundred,mlp")
-    asked.add_argument("--arm", help="train one arm in this process and print what it took")
+    asked.add_argument("--only", default=",".join(ARMS), help="groups of arms, out of million,hundred,mlp")
+    asked.add_argument("--arm", help="train one arm in this process and print its figures")
     options = asked.parse_args()
     prepare(options)
     if options.arm:
@@ -118,7 +119,7 @@ def main() -> None:
         return
     names = [arm for key in options.only.split(",") for arm in ARMS[key]]
     for name in names:
-        if name in L1:  # the kernels are compiled, and stay cached
+        if name in L1:  # compiles the kernels, which stay in the cache
             in_a_process(name, argparse.Namespace(**{**vars(options), "steps": 2}))
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(options.rounds):

@@ -1,18 +1,20 @@
-"""How long are forward and backward of an LSTM or GRU layer over a sequence, by hidden size and density?
+"""How long do forward and backward of an LSTM or GRU layer over a sequence take, by hidden size and density?
 
     python benchmarks/recurrent.py
     python benchmarks/recurrent.py --layers GRU --inputs 256 --hidden 400 --densities 0.01,0.05,0.1,0.2 --batches 1,8,32,128
-    python benchmarks/recurrent.py --inputs 39,256 --hidden 32,100,200,400,800 --densities 0.02,0.1,0.3 --batches 1,8,32,128 --fit
+    python benchmarks/recurrent.py --hidden 32,100,200,400,800 --densities 0.02,0.1,0.3 --batches 1,8,32,128 --fit
 
-float32, 50 steps; gradients of both weights, the biases and the input; no optimizer, no rewiring. Arms, all with the same connections:
+float32, 50 steps; gradients of both weights, the biases and the input; no optimizer, no rewiring. All arms have the same
+connections:
 
-- dense: ``nn.LSTM``, for which PyTorch takes oneDNN, or ``nn.GRU``, for which it doesn't;
+- dense: ``nn.LSTM``, which PyTorch computes with oneDNN, or ``nn.GRU``, which it computes with its own code;
 - dense, no oneDNN: PyTorch's own LSTM (``torch.backends.mkldnn.flags(enabled=False)``);
-- converted, dense: ``sparsify(layer, compute="dense")``, whose weights are built once per forward;
+- converted, dense: ``sparsify(layer, compute="dense")``, which builds its weights once per forward;
 - converted, sparse: ``compute="sparse"``.
 
-``auto`` is what ``compute="auto"`` picks. Arms take turns within each round; medians, as ratios to dense. Before anything is timed,
-outputs and gradients are compared. ``--fit`` prints the constants of the rule behind ``auto``, fitted to this run.
+``auto`` is the choice of ``compute="auto"``. Arms take turns within each round; times are medians, given as ratios to dense.
+The script compares outputs and gradients before it times anything. ``--fit`` prints the constants of the rule behind ``auto``,
+fitted to this run.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def training_pass(name: str, layer: nn.RNNBase, x: Tensor, dy: Tensor) -> Callab
 
 
 def check(passes: dict[str, Callable[[], Tensor]], x: Tensor) -> None:
-    """The arms compute the same."""
+    """Check that all arms compute the same."""
     expected, gradient = passes["dense"](), x.grad
     for name, run in passes.items():
         torch.testing.assert_close(run(), expected, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
@@ -101,14 +103,17 @@ def measure(kind: str, columns: int, hidden: int, density: float, batch: int, ro
 
 
 def judge(rows: list[Row], kind: str) -> str:
-    """How good the choice between the two ways to compute a converted layer is."""
+    """Judge the choice between the two ways to compute a converted layer."""
     pairs = list(by_setting(rows, kind))
     lost = [sparse / dense if row["auto"] == "sparse" else dense / sparse for row, sparse, dense in pairs]
-    return f"{kind}: auto picks the faster compute in {sum(one <= 1 for one in lost)} of {len(lost)}; at worst {max(lost):.2f} times the other."
+    return (
+        f"{kind}: auto picks the faster compute in {sum(one <= 1 for one in lost)} of {len(lost)}; "
+        f"at worst {max(lost):.2f} times the other."
+    )
 
 
 def by_setting(rows: list[Row], kind: str) -> Iterator[tuple[Row, float, float]]:
-    """Microseconds per step of a converted layer, sparse and dense."""
+    """Iterate over the settings, with the microseconds per step of a converted layer, sparse and dense."""
     taken = {
         (row["batch"], row["input"], row["hidden"], row["density"], row["arm"]): row for row in rows if row["layer"] == kind
     }
@@ -118,7 +123,7 @@ def by_setting(rows: list[Row], kind: str) -> Iterator[tuple[Row, float, float]]
 
 
 def fit(rows: list[Row], kind: str) -> str:
-    """Constants of the rule, by least squares of log time."""
+    """Fit the constants of the rule by least squares of log time."""
     from scipy.optimize import least_squares
 
     found = list(by_setting(rows, kind))

@@ -1,18 +1,19 @@
-"""What does rewiring alone cost, against the number K of connections and the number N of places?
+"""How does the cost of rewiring depend on the number K of connections and the number N of places?
 
     python benchmarks/rewiring_cost.py
     python benchmarks/rewiring_cost.py --largest 1e6 --rounds 3
 
-One linear layer, prepared as a training step leaves it: ``DeepR().attach(layer, SGD)``, theta.grad filled, and theta written anew
-before each call with 12 % of the slots below zero, as an optimizer step might leave them. Timed is what the hook does after
-``optimizer.step()``: ``DeepR.on_after_optimizer_step``, that is L1, sign test, draws, births, signs, and (where compute is
-sparse) the order of the connections by row and by column; with compute="dense" no order is kept.
+The setting is one linear layer in the state after a training step: ``DeepR().attach(layer, SGD)``, and theta.grad is filled.
+Before each call the script overwrites theta, with 12 % of the slots below zero, as after an optimizer step. It times the hook
+after ``optimizer.step()``, ``DeepR.on_after_optimizer_step``: L1, sign test, draws, births, signs and, with compute="sparse",
+the order of the connections by row and by column. With compute="dense" no order is kept.
 
 - by K: 1e4 ... 1e7 slots at 1 %. The exponent is the slope of a straight line through log time and log K.
-- by N: the same K in a layer 1, 10, 100 and 1,000 times larger (and so a tenth, ... as dense); ratios to the first. With an order
-  kept, the layer's rows and columns count too, not its places.
+- by N: the same K in a layer 1, 10, 100 and 1,000 times larger, so that its density falls by the same factor; ratios to the
+first.
+  With an order kept, the time also depends on the layer's rows and columns, but not on its places.
 
-Settings take turns within each round; medians.
+Settings take turns within each round; times are medians.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ DENSITY, DYING = 0.01, 0.12
 
 
 class Setting:
-    """A layer of K connections in about N places that can be rewired at will."""
+    """A layer of K connections in about N places, with a call that rewires it."""
 
     def __init__(self, count: int, total: float, compute: str) -> None:
         side = round(math.sqrt(total))
@@ -50,7 +51,7 @@ class Setting:
         self.turn = 0
 
     def take_step(self) -> None:
-        """What stands for ``optimizer.step()``."""
+        """Write theta, in place of ``optimizer.step()``."""
         self.turn += 1
         self.theta.data.copy_(self.stepped[self.turn % len(self.stepped)])
 
@@ -62,7 +63,7 @@ class Setting:
 
 
 def measure(settings: dict[Any, Setting], rounds: int) -> tuple[dict[Any, float], dict[Any, float]]:
-    """Median seconds and the share reborn of each."""
+    """Return the median seconds and the reborn share of each setting."""
     blocks = {key: setting.block() for key, setting in settings.items()}
     steps = {key: int(min(50, max(3, 3e6 / setting.theta.numel()))) for key, setting in settings.items()}
     take_turns(blocks, 1, 3)
@@ -115,7 +116,7 @@ def row(series: str, compute: str, count: int, total: float, seconds: float, reb
 
 def main() -> None:
     asked = parser(__doc__, rounds=7)
-    asked.add_argument("--largest", type=float, default=1e7, help="K")
+    asked.add_argument("--largest", type=float, default=1e7, help="largest K")
     options = asked.parse_args()
     prepare(options)
     rows = by_count(options.rounds, options.largest) + by_total(options.rounds, options.largest)

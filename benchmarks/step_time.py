@@ -1,22 +1,23 @@
-"""How long is a whole training step, and who is faster?
+"""How long does a whole training step take, compared with dense layers and with peer packages?
 
     python benchmarks/step_time.py                                   # all three networks, step_time.csv, step_time.png
     python benchmarks/step_time.py --only lenet --rounds 3 --steps 100
 
-Forward, backward, optimizer step (SGD .05) and, for DEEP R, rewiring, on random data:
+A step is forward, backward, optimizer step (SGD .05) and, for DEEP R, rewiring, on random data. The networks are:
 
 - lenet: LeNet-300-100 at 1 %, batch 10 and 128, in a plain loop and under the Trainer;
 - mlp: 784-4096-4096-10 at 1 %, batch 128;
 - cifar: the CNN of the TensorFlow tutorial on 24 x 24 crops (two 5 x 5 convolutions, three linear layers) at 5 %, batch 128.
 
-Arms: the dense network; masked dense (a dense weight times a dense 0/1 mask in each forward, no rewiring: what mask libraries
-compute at least); DeepR with each ``compute``; and the PyPI packages ``deep_rewire`` (DEEP R on dense tensors), ``rigl-torch`` and
-``sparsimony`` (RigL on masked dense weights, one update in 100 steps, the second also with an update in every step).
+The arms are the dense network; masked dense (a dense weight times a dense 0/1 mask in each forward, without rewiring: the least
+that mask libraries compute); DeepR with each ``compute``; and the PyPI packages ``deep_rewire`` (DEEP R on dense tensors),
+``rigl-torch`` and ``sparsimony`` (RigL on masked dense weights, one update in 100 steps; ``sparsimony`` also with an update in
+every step).
 
-Arms take turns within each round, so that a slow minute of the machine meets all of them; a figure is the median over all steps
-and only ratios within one run are meant. L1 is set so high that at least 10 % of the slots are reborn in each step, as in the
-paper's MNIST setting: most newborns don't survive their first step. That builds up over hundreds of steps; here a share of the
-slots starts at theta = 0, as newborns do, so that short runs carry the load too. The share that was reached is printed beside the time.
+Arms take turns within each round, so that a slow minute of the machine affects all of them. Times are medians over all steps;
+compare only ratios within one run. L1 is so high that at least 10 % of the slots are reborn in each step, as in the paper's
+MNIST setting: most newborns don't survive their first step. This turnover builds up over hundreds of steps. Here a share of the
+slots starts at theta = 0, like newborns, so that short runs have the same load. The table also has the turnover.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ from lightning_deepr.models import LeNet300100
 
 @dataclass
 class Network:
-    """A network with the setting in which it is measured."""
+    """A network and the settings of its measurement."""
 
     title: str
     build: Callable[[], nn.Module]
-    shape: tuple[int, ...]  # of one image
+    shape: tuple[int, ...]  # shape of one image
     connectivity: float
     l1: float
     newborn: float  # share of the slots that start at 0
     batch_sizes: tuple[int, ...]
-    fraction: int  # of --steps: a step is longer here
+    fraction: int  # divides --steps, for networks with longer steps
 
 
 def cifar_cnn() -> nn.Module:
@@ -101,7 +102,7 @@ def under_trainer(net: nn.Module, callback: DeepR | None, data: Batches) -> Bloc
     def block(steps: int) -> list[float]:
         clock = Clock()
         trainer = Trainer(
-            max_steps=steps + 1,  # the first has no step before it to be timed from
+            max_steps=steps + 1,  # the first step has no start time
             callbacks=[clock] if callback is None else [callback, clock],
             logger=False,
             enable_checkpointing=False,
@@ -116,7 +117,7 @@ def under_trainer(net: nn.Module, callback: DeepR | None, data: Batches) -> Bloc
 
 
 class Arms:
-    """The arms of one network at one batch size; those that rewire can say how much."""
+    """The arms of one network at one batch size, with the turnover of those that rewire."""
 
     def __init__(self, network: Network, batch_size: int) -> None:
         self.network, self.data = network, batches(batch_size, network.shape)
@@ -156,7 +157,7 @@ class Arms:
         self.rewiring["DeepR, Trainer"] = callback, net
 
     def reborn(self) -> dict[str, float]:
-        """The share of all slots that was reborn per step, since the last call."""
+        """Return the share of all slots reborn per step since the last call."""
         found = {}
         for name, (callback, net) in self.rewiring.items():
             deaths = sum(value for key, value in callback.statistics().items() if key.endswith("_deaths"))
@@ -183,7 +184,7 @@ def measure(key: str, batch_size: int, rounds: int, steps: int) -> list[Row]:
     arms, network = arms_of(key, batch_size), NETWORKS[key]
     blocks = {name: arm for name, arm in arms.found.items() if not isinstance(arm, str)}
     per_round = {name: max(1, steps // network.fraction) for name in blocks}
-    if key == "mlp" and "deep_rewire" in blocks:  # by far the slowest
+    if key == "mlp" and "deep_rewire" in blocks:  # much slower than the other arms
         per_round["deep_rewire"] = max(1, steps // (10 * network.fraction))
     take_turns(blocks, 1, per_round)  # warms up
     arms.reborn()
@@ -227,9 +228,9 @@ def draw(rows: list[Row], options: argparse.Namespace) -> None:
 def main() -> None:
     asked = parser(__doc__)
     asked.add_argument(
-        "--steps", type=int, default=200, help="per arm and round on LeNet, a tenth on the MLP, a twentieth on the CNN"
+        "--steps", type=int, default=200, help="steps per arm and round on LeNet; the MLP runs a tenth, the CNN a twentieth"
     )
-    asked.add_argument("--only", default=",".join(NETWORKS), help="some of lenet,mlp,cifar")
+    asked.add_argument("--only", default=",".join(NETWORKS), help="networks to measure, out of lenet,mlp,cifar")
     options = asked.parse_args()
     prepare(options)
     rows = []

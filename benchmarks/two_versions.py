@@ -4,9 +4,9 @@
     python benchmarks/two_versions.py ../before                 # two_versions.csv
     python benchmarks/two_versions.py ../before --rounds 40 --only lenet
 
-Training steps of ``step_time.py``'s networks under DeepR, in two processes that take turns in short blocks: one imports this
-checkout, the other one the checkout that is named. A figure is the median over the rounds of the ratio of the two medians of a
-round, with the quartiles beside it: a machine that is busy for a while meets both.
+It times training steps of ``step_time.py``'s networks under DeepR in two processes that take turns in short blocks. One process
+imports this checkout, the other one the named checkout. Each round gives the ratio of the two medians; the table has the median
+and the quartiles of these ratios. A machine that is busy for a while slows both versions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Worker:
         folders = [str(checkout), str(checkout / "benchmarks")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": str(threads)}
         command = [sys.executable, str(Path(__file__).resolve()), "--work", str(threads)]
-        # from a folder of its own: the present one would come first among those that are searched
+        # Python searches the working folder first: the process must not start in a folder of the other version.
         self.process = subprocess.Popen(
             command, env=environment, cwd=checkout / "benchmarks", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -40,17 +40,17 @@ class Worker:
         print(question, file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"The process of {self.process.args} ended: see above.")
+            raise RuntimeError(f"The process of {self.process.args} ended: see its messages above.")
         return str(json.loads(answer))
 
     def seconds(self, network: str, batch: int, steps: int) -> float:
-        """The median seconds of a step."""
+        """Return the median seconds of a step."""
         return float(self.ask(f"{network} {batch} {steps}"))
 
 
 def work(threads: int) -> None:
-    """What a worker does: it answers questions."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed is no answer
+    """Run a worker, which reads questions from stdin and prints answers."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # other prints go to stderr, so that stdout has answers only
     sys.path = [one for one in sys.path if Path(one or ".").resolve() != HERE or str(HERE) in os.environ["PYTHONPATH"]]
     import logging
     import warnings

@@ -1,9 +1,10 @@
-"""How long a sparse model takes to load, and how large its file is, beside torch.load of the dense state_dict.
+"""How long does a sparse model take to load, and how large is its file, compared with torch.load of the dense state_dict?
 
     python -m benchmarks.zoo_loading [NAME_OR_PATH ...]
 
-Without names: the zoo's models, or, while it has none, untrained networks of its architectures. Milliseconds, the median of 15 loads after three that do not
-count, one thread, files in the page cache. "net" is torch.load, building the network and ``load_state_dict``: what zoo.load does, densely.
+Without names it measures the zoo's models or, if the zoo has none, untrained networks of its architectures. Times are
+milliseconds, the median of 15 loads after three warm-up loads, with one thread and files in the page cache. "net" is the dense
+counterpart of zoo.load: torch.load, building the network and ``load_state_dict``.
 """
 
 from __future__ import annotations

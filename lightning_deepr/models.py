@@ -41,14 +41,14 @@ class LeNet300100(nn.Module):
 class ResponseNorm(nn.Module):
     """Local response normalization over channels: x / (k + alpha / size * sum of x^2 over ``size`` channels) ** .75.
 
-    The same as :class:`torch.nn.LocalResponseNorm` with beta .75, as a 1 x 1 convolution with a band of ones: on the CPU torch's own takes
-    as long as both convolutions of :class:`CIFAR10CNN`.
+    It computes the same as :class:`torch.nn.LocalResponseNorm` with beta .75, as a 1 x 1 convolution with a band of ones. On
+    the CPU torch's own module takes as long as both convolutions of :class:`CIFAR10CNN`.
 
     Args:
-        channels: C.
-        size: of the window, odd.
-        alpha: torch's; TensorFlow's times ``size``.
-        k: TensorFlow's ``bias``.
+        channels: C, the number of channels.
+        size: number of channels in the window, odd.
+        alpha: torch's ``alpha``, which is TensorFlow's times ``size``.
+        k: torch's ``k``, which is TensorFlow's ``bias``.
 
     Shapes:
         input and output [batch, C, H, W].
@@ -78,7 +78,10 @@ class ResponseNorm(nn.Module):
 
 
 class _Response(torch.autograd.Function):
-    """The same with its gradient, in a third of autograd's time: y = x t^-.75 and dy_i/dx_j = [i = j] t_i^-.75 - 1.5 x_i t_i^-1.75 band_ij x_j."""
+    """The same function with a gradient of its own, which takes a third of autograd's time.
+
+    With t = k + band * x^2: y = x t^-.75 and dy_i/dx_j = [i = j] t_i^-.75 - 1.5 x_i t_i^-1.75 band_ij x_j.
+    """
 
     generate_vmap_rule = True
 
@@ -93,7 +96,7 @@ class _Response(torch.autograd.Function):
         x, band, ctx.k = inputs
         y, root, scale = output
         ctx.mark_non_differentiable(root, scale)
-        ctx.set_materialize_grads(False)  # no zeros for these two
+        ctx.set_materialize_grads(False)  # makes no zeros as gradients of these two
         ctx.save_for_backward(x, y, root, scale, band)
 
     @staticmethod
@@ -101,7 +104,7 @@ class _Response(torch.autograd.Function):
         if gradient is None:
             return None, None, None
         x, y, root, scale, band = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: what follows has to be differentiable itself
+        if torch.is_grad_enabled():  # create_graph: the gradient must be differentiable itself
             total = conv2d(x * x, band) + ctx.k
             inner = gradient * x * total**-1.75
             return gradient * total**-0.75 - 1.5 * x * conv2d(inner, band), None, None
@@ -111,11 +114,12 @@ class _Response(torch.autograd.Function):
 
 
 class CIFAR10CNN(nn.Module):
-    """The CNN of TensorFlow's "deep_cnn" tutorial, of the paper's CIFAR-10 experiment; 1,067,584 weights.
+    """The CNN of TensorFlow's "deep_cnn" tutorial, which the paper's CIFAR-10 experiment uses; 1,067,584 weights.
 
-    Two convolutions of 5 x 5 with 64 channels, each with max-pooling 3/2 and local response normalization (in the order of the tutorial:
-    pooled before the first, after the second), and three linear layers 2304-384-192-10. The start is the tutorial's: truncated normal
-    weights with standard deviation .05, .05, .04, .04 and 1/192, biases 0, .1, .1, .1 and 0.
+    It has two convolutions of 5 x 5 with 64 channels, each with max-pooling 3/2 and local response normalization, and three
+    linear layers 2304-384-192-10. As in the tutorial, pooling comes before the first normalization and after the second. The
+    start is the tutorial's: truncated normal weights with standard deviation .05, .05, .04, .04 and 1/192, biases 0, .1, .1, .1
+    and 0.
 
     Shapes:
         input [batch, 3, 24, 24] (standardized per image), output [batch, 10] (logits).
@@ -134,7 +138,7 @@ class CIFAR10CNN(nn.Module):
         self.norm1 = ResponseNorm(64)
         self.conv2 = nn.Conv2d(64, 64, 5, padding=2)
         self.norm2 = ResponseNorm(64)
-        self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)  # on 24 and 12 pixels the same as TensorFlow's "SAME"
+        self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)  # equals TensorFlow's "SAME" for 24 and 12 pixels
         self.local3 = nn.Linear(2304, 384)
         self.local4 = nn.Linear(384, 192)
         self.output = nn.Linear(192, 10)
@@ -151,29 +155,30 @@ class CIFAR10CNN(nn.Module):
             nn.init.constant_(layer.bias, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(
-            self.pool(self.conv1(x)).relu()
-        )  # the tutorial's ReLU comes first: the same, on four times as many values
+        # The tutorial applies the ReLU before the pooling: the result is the same, computed on four times as many values.
+        x = self.norm1(self.pool(self.conv1(x)).relu())
         x = self.pool(self.norm2(self.conv2(x).relu()))
         x = self.local3(x.flatten(1)).relu()
         return self.output(self.local4(x).relu())
 
 
 class BLSTMClassifier(nn.Module):
-    """A bidirectional LSTM with a linear layer over each frame, as for the paper's TIMIT experiment; its sizes are ours.
+    """A bidirectional LSTM with a linear layer over each frame, as in the paper's TIMIT experiment.
 
-    With the defaults 186,368 weights: 39,936 of the inputs, 131,072 recurrent ones, 15,360 in the last layer.
+    The sizes are this project's. The defaults give 186,368 weights: 39,936 input weights, 131,072 recurrent weights and 15,360
+    in the last layer.
 
     Args:
         inputs: features per frame.
         hidden: units per direction.
-        classes: of a frame.
-        layers: of the LSTM.
-        dropout: of the LSTM's outputs, in each layer.
+        classes: number of classes.
+        layers: number of LSTM layers.
+        dropout: dropout probability of the outputs of each LSTM layer.
 
     Shapes:
-        input [batch, time, inputs] and lengths int64 [batch] (None: all are ``time`` long), output [batch, time, classes] (logits).
-        Sequences are padded at the end; what is in the padding has no effect on a frame before it, and the logits there mean nothing.
+        input [batch, time, inputs] and lengths int64 [batch] (None: all are ``time`` long), output [batch, time, classes]
+        (logits). Sequences are padded at the end. The padding has no effect on the frames before it; the logits in the padding
+        mean nothing.
 
     Example::
 
@@ -194,7 +199,7 @@ class BLSTMClassifier(nn.Module):
         if lengths is not None and lengths.shape != x.shape[:1]:
             raise ValueError(f"lengths: expected one per sequence, shape {tuple(x.shape[:1])}, found {tuple(lengths.shape)}.")
         lengths = None if lengths is None else lengths.cpu()
-        if lengths is None or bool((lengths == time).all()):  # nothing to hide: spares the packing
+        if lengths is None or bool((lengths == time).all()):  # no padding: no need to pack
             y, _ = self.lstm(x)
         else:
             if int(lengths.min()) < 1 or int(lengths.max()) > time:
@@ -203,7 +208,11 @@ class BLSTMClassifier(nn.Module):
         return self.head(self.dropout(y))
 
     def _avoid_packing(self, x: Tensor) -> bool:
-        """On the CPU the backward pass of a packed sequence takes time in proportion to its square: 15 times that of two passes at 500 frames."""
+        """Whether two passes are faster than packing.
+
+        On the CPU the time of a packed sequence's backward pass grows with the square of its length. At 500 frames it takes 15
+        times as long as two passes.
+        """
         return self.lstm.num_layers == 1 and x.device.type == "cpu" and torch.is_grad_enabled()
 
     def _packed(self, x: Tensor, lengths: Tensor) -> Tensor:
@@ -211,7 +220,11 @@ class BLSTMClassifier(nn.Module):
         return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 
     def _two_passes(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """The forward direction with the padding at the end, the backward one with the padding moved to the beginning: neither reads it."""
+        """Compute each direction in a pass of its own.
+
+        The padding lies at the end for the forward direction and is moved to the beginning for the backward one, so that
+        neither direction reads it before a frame.
+        """
         total, hidden = x.shape[1], self.lstm.hidden_size
         time, shift = torch.arange(total), (total - lengths)[:, None]
         moved = x.gather(1, ((time - shift) % total)[:, :, None].expand_as(x))

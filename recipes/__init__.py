@@ -1,1 +1,1 @@
-"""Recipes: data only. In an installation this folder is ``lightning_deepr.recipes.data``."""
+"""The recipes' YAML files and data, without code. An installation has this folder as ``lightning_deepr.recipes.data``."""

@@ -1,1 +1,1 @@
-"""Checkpoints: data only. In an installation this folder is ``lightning_deepr.zoo.data``."""
+"""The zoo's sparse files, without code. An installation has this folder as ``lightning_deepr.zoo.data``."""

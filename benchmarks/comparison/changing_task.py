@@ -3,15 +3,16 @@
     python benchmarks/comparison/changing_task.py --root data
     python benchmarks/comparison/changing_task.py --table          # table and figure from changing_task.csv
 
-The paper claims that rewiring keeps adapting after convergence and re-uses learned connectivity under changed labels; its protocol is
-not known, and this one is ours: LeNet-300-100, 1 % of the connections (biases dense), SGD with a constant learning rate of .1, batch
-10, three phases of equal length; at their borders only the labels change (each digit is called by the next one's name), nothing is
-re-initialized or reset. Arms: dense; fixed random connectivity, with fixed and with free signs; DeepR (l1 1e-4); and DeepR that goes on
-with the first labels throughout, which shows how much connectivity turns over without any change.
+The paper claims that rewiring keeps adapting after convergence and re-uses learned connectivity under changed labels. The
+paper's protocol is not known; this one is the project's: LeNet-300-100, 1 % of the connections (biases dense), SGD with a
+constant learning rate of .1, batch 10, three phases of equal length. Between phases only the labels change (each digit gets the
+next digit's label); nothing is re-initialized or reset. The arms are dense; fixed random connectivity, with fixed and with free
+signs; DeepR (l1 1e-4); and DeepR with the first labels in all phases, which shows the turnover without a change.
 
-Measured ten times a phase: test accuracy by the labels of the phase; and of the first layer, for the connections that were established
-at the end of phase 1 (alive since at least 1,000 steps): ``kept``, the share that has been there without interruption ever since,
-and ``present``, the share that is there now, re-grown ones included. (Chance is the layer's density, .7 %.)
+Ten times a phase the script measures the test accuracy with the phase's labels. It also follows the first layer's connections
+that were established at the end of phase 1 (alive for at least 1,000 steps): ``kept`` is the share that has stayed without
+interruption, ``present`` the share that is there now, including those that grew again. (By chance it is the layer's density, .7
+%.)
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# `mnist` is the script beside this one
+# `mnist` is the script in the same folder.
 from mnist import BATCH, TOTAL, axes, digits
 from torch import nn
 
@@ -51,7 +52,7 @@ PER_PHASE = 10
 
 
 def run(arm: str, seed: int, root: str, epochs: int) -> list[dict[str, Any]]:
-    """One training through all phases; a line per measurement."""
+    """Train through all phases, and return a line per measurement."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -94,7 +95,7 @@ def run(arm: str, seed: int, root: str, epochs: int) -> list[dict[str, Any]]:
                 now[slots.places] = True
                 births = torch.full((slots.total,), -1)
                 births[slots.places] = slots.born
-                # without interruption: it is there, and was not born since
+                # Kept without interruption: the connection is there and was not born since.
                 lost |= ~now[learned] | (births[learned] > born)
                 line |= {
                     "kept": round((~lost).double().mean().item(), 4),
@@ -128,8 +129,11 @@ def mean(rows: list[dict[str, str]], name: str) -> str:
 
 def table() -> str:
     rows = read()
-    shown = ["| arm | end of phase 1 | first tenth of phase 2 | end of phase 2 | first tenth of phase 3 | end of phase 3 | kept, "
-             "end of phase 2 / 3 | present, end of phase 2 / 3 |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    shown = [
+        "| arm | end of phase 1 | first tenth of phase 2 | end of phase 2 | first tenth of phase 3 | end of phase 3 "
+        "| kept, end of phase 2 / 3 | present, end of phase 2 / 3 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for arm in ARMS:
         mine = [row for row in rows if row["arm"] == arm]
         if not mine:
@@ -176,8 +180,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder with MNIST/raw")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=3, help="of a phase")
-    parser.add_argument("--workers", type=int, default=2, help="trainings at a time, one thread each")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs per phase")
+    parser.add_argument("--workers", type=int, default=2, help="number of trainings at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="only print the table and draw the figure")
     options = parser.parse_args()
     if not options.table:

@@ -1,19 +1,20 @@
 """Every method at every connectivity on MNIST: LeNet-300-100, batch 10, 10 epochs.
 
-    python benchmarks/comparison/mnist.py --root data                        # whatever is not in results.csv yet
+    python benchmarks/comparison/mnist.py --root data                        # every training that is not in results.csv
     python benchmarks/comparison/mnist.py --root data --parts common --arms deepr soft_deepr
     python benchmarks/comparison/mnist.py --table                            # tables and the figure from results.csv
 
 Parts, in this order:
 
-- common: the paper's protocol for all (SGD, learning rate .05, batch 10), test set;
-- scope: one K per layer against one K for the whole network, 1 %;
-- rewiring: what rewiring more slowly, or ending it early, brings, 1 %;
-- tune: as many short trials (2 epochs, validation on the last 10,000 training images) for every arm at 1 and at 10 %;
-- tuned: each arm with the best of its trials (those at 1 % for 1 and 2 %, those at 10 % for 5, 10 and 20 %), test set.
+- common: the paper's protocol for all arms (SGD, learning rate .05, batch 10), test set;
+- scope: one K per layer compared with one K for the whole network, 1 %;
+- rewiring: rewiring less often, or ending it early, 1 %;
+- tune: the same number of short trials (2 epochs, validation on the last 10,000 training images) for every arm at 1 and at 10
+%; - tuned: each arm with its best trial (the trials at 1 % for 1 and 2 %, those at 10 % for 5, 10 and 20 %), test set.
 
-A run is a line of results.csv; the script can be stopped and started again at any time. Connectivity counts all 266,200 weights, and all
-arms get the same number; biases are dense. A plain loop: the callback is attached to the optimizer.
+A run is a line of results.csv; the script can be stopped and started again at any time. Connectivity counts all 266,200
+weights, and all arms get the same number; biases are dense. Training is a plain loop with the callback attached to the
+optimizer.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ TOTAL = 266_200
 CONNECTIVITIES = (0.01, 0.02, 0.05, 0.1, 0.2)
 TRIALS = 8
 BATCH = 10
-# theta_min of SoftDeepR over that of the theory, in which there is no data. With it the connectivity ends near the wanted one: 1 % was
-# settled in short runs on the validation split, the others from where earlier runs with other factors ended (at 5 %: .9 ends at 6.9 %, 3
-# at 2.5 %).
+# SoftDeepR's theta_min divided by the theory's, which assumes no data. With these factors the connectivity ends near the wanted
+# one. Short runs on the validation split gave the factor at 1 %, the final connectivity of earlier runs with other factors gave
+# the others (at 5 %: .9 ends at 6.9 %, 3 at 2.5 %).
 SOFT_FACTORS = {0.01: 3, 0.02: 1.6, 0.05: 1.3, 0.1: 1.0, 0.2: 0.7}
 
 Settings = dict[str, Any]
@@ -77,7 +78,7 @@ COMMON: dict[str, Settings] = {
 
 
 def space(arm: str, draw: random.Random, first: bool) -> Settings:
-    """The settings of one trial; the first of every arm is the same optimizer with the arm's own defaults."""
+    """Draw the settings of one trial; the first trial of every arm has the same optimizer and the arm's defaults."""
     if first:
         own = COMMON[arm] | ({"temperature": 1e-9} if arm == "soft_deepr" else {})
         return {"lr": 0.4, "schedule": "cosine", "distribution": "deepr", **own}
@@ -93,7 +94,7 @@ def space(arm: str, draw: random.Random, first: bool) -> Settings:
         found["temperature"] = draw.choice([0.0, ["LrPower", 1e-12, 2]])
     if arm == "soft_deepr":
         found["temperature"] = draw.choice([1e-10, 1e-9, 1e-8])
-        found["theta_min_factor"] = draw.choice([0.5, 1.0, 1.5])  # times that of SOFT_FACTORS
+        found["theta_min_factor"] = draw.choice([0.5, 1.0, 1.5])  # multiplies SOFT_FACTORS
     if arm == "fixed_random_free_signs":
         found["signs"] = "free"
     if arm == "pruning":
@@ -117,9 +118,9 @@ def seeds_at(connectivity: float) -> range:
 
 
 def best_trial(rows: list[dict[str, str]]) -> dict[str, str]:
-    """The most accurate trial of those that ended with at most 1.2 times the wanted connections; the sparsest where none did.
+    """Choose the most accurate trial that ends with at most 1.2 times the wanted connections; if there is none, the sparsest.
 
-    Only a method without a hard K can miss the wanted connectivity, and a denser network is the more accurate one.
+    Only a method without a hard K can miss the wanted connectivity, and denser networks are more accurate.
     """
 
     def excess(row: dict[str, str]) -> float:
@@ -130,7 +131,7 @@ def best_trial(rows: list[dict[str, str]]) -> dict[str, str]:
 
 
 def jobs(part: str, arms: list[str]) -> list[Job]:
-    """What a part consists of; the first seeds of all come first."""
+    """List the trainings of a part; the first seed of all arms comes first."""
     found = []
     if part == "common":
         for arm in arms:
@@ -196,13 +197,13 @@ def digits(root: str, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def run(job: Job, root: str) -> dict[str, Any]:
-    """Train once, test once at the end."""
+    """Train once, and test once at the end."""
     epochs = epochs_of(job.part)
     images, labels, test_images, test_labels = digits(root, job.split)
     settings = {name: _value(entry) for name, entry in json.loads(job.settings).items()}
     lr, schedule = settings.pop("lr"), settings.pop("schedule")
     if job.arm == "soft_deepr":
-        # T is given for 1 %; in proportion to p^2 the time of a dormant connection's walk to 0 is the same at every connectivity
+        # T is given for 1 %. In proportion to p^2, a dormant connection takes the same time to walk to 0 at every connectivity.
         p = job.connectivity
         settings["temperature"] *= (100 * p) ** 2
         bound = settings["temperature"] * (1 - p) / (settings["l1"] * p)
@@ -247,7 +248,7 @@ def run(job: Job, root: str) -> dict[str, Any]:
 PARTS = ("common", "scope", "rewiring", "tune", "tuned")
 
 
-# -- what came of it --------------------------------------------------------------------------------------------------------
+# -- results ----------------------------------------------------------------------------------------------------------------
 
 
 def tables() -> str:
@@ -268,7 +269,8 @@ def tables() -> str:
             if mine:
                 best = best_trial(mine)
                 lines.append(
-                    f"| {arm.replace('_', ' ')} | {100 * float(c):g} % | {best['accuracy']} of {len(mine)} | `{best['settings']}` |"
+                    f"| {arm.replace('_', ' ')} | {100 * float(c):g} % | {best['accuracy']} of {len(mine)} "
+                    f"| `{best['settings']}` |"
                 )
     for part in ("scope", "rewiring"):
         lines += [
@@ -288,7 +290,7 @@ def tables() -> str:
 
 
 def pictures() -> None:
-    """Accuracy over connectivity, as in the paper: one panel per protocol."""
+    """Draw the accuracy over the connectivity, as in the paper, with one panel per protocol."""
     titles = {"common": "the paper's protocol: SGD .05, batch 10", "tuned": "each method tuned with the same budget"}
     drawing, panels = axes(len(titles), width=5.6, height=4.4)
     for panel, (part, title) in zip(panels, titles.items(), strict=True):
@@ -306,7 +308,7 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="folder with MNIST/raw")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--workers", type=int, default=2, help="trainings at a time, one thread each")
+    parser.add_argument("--workers", type=int, default=2, help="number of trainings at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="only print the tables and draw the figure")
     options = parser.parse_args()
     if not options.table:

@@ -1,15 +1,17 @@
 """CIFAR-10 with the tutorial's CNN: every method from dense to 2 % connectivity, under one schedule.
 
-    python benchmarks/reproduction/cifar10.py --root data                     # whatever is not in cifar10.csv yet
+    python benchmarks/reproduction/cifar10.py --root data                     # every training that is not in cifar10.csv
     python benchmarks/reproduction/cifar10.py --root data --parts study --arms deepr fixed_random
     python benchmarks/reproduction/cifar10.py --table                         # tables and the figure from cifar10.csv
 
-Parts: `tune` (short trainings, validation on the last 5,000 training images) and `study` (20 epochs, test set). All arms share the network
-(1,067,584 weights, biases dense), the data (24 x 24 crops and flips, without the tutorial's contrast), batch 128, SGD with momentum .9,
-weight decay on the two linear layers, one epoch of warm-up and a cosine to 0. Connectivity counts *all* weights: conv1 and the output
-layer stay dense where there is room for them and are counted. Each run is one line; the script can be stopped and started again at
-any time (with --keep a run of its own goes on from its last epoch, and what pruning and l1-shrinkage train before the connectivity first
-matters is trained once for all connectivities). A plain loop: the callback is attached to the optimizer.
+Parts: `tune` (short trainings, validation on the last 5,000 training images) and `study` (20 epochs, test set). All arms share
+the network (1,067,584 weights, biases dense), the data (24 x 24 crops and flips, without the tutorial's contrast), batch 128,
+SGD with momentum .9, weight decay on the two linear layers, one epoch of warm-up and a cosine to 0. Connectivity counts *all*
+weights, also those of conv1 and the output layer, which stay dense. Training is a plain loop with the callback attached to the
+optimizer.
+
+Each run is one line; the script can be stopped and started again at any time. With --keep an interrupted run continues from its
+last epoch, and the epochs of pruning and l1-shrinkage that do not depend on the connectivity run once for all connectivities.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ RESULTS = Results(HERE / "cifar10.csv", "accuracy", "train_loss", "connections",
 SIZES = {"conv1": 4_800, "conv2": 102_400, "local3": 884_736, "local4": 73_728, "output": 1_920}
 TOTAL = sum(SIZES.values())
 CONNECTIVITIES = (0.02, 0.05, 0.1, 0.2)
-AT = {"dense": (1.0,), "fixed_random_free_signs": (0.05,)}  # what is not trained at all of them
+AT = {"dense": (1.0,), "fixed_random_free_signs": (0.05,)}  # arms that are not trained at all connectivities
 EPOCHS = {"tune": 6, "study": 20}
 Settings = dict[str, Any]
 
@@ -56,8 +58,8 @@ ARMS: dict[str, str | None] = {
     "l1_shrinkage": "L1Shrinkage",
 }
 SCHEDULE: Settings = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "warmup": 1.0}
-# What each arm adds; `shares`: connectivity of conv2 and local4 over that of local3; `aim`: soft-DEEP R's over that which it is to end at,
-# since data hold more connections than theta_min promises.
+# The settings that each arm adds. `shares`: connectivity of conv2 and local4, divided by local3's. `aim`: connectivity given to
+# soft-DEEP R, divided by the wanted one, since data keep more connections than theta_min predicts.
 OWN: dict[str, Settings] = {
     "dense": {},
     "deepr": {"lr": 0.1, "l1": 3e-3, "shares": [10, 10]},
@@ -67,18 +69,19 @@ OWN: dict[str, Settings] = {
     "pruning": {"shares": [10, 10]},
     "l1_shrinkage": {"l1": 1e-3, "freeze_at": 0.5, "shares": [10, 10]},
 }
-FROM_10: dict[str, Settings] = {"deepr": {"l1": 1e-3}}  # from 10 % on, see TRIALS_AT_20
+FROM_10: dict[str, Settings] = {"deepr": {"l1": 1e-3}}  # settings from 10 % on, see TRIALS_AT_20
 
 
 def settings_of(arm: str, connectivity: float) -> Settings:
-    """What the study trains an arm with."""
+    """Return the study's settings of an arm."""
     return {**SCHEDULE, **OWN[arm], **(FROM_10.get(arm, {}) if connectivity >= 0.1 else {})}
 
 
 def budget(connectivity: float, shares: Sequence[float]) -> dict[str, int]:
-    """Connections per layer, ``round(connectivity * TOTAL)`` in all.
+    """Share out ``round(connectivity * TOTAL)`` connections among the layers.
 
-    conv1 and the output layer (.6 % of the weights) stay dense; conv2 and local4 get ``shares`` times the connectivity of local3, at most 1.
+    conv1 and the output layer (.6 % of the weights) stay dense; conv2 and local4 get ``shares`` times the connectivity of
+    local3, but at most 1.
     """
     left = round(connectivity * TOTAL) - SIZES["conv1"] - SIZES["output"]
     wanted = dict(zip(("conv2", "local4"), shares, strict=True))
@@ -96,7 +99,7 @@ def budget(connectivity: float, shares: Sequence[float]) -> dict[str, int]:
 
 
 def jobs(part: str, arms: list[str]) -> list[Job]:
-    """What a part consists of; the first seeds of all come first, of those 5 % and dense."""
+    """List the trainings of a part: the first seed of all arms comes first, and 5 % and dense come before the rest."""
     found = []
     for arm in arms:
         if part == "study":
@@ -135,7 +138,7 @@ TRIALS: dict[str, dict[str, Settings]] = {
     },
     "soft_deepr": {"l1 1e-3": {"l1": 1e-3, "temperature": 1e-7, "aim": 1.0}, "T 1e-6": {"aim": 1.0}},
 }
-# Where more weights share what the network computes each is smaller, and the same alpha holds it down more.
+# With more connections each weight is smaller, so that the same alpha shrinks it more.
 TRIALS_AT_20: dict[str, dict[str, Settings]] = {
     "deepr": {"lr .1, l1 3e-3": {}, "lr .1, l1 1e-3": {"l1": 1e-3}, "lr .1, l1 3e-4": {"l1": 3e-4}},
 }
@@ -154,13 +157,16 @@ def callback_of(job: Job, settings: Settings) -> Any:
 
 
 def state_file(keep: str | None, job: Job, connectivity: str) -> Path | None:
-    """Where the state of a run is kept, or ("any") what the runs of all connectivities share."""
+    """Return the file for the state of a run, or, for the connectivity "any", of the epochs that all connectivities share."""
     name = "_".join((job.part, job.arm, connectivity, str(job.seed), job.trial, "state")).replace(" ", "-")
     return Path(keep) / f"{name}.pt" if keep else None
 
 
 def run(job: Job, root: str, keep: str | None) -> Settings:
-    """Train once, test once at the end; with ``keep`` a folder, go on from the last epoch after an interruption, and keep the network."""
+    """Train once, and test once at the end.
+
+    With the folder ``keep`` an interrupted run continues from its last epoch, and the trained network is kept.
+    """
     epochs = EPOCHS[job.part]
     images, labels, test_images, test_labels = CIFAR10DataModule(root).load()
     if job.split == "validation":
@@ -184,7 +190,7 @@ def run(job: Job, root: str, keep: str | None) -> Settings:
     file, common = (state_file(keep, job, c) for c in (f"{job.connectivity:g}", "any"))
     for begun in (file, common if shared else None):
         state = torch.load(begun, weights_only=True) if begun is not None and begun.is_file() else {}
-        if state.get("settings") == job.settings:  # a run that was stopped with other settings is begun anew
+        if state.get("settings") == job.settings:  # a run that was stopped with other settings begins anew
             restore(state, net, optimizer, callback)
             step, seconds, first = state["step"], state["seconds"], state["epoch"]
             train_loss = state["train_loss"]
@@ -265,8 +271,8 @@ def main() -> None:
     parser.add_argument("--root", default="data", help="folder with cifar-10-batches-py")
     parser.add_argument("--parts", nargs="*", default=list(EPOCHS), choices=list(EPOCHS))
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seeds", type=int, default=2, help="so many at most")
-    parser.add_argument("--workers", type=int, default=2, help="trainings at a time, one thread each")
+    parser.add_argument("--seeds", type=int, default=2, help="largest number of seeds")
+    parser.add_argument("--workers", type=int, default=2, help="number of trainings at a time, one thread each")
     parser.add_argument("--keep", help="folder for the states of interrupted runs and the trained networks")
     parser.add_argument("--table", action="store_true", help="only print the tables and draw the figure")
     options = parser.parse_args()

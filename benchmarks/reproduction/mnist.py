@@ -1,12 +1,12 @@
-"""MNIST at 1 % connectivity: the paper's setting, our best recipe, its controls, and what an untuned user gets.
+"""MNIST at 1 % connectivity: the paper's setting, this project's best recipe, its controls, and the untuned defaults.
 
     python benchmarks/reproduction/mnist.py --root data                        # every arm, all its seeds
     python benchmarks/reproduction/mnist.py --root data --arms best --seeds 3
     python benchmarks/reproduction/mnist.py --table                            # mean and spread of results.csv
 
-Each run goes through the callback and the Trainer, trains on all 60,000 images and tests once after the last step; the
-settings were chosen on a validation split (the last 10,000 training images, ``--val``). A run is one line of results.csv; runs
-that are there already are skipped, so the script can be stopped and started again.
+Each run uses the callback and the Trainer, trains on all 60,000 images and tests once after the last step. The settings were
+chosen on a validation split (the last 10,000 training images, ``--val``). A run is one line of results.csv; the script skips
+runs that have a line, so that it can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def run(arm: dict[str, Any], seed: int, root: str, val: bool) -> dict[str, Any]:
-    """One training; returns its line of the results."""
+    """Train once, and return the line of the results."""
     seed_everything(seed, verbose=False)
     model = DigitClassifier(**arm["model"])
     data = MNISTDataModule(root, val_size=10_000 if val else 0, seed=seed, **arm["data"])
@@ -124,7 +124,7 @@ def read() -> list[dict[str, str]]:
 
 
 def table() -> str:
-    """Mean and standard deviation over seeds, an arm a line."""
+    """Make a table with mean and standard deviation over seeds, one arm per line."""
     lines = ["| arm | epochs | connections | split | seeds | accuracy, % |", "|---|---|---|---|---|---|"]
     rows = read()
     for arm in ARMS:
@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder with MNIST/raw")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seeds", type=int, help="how many (default: the arm's own number)")
+    parser.add_argument("--seeds", type=int, help="number of seeds (default: the arm's own number)")
     parser.add_argument("--val", action="store_true", help="train on 50,000 images and validate on the other 10,000")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="only print the table")

@@ -1,15 +1,21 @@
 """The TIMIT sample with a bidirectional LSTM: every method from dense to 1 % connectivity, over four rotated speaker splits.
 
-    python benchmarks/reproduction/timit.py --root data/corpora/timit         # whatever is not in timit.csv yet
+    python benchmarks/reproduction/timit.py --root data/corpora/timit         # every training that is not in timit.csv
     python benchmarks/reproduction/timit.py --root data/corpora/timit --parts study --arms deepr dense
     python benchmarks/reproduction/timit.py --table                           # tables and figures from timit.csv
 
-Parts: `tune` (eight settings per arm at 5 and at 10 % on the validation speakers of two splits, the best three then on all four) and `study` (test speakers; the seed is the split: 10 speakers train, 2 validate, 4 test, disjoint tests).
-All arms: 128 units per direction (186,368 weights, the last layer counted), chunks of 100 frames, 32 a batch, Adam with a cosine to 0,
-gradients clipped at norm 1, noise on the inputs, a moving average of the weights that is what gets evaluated, and early stopping: every
-25 steps the validation speakers' frame error is taken, and the test error is that of the best of these moments at which the network has
-no more than its share of connections (1.2 times for soft-DEEP R; a network that is pruned during training does not count before). Frame error: share of wrong
-frames among 39 classes, posteriors of 60 phones summed. Each run is one line; the script can be stopped and started again at any time.
+Parts: `tune` (eight settings per arm at 5 and at 10 % on the validation speakers of two splits, then the best three on all
+four) and `study` (test speakers). The seed of a run is its split: 10 speakers for training, 2 for validation, 4 for test; the
+test sets are disjoint.
+
+All arms have 128 units per direction (186,368 weights, the last layer counted), chunks of 100 frames, 32 per batch, Adam with a
+cosine to 0, gradients clipped at norm 1, noise on the inputs and a moving average of the weights, which is evaluated. Early
+stopping: every 25 steps the script measures the validation speakers' frame error. The test error is that of the step with the
+smallest validation error, among the steps in which the network has at most its number of connections (1.2 times that for
+soft-DEEP R). A network that is pruned during training therefore does not count before it is sparse. The frame error is the
+share of wrong frames among 39 classes, with the posteriors of 60 phones summed.
+
+Each run is one line; the script can be stopped and started again at any time.
 """
 
 from __future__ import annotations
@@ -43,7 +49,7 @@ from grid import Job, Results, figure, load, restore, steps_in_common, table
 
 HERE = Path(__file__).parent
 RESULTS = Results(HERE / "timit.csv", "frame_error", "val_error", "best_step", "connections", "per_layer", "curve")
-TOTAL = 186_368  # 39,936 input weights, 131,072 recurrent ones, 15,360 of the last layer
+TOTAL = 186_368  # 39,936 input weights, 131,072 recurrent weights, 15,360 in the last layer
 CONNECTIVITIES = (0.01, 0.02, 0.05, 0.1, 0.2)
 SPLITS = (0, 1, 2, 3)
 FINALISTS = 3
@@ -52,7 +58,7 @@ Settings = dict[str, Any]
 
 ARMS: dict[str, str | None] = {
     "dense": None,
-    "small_dense": None,  # a dense LSTM of as many weights
+    "small_dense": None,  # a dense LSTM with the same number of weights
     "deepr": "DeepR",
     "soft_deepr": "SoftDeepR",
     "fixed_random": "FixedRandom",
@@ -60,7 +66,7 @@ ARMS: dict[str, str | None] = {
     "l1_shrinkage": "L1Shrinkage",
 }
 COMMON: Settings = {"steps": 1000, "lr": 0.04, "noise": 0.3, "offset": 0.5, "dropout": 0.0, "ema": 0.97}
-SHARES = (0.15, 0.014, 0.1)  # of the input, recurrent and last weights, in proportion
+SHARES = (0.15, 0.014, 0.1)  # relative connectivity of the input weights, the recurrent weights and the last layer
 OWN: dict[str, Settings] = {
     "dense": {"lr": 0.01, "dropout": 0.5, "steps": 200, "noise": 0.5, "offset": 0.0},
     "small_dense": {},
@@ -74,7 +80,7 @@ DROPOUTS: dict[str, Settings] = {f"noise .5, dropout .{d}": {"noise": 0.5, "drop
 WIDER_LAST: dict[str, Settings] = {
     f"noise .5, dropout .{d}, last layer .2": {"noise": 0.5, "dropout": d / 10, "shares": (0.15, 0.014, 0.2)} for d in (2, 4)
 }
-# What is tried at 5 and 10 % (dense: at 100 %), for each arm as many.
+# The trials at 5 and 10 % (dense: at 100 %); each arm has the same number.
 TRIALS: dict[str, dict[str, Settings]] = {
     "dense": {
         "first": {},
@@ -139,17 +145,17 @@ TRIALS: dict[str, dict[str, Settings]] = {
 
 
 def allowed(arm: str) -> float:
-    """Connections that may count, over those that are wanted: soft-DEEP R only aims at them."""
+    """Largest accepted number of connections, divided by the wanted number, which soft-DEEP R meets only approximately."""
     return 1.2 if arm == "soft_deepr" else 1.005
 
 
 def tuned_at(arm: str, connectivity: float) -> float:
-    """The connectivity of the trials that give the settings for another one."""
+    """Return the connectivity of the trials whose settings are used at ``connectivity``."""
     return 1.0 if arm == "dense" else 0.05 if connectivity <= 0.05 else 0.1
 
 
 def trial_errors(arm: str, connectivity: float, splits: Sequence[int]) -> dict[str, float]:
-    """Mean validation error of the trials that are done on all these splits; infinite if one ended with more connections than it may."""
+    """Mean validation error of each trial that ran on all these splits; infinite if a run ended with too many connections."""
     found: dict[str, dict[int, float]] = {}
     for row in RESULTS.read():
         if row["part"] == "tune" and row["arm"] == arm and row["connectivity"] == f"{connectivity:g}":
@@ -163,27 +169,31 @@ def trial_errors(arm: str, connectivity: float, splits: Sequence[int]) -> dict[s
 
 
 def finalists(arm: str, connectivity: float) -> list[str]:
-    """The trials with the least errors on the first two splits, once all are done there."""
+    """The trials with the smallest errors on the first two splits; none before all trials have run there."""
     errors = trial_errors(arm, connectivity, SPLITS[:2])
     return sorted(errors, key=lambda trial: errors[trial])[:FINALISTS] if set(TRIALS[arm]) <= set(errors) else []
 
 
 def best_trial(arm: str, connectivity: float) -> str:
-    """Of the finalists the one with the least error over all splits' validation speakers; while there are none what is ahead, or "first"."""
+    """The finalist with the smallest validation error over all splits.
+
+    Before the finals it is the best trial so far, and before any trial "first".
+    """
     c = tuned_at(arm, connectivity)
     errors = trial_errors(arm, c, SPLITS) or trial_errors(arm, c, SPLITS[:2])
     return min(errors, key=lambda trial: errors[trial]) if errors else "first"
 
 
 def settings_of(arm: str, connectivity: float) -> Settings:
-    """What the study trains an arm with."""
+    """Return the study's settings of an arm."""
     return {**COMMON, **OWN[arm], **TRIALS[arm][best_trial(arm, connectivity)]}
 
 
 def budget(connectivity: float, shares: tuple[float, float, float], hidden: int = 128) -> dict[str, int]:
-    """Connections of the input weights, the recurrent ones and the last layer, in proportion to ``shares``, full where they would overflow.
+    """Share out the connections among input weights, recurrent weights and last layer, in proportion to ``shares``.
 
-    ``connectivity`` is that of the network with 128 units per direction, also where there are more of them.
+    A tensor whose share exceeds its size is full. ``connectivity`` is relative to the network with 128 units per direction,
+    also for larger networks.
     """
     sizes = {"lstm.weight_ih*": 8 * hidden * 39, "lstm.weight_hh*": 8 * hidden * hidden, "head": 120 * hidden}
     left = round(connectivity * TOTAL)
@@ -206,12 +216,15 @@ def budget(connectivity: float, shares: tuple[float, float, float], hidden: int 
 
 
 def hidden_of(weights: int) -> int:
-    """Units per direction of a dense network with so many weights: 8 h (39 + h) + 120 h."""
+    """Units h per direction of a dense network with ``weights`` = 8 h (39 + h) + 120 h."""
     return round((math.sqrt(432**2 + 32 * weights) - 432) / 16)
 
 
 def jobs(part: str, arms: list[str]) -> list[Job]:
-    """What a part consists of ("finals": of the trials, what those that came first in "tune" still lack); the first splits of all come first."""
+    """List the trainings of a part; the first split of all arms comes first.
+
+    The part "finals" has the remaining splits of the best trials of "tune".
+    """
     found = []
     for arm in arms:
         if part == "study":
@@ -228,7 +241,7 @@ def jobs(part: str, arms: list[str]) -> list[Job]:
 
 
 def error(net: nn.Module, frames: Any, matrix: Tensor) -> float:
-    """Frame error over whole utterances, %."""
+    """Measure the frame error over whole utterances in percent."""
     net.eval()
     wrong, count = 0.0, 0
     with torch.no_grad():
@@ -239,12 +252,13 @@ def error(net: nn.Module, frames: Any, matrix: Tensor) -> float:
     return 100 * wrong / count
 
 
-# By arm, split and settings: where a training was when the wanted connectivity began to matter. Another connectivity's goes on from there.
+# By arm, split and settings: the state of a training at the last step that does not depend on the connectivity. Trainings with
+# other connectivities continue from it.
 _begun: dict[tuple[str, int, str], Settings] = {}
 
 
 def run(job: Job, root: str, cache: str | None) -> Settings:
-    """Train once; the test error at the step with the smallest validation error."""
+    """Train once, and return the test error at the step with the smallest validation error."""
     data = load_timit(root, rotation=job.seed, cache_dir=cache)
     settings = json.loads(job.settings)
     steps, lr, noise, offset, dropout, ema = (settings.pop(n) for n in ("steps", "lr", "noise", "offset", "dropout", "ema"))
@@ -257,7 +271,7 @@ def run(job: Job, root: str, cache: str | None) -> Settings:
         counts = budget(job.connectivity, settings.pop("shares"), hidden)
         if isinstance(settings.get("l1"), list):
             settings["l1"] = LinearDecay(*settings["l1"][1:])
-        if "depth" in settings:  # data hold many connections: dormant ones lie deeper than the walk without data asks for
+        if "depth" in settings:  # data keep many connections: theta_min must be lower than the theory without data says
             temperature, p = settings["temperature"], job.connectivity
             settings["theta_min"] = -settings.pop("depth") * temperature * (1 - p) / (settings["l1"] * p)
         init = {} if job.arm in ("pruning", "l1_shrinkage") else {"init": settings.pop("init", "deepr")}
@@ -365,7 +379,10 @@ def tables() -> str:
 
 
 def over_time(study: list[dict[str, str]]) -> None:
-    """Validation error over the training, each arm at 5 %: the paper saw dense training and l1-shrinkage drop suddenly."""
+    """Draw the validation error over the training, each arm at 5 %.
+
+    In the paper the errors of dense training and l1-shrinkage fall suddenly.
+    """
     drawing, (panel,) = axes(1, width=6, height=4.4)
     for number, arm in enumerate(ARMS):
         mine = [row for row in study if row["arm"] == arm and row["connectivity"] in ("1", "0.05")]
@@ -388,10 +405,10 @@ def over_time(study: list[dict[str, str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data/corpora/timit", help="folder of the sample (dr1-fvmh0 and so on in it)")
-    parser.add_argument("--cache", help="folder of the features")
+    parser.add_argument("--cache", help="folder of the feature cache")
     parser.add_argument("--parts", nargs="*", default=["tune", "study"], choices=["tune", "study"])
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--workers", type=int, default=2, help="trainings at a time, one thread each")
+    parser.add_argument("--workers", type=int, default=2, help="number of trainings at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="only print the tables and draw the figures")
     options = parser.parse_args()
     if not options.table:
@@ -399,7 +416,7 @@ def main() -> None:
             for stage in ("tune", "finals") if part == "tune" else (part,):
                 todo = jobs(stage, options.arms)
                 if part == "study":
-                    RESULTS.forget(todo)  # trained with what was the best trial then
+                    RESULTS.forget(todo)  # trainings whose settings were those of an earlier best trial
                 RESULTS.train(todo, run, options.workers, options.root, options.cache)
     print(tables())
     study = [row for row in RESULTS.read() if row["part"] == "study"]

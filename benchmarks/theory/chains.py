@@ -1,7 +1,7 @@
-"""Many independent chains of DEEP R through the library's own path: ``sparsify``, a torch optimizer, ``DeepR().attach``.
+"""Many independent chains of DEEP R, run by the library itself: ``sparsify``, a torch optimizer, ``DeepR().attach``.
 
-A chain is a tensor that was converted by itself: K is exact in each. One process steps all of them, as it would the layers of a
-network; draws differ from tensor to tensor.
+A chain is a converted tensor with exactly K connections. One process steps all tensors like the layers of a network; each has
+its own random draws.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from lightning_deepr.weights.find import converted_tensors
 
 
 class Chains:
-    """Tensors of ``groups`` x ``n`` weights, each with groups * k connections; every group (row) has the energy to itself.
+    """Tensors of ``groups`` x ``n`` weights with groups * k connections each; every group (row) has its own energy term.
 
     Args:
-        tensors: how many: they are independent.
-        groups: rows of each; 1: exactly k of n are active in every row.
+        tensors: number of independent tensors.
+        groups: rows of each tensor; with 1 row exactly k of n weights are active in it.
         n: weights of a group.
-        k: active ones, on average over the rows of a tensor.
-        energy: of u = max(theta, 0) [..., n].
-        optimizer: makes it from the parameters.
-        alpha, temperature, seed: for :class:`lightning_deepr.DeepR`.
+        k: active weights of a group, on average over the rows of a tensor.
+        energy: function of u = max(theta, 0) [..., n].
+        optimizer: function that makes the optimizer from the parameters.
+        alpha, temperature, seed: arguments of :class:`lightning_deepr.DeepR`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Chains:
         temperature: float,
         seed: int = 0,
     ) -> None:
-        torch.manual_seed(seed)  # the layers' own start, from which theta starts
+        torch.manual_seed(seed)  # seeds the layers' initialization, which gives theta's start
         self.net = nn.ModuleList(nn.Linear(n, groups, bias=False) for _ in range(tensors))
         sparsify(self.net, k / n, distribution="uniform", seed=seed, compute="dense")
         converted = list(converted_tensors(self.net))
@@ -59,7 +59,7 @@ class Chains:
         self.compare_gradients()
 
     def u_of_layers(self) -> Tensor:
-        """s * w = max(theta, 0) of every place [rows, n], from the layers' weights."""
+        """Compute s * w = max(theta, 0) of every place [rows, n] from the layers' weights."""
         weights: list[Tensor] = [layer.weight for layer in self.net]  # type: ignore[misc]
         return torch.cat(weights) * self.signs
 
@@ -67,12 +67,12 @@ class Chains:
         return torch.cat([slots.places for slots in self.slots]) + self.starts
 
     def u(self) -> Tensor:
-        """The same by one scatter for all tensors: several times faster than a weight for each."""
+        """Compute the same by one scatter for all tensors, several times faster than from the layers' weights."""
         dense = torch.zeros(self.rows * self.n).index_put((self.places(),), torch.cat([*self.thetas]))
         return dense.view(self.rows, self.n)
 
     def compare_gradients(self) -> None:
-        """The scatter and the layers' weights give theta the same gradient."""
+        """Check that the scatter and the layers' weights give theta the same gradient."""
         found = [torch.autograd.grad(self.energy(u).sum(), self.thetas) for u in (self.u(), self.u_of_layers())]
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -80,11 +80,11 @@ class Chains:
         for theta in self.thetas:
             theta.grad = None
         self.energy(self.u()).sum().backward()
-        self.optimizer.step()  # theta's step, and by the hook L1, noise, sign test and births
+        self.optimizer.step()  # steps theta; the hook then applies L1, noise, sign test and births
 
     @torch.no_grad()
     def state(self) -> tuple[Tensor, Tensor]:
-        """Which connections are active (bool [rows, n]; theta = 0 is active) and u [rows, n]."""
+        """Return the active connections (bool [rows, n]; theta = 0 is active) and u [rows, n]."""
         places = self.places()
         active = torch.zeros(self.rows * self.n, dtype=torch.bool)
         active[places] = True

@@ -1,7 +1,7 @@
-"""Low-dimensional energies, and by quadrature the densities that DEEP R and soft-DEEP R should sample from them.
+"""Low-dimensional energies, and the densities that DEEP R and soft-DEEP R should sample from them, computed by quadrature.
 
-An energy is a function of u = max(theta, 0) [..., N], that is of the weights without their signs (w = s * u; the sampling scripts
-multiply the weight by its signs). Dormant weights are 0 in it. Constants do not matter.
+An energy is a function of u = max(theta, 0) [..., N], the weights without their signs (w = s * u; the sampling scripts multiply
+the weight by its signs). u is 0 for dormant weights. An additive constant of the energy does not matter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Energy = Callable[[Tensor], Tensor]
-LARGEST = 7.0  # of theta: the densities below have less than 1e-9 of their mass beyond it
+LARGEST = 7.0  # largest theta of the quadrature; the densities below have less than 1e-9 of their mass beyond it
 MATRIX = torch.tensor(
     [[1.5, 0.9, 0.0, -0.5], [0.9, 1.2, 0.4, 0.0], [0.0, 0.4, 1.0, 0.6], [-0.5, 0.0, 0.6, 1.4]], dtype=torch.float64
 )
@@ -27,7 +27,7 @@ def flat(u: Tensor) -> Tensor:
 
 
 def quadratic(u: Tensor) -> Tensor:
-    """Separable: each weight has its own well; the third would rather be negative."""
+    """Separable: each weight has its own well; the third weight's lies below 0."""
     stiffness, centre = u.new_tensor([2.0, 1.0, 1.5, 0.7]), u.new_tensor([0.8, 0.2, -0.3, 1.2])
     return (0.5 * stiffness * (u - centre).square())[..., : u.shape[-1]].sum(-1)
 
@@ -39,14 +39,14 @@ def double_well(u: Tensor) -> Tensor:
 
 
 def correlated(u: Tensor) -> Tensor:
-    """Not separable: a quadratic form, linear regression on correlated inputs."""
+    """Not separable: a quadratic form, as in linear regression on correlated inputs."""
     n = u.shape[-1]
     away = u - u.new_tensor([0.9, 0.3, 0.7, 0.5])[:n]
     return 0.5 * ((away @ MATRIX[:n, :n].to(u)) * away).sum(-1)
 
 
 def two_paths(u: Tensor) -> Tensor:
-    """Not separable and not convex: products of neighbours shall add up to 1, as in a linear net with one hidden layer."""
+    """Not separable and not convex: products of neighbours should add up to 1, as in a linear net with one hidden layer."""
     return 1.5 * (u.unflatten(-1, (-1, 2)).prod(-1).sum(-1) - 1.0).square()
 
 
@@ -78,13 +78,13 @@ def _product(points: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Bins:
-    """Bins along theta, the same in each dimension or not, and their probabilities."""
+    """Bins along each dimension of theta, and their probabilities."""
 
-    edges: list[Tensor]  # for each dimension the inner edges
+    edges: list[Tensor]  # the inner edges of each dimension
     probabilities: Tensor  # [bins_1, bins_2, ...]
 
     def numbers(self, theta: Tensor) -> Tensor:
-        """theta [..., N] -> the number of its bin, counted over all dimensions."""
+        """Return the bin number of each theta [..., N], counted over all dimensions: int64 [...]."""
         number = torch.zeros(theta.shape[:-1], dtype=torch.int64)
         for edges, size, value in zip(self.edges, self.probabilities.shape, theta.unbind(-1), strict=True):
             number = number * size + torch.bucketize(value.contiguous(), edges.to(value.dtype), right=True)
@@ -93,16 +93,16 @@ class Bins:
 
 @cache
 def soft_bins(target: Target, theta_min: float, dimensions: int, below: int, above: int, cells: int = 1400) -> Bins:
-    """Bins of soft-DEEP R: ``below`` equally wide ones in [theta_min, 0), ``above`` ones of about equal mass beyond.
+    """Make bins for soft-DEEP R: ``below`` bins of equal width in [theta_min, 0), ``above`` bins of about equal mass from 0 on.
 
     Args:
         target: energy, alpha and T.
-        theta_min: the lower bound.
+        theta_min: the lower bound of theta.
         dimensions: N, 1 or 2.
         below, above: numbers of bins.
-        cells: of the quadrature, along [0, LARGEST].
+        cells: number of quadrature cells along [0, LARGEST].
     """
-    points = torch.cat([torch.zeros(1, dtype=torch.float64), midpoints(cells)])  # the first stands for all theta < 0
+    points = torch.cat([torch.zeros(1, dtype=torch.float64), midpoints(cells)])  # the first point represents all theta < 0
     widths = torch.full((cells + 1,), LARGEST / cells, dtype=torch.float64)
     widths[0] = -theta_min
     mass = target.log_density(_product([points] * dimensions)).exp()
@@ -124,7 +124,7 @@ def soft_bins(target: Target, theta_min: float, dimensions: int, below: int, abo
 
 
 def quantile_cells(mass: Tensor, parts: int) -> list[int]:
-    """Where to cut cells so that the parts have about equal mass: the first cells of the second, third, ... part."""
+    """Cut cells into parts of about equal mass: return the first cells of the second, third, ... part."""
     wanted = torch.arange(1, parts, dtype=torch.float64) / parts * mass.sum()
     return [int(cut) + 1 for cut in torch.searchsorted(mass.cumsum(0), wanted)]
 
@@ -142,13 +142,16 @@ def subsets(n: int, k: int) -> list[tuple[int, ...]]:
 
 
 def all_subsets(n: int) -> list[tuple[int, ...]]:
-    """In the order of their bit patterns: connection i is bit i."""
+    """List all subsets in the order of their bit patterns: connection i is bit i."""
     return [tuple(i for i in range(n) if number >> i & 1) for number in range(1 << n)]
 
 
 @cache
 def weight_of_subset(target: Target, c: tuple[int, ...], n: int, nodes: int = 32) -> float:
-    """Z_c: the integral of exp(-(E + alpha * sum) / T) over the active theta >= 0 of c, the others at 0 (Gauss and Legendre)."""
+    """Compute Z_c, the integral of exp(-(E + alpha * sum) / T) over the active theta >= 0 of c, by Gauss-Legendre quadrature.
+
+    The dormant weights are 0.
+    """
     if not c:
         return float(target.log_density(torch.zeros(n, dtype=torch.float64)).exp())
     x, w = np.polynomial.legendre.leggauss(nodes)
@@ -162,7 +165,7 @@ def weight_of_subset(target: Target, c: tuple[int, ...], n: int, nodes: int = 32
 
 
 def closed_form(target: Target, n: int, k: int) -> Tensor:
-    """P(c) of a separable energy: the product of Z_k over k in c, each a one-dimensional integral, normalized over all K-subsets."""
+    """Compute P(c) of a separable energy: the product of one-dimensional integrals Z_k, k in c, normalized over K-subsets."""
     nothing = weight_of_subset(target, (), n)
     single = [weight_of_subset(target, (i,), n) / nothing for i in range(n)]
     found = torch.tensor([np.prod([single[i] for i in c]) for c in subsets(n, k)], dtype=torch.float64)
@@ -170,21 +173,23 @@ def closed_form(target: Target, n: int, k: int) -> Tensor:
 
 
 def connectivities(target: Target, n: int, k: int) -> Tensor:
-    """P(c) of any energy, over all K-subsets of N, by integration over the active theta together."""
+    """Compute P(c) of any energy over all K-subsets of N, by integrating over all active theta jointly."""
     found = torch.tensor([weight_of_subset(target, c, n) for c in subsets(n, k)], dtype=torch.float64)
     return found / found.sum()
 
 
 def group_connectivities(target: Target, n: int, groups: int, total: int) -> Tensor:
-    """P(c) over all subsets of *one* group of n weights, when ``total`` connections are shared by so many groups.
+    """Compute P(c) over all subsets of *one* group of n weights, where ``groups`` groups share ``total`` connections.
 
-    The groups do not interact but for the number of connections: P(c) is proportional to Z_c times the weight of all ways in
-    which the other groups can hold the rest. Those are coefficients of a power of sum_m z_m x^m, z_m = sum of Z_c over |c| = m.
+    The groups interact only through the number of connections: P(c) is proportional to Z_c times the weight of all ways to
+    share out the other connections among the other groups. These weights are coefficients of a power of sum_m z_m x^m, z_m =
+    sum of Z_c over |c| = m.
     """
     weights = torch.tensor([weight_of_subset(target, c, n) for c in all_subsets(n)], dtype=torch.float64)
     sizes = torch.tensor([len(c) for c in all_subsets(n)])
     by_size = np.array([float(weights[sizes == m].sum()) for m in range(n + 1)])
-    # tilted, so that a group holds total / groups on average: then the wanted coefficient is in the middle, where nothing is lost
+    # Tilt the weights so that a group has total / groups connections on average: the wanted coefficient then lies near the
+    # maximum, where no precision is lost.
     low, high = 1e-6, 1e6
     for _ in range(200):
         tilt = (low * high) ** 0.5
@@ -201,14 +206,14 @@ def group_connectivities(target: Target, n: int, groups: int, total: int) -> Ten
 
 @dataclass(frozen=True)
 class PairBins:
-    """K = 2: which connectivity, and in which third of its distribution each of the two active theta is."""
+    """Joint cells for K = 2: the connectivity, and for both active theta the part of its distribution."""
 
     n: int
     edges: Tensor  # [subsets, 2, parts - 1]
     probabilities: Tensor  # [subsets, parts, parts]
 
     def numbers(self, subset: Tensor, theta: Tensor) -> Tensor:
-        """The cell of each chain: number of its subset [M], its theta [M, N]."""
+        """Return the cell of each chain, int64 [M], from the number of its subset [M] and its theta [M, N]."""
         parts = self.probabilities.shape[1]
         pairs = torch.tensor(subsets(self.n, 2))[subset]
         active = theta.gather(1, pairs)
@@ -218,7 +223,7 @@ class PairBins:
 
 @cache
 def pair_bins(target: Target, n: int, parts: int = 3, cells: int = 700) -> PairBins:
-    """The joint distribution of connectivity and active theta, K = 2."""
+    """Compute the joint distribution of connectivity and active theta for K = 2."""
     edges, masses = [], []
     for c in subsets(n, 2):
         u = torch.zeros((cells, cells, n), dtype=torch.float64)

@@ -1,15 +1,16 @@
-"""Does DEEP R sample connectivities and weights from the distribution that theory says?
+"""Does DEEP R sample connectivities and weights from the theoretical distribution?
 
     python benchmarks/theory/hard.py
     python benchmarks/theory/hard.py --only correlated --duration 60
 
-"chains": 64 tensors of N = 4 weights, exactly K active in each, all stepped together: the distribution over the connectivities (6
-of them at K = 2), and jointly over them and the thirds of both active theta (54 cells). "layer": 32 tensors of 128 x 4 weights with
-256 connections each, where each row of 4 has the energy to itself and the rows compete for connections: the distribution over the 16
-subsets of a row. It is 80 times cheaper per row, so it sees a smaller bias.
+"chains" has 64 tensors of N = 4 weights with exactly K active ones, all stepped together. It compares the distribution over the
+connectivities (6 at K = 2), and the joint distribution over them and the thirds of both active theta (54 cells). "layer" has 32
+tensors of 128 x 4 weights with 256 connections each; each row of 4 has its own energy term, and the rows compete for
+connections. It compares the distribution over the 16 subsets of a row. It is 80 times cheaper per row, so that it detects a
+smaller bias.
 
-A run lasts the same time (steps * learning rate) at every learning rate, after a start of 10 units that is not counted. All through
-``sparsify``, ``DeepR(...).attach`` and a torch optimizer. The method is in README.md.
+A run lasts the same time (steps * learning rate) at every learning rate, after a start of 10 units that does not count.
+Everything runs through ``sparsify``, ``DeepR(...).attach`` and a torch optimizer. README.md describes the method.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from divergence import Divergence, Histograms, divergence  # noqa: E402
 N, ALPHA, TEMPERATURE = 4, 0.8, 0.5
 RATES = {"chains": (0.1, 0.01, 0.00125), "layer": (0.1, 0.02, 0.0025)}
 SHAPES = {"chains": (64, 1), "layer": (32, 128)}
-BEGINNING, BETWEEN = 10.0, 0.4  # units of time: not counted, and between snapshots
+BEGINNING, BETWEEN = 10.0, 0.4  # in units of time: the start that does not count, and the time between snapshots
 CHAINS = ("flat", "quadratic", "correlated", "two_paths")
 LAYER = ("quadratic", "correlated", "two_paths")
 SEPARABLE = ("flat", "quadratic")
@@ -56,10 +57,10 @@ Key = tuple[str, str, int, float]  # layout, energy, K, learning rate
 
 
 def optimizer_of(kind: str, lr: float) -> tuple[Any, float]:
-    """The optimizer, and by what alpha and T have to be multiplied for the same stationary distribution.
+    """Return a function that makes the optimizer, and the factor of alpha and T that keeps the stationary distribution.
 
-    Under momentum m the gradient acts 1 / (1 - m) times as strongly as the learning rate says, while L1 and noise take the plain one:
-    lr * (1 - m), alpha / (1 - m) and T / (1 - m) are the same dynamics as lr, alpha, T without momentum.
+    Under momentum m the effective learning rate of the gradient is lr / (1 - m), while L1 and noise act with the plain lr.
+    Therefore lr * (1 - m), alpha / (1 - m) and T / (1 - m) give the same dynamics as lr, alpha, T without momentum.
     """
     if kind == "SGD":
         return lambda p: torch.optim.SGD(p, lr=lr), 1.0
@@ -78,15 +79,20 @@ def run(
     kind: str = "SGD",
     beginning: float = BEGINNING,
 ) -> dict[str, Any]:
-    """Sample, and compare with the truth: {"c": of the connectivities, "c, theta": with the active theta (K = 2, chains)}.
+    """Sample, and compare with the truth.
 
     Args:
-        shape: tensors, and rows of each; (.., 1): chains.
+        shape: number of tensors and rows of each; one row makes chains.
         target: energy, alpha and T.
-        k: active of N in a row (of several: on average).
-        lr, duration, beginning: learning rate, and what is counted and not counted in steps * learning rate.
-        seed: of the start and of all draws.
-        kind: of optimizer.
+        k: active weights of the N in a row (with several rows: on average).
+        lr: learning rate.
+        duration, beginning: counted and uncounted time in steps * learning rate.
+        seed: seed of the start and of all draws.
+        kind: name of the optimizer: "SGD" | "momentum" | "Adam".
+
+    Returns:
+        the divergence of the connectivities as "c" and, for chains with K = 2, of connectivities and active theta as "c,
+        theta"; the frequencies as "sampled"; "truth" and "seconds".
     """
     started = time.perf_counter()
     tensors, groups = shape

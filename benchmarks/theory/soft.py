@@ -1,12 +1,13 @@
-"""Does soft-DEEP R sample the density that theory says?
+"""Does soft-DEEP R sample the theoretical density?
 
     python benchmarks/theory/soft.py
     python benchmarks/theory/soft.py --only two_paths --duration 20
 
-512 independent chains are the rows of one ``nn.Linear`` of 1 or 2 inputs, whose rows have the energy to themselves; p = 40 % wanted,
-theta_min from p, alpha and T as ``SoftDeepR`` takes it. Binned theta (24 bins in one dimension, 10 x 10 in two, those below 0 among
-them) against the density by quadrature. A run lasts the same time (steps * learning rate) at every learning rate, after a start of 15 units
-that is not counted. All through ``SoftDeepR(...).attach`` and torch's SGD. The method is in README.md.
+512 independent chains are the rows of one ``nn.Linear`` with 1 or 2 inputs; each row has its own energy term. The wanted
+connectivity is p = 40 %, and ``SoftDeepR`` computes theta_min from p, alpha and T. The script compares binned theta (24 bins in
+one dimension, 10 x 10 in two, including bins below 0) with the density from quadrature. A run lasts the same time (steps *
+learning rate) at every learning rate, after a start of 15 units that does not count. Everything runs through
+``SoftDeepR(...).attach`` and torch's SGD. README.md describes the method.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from lightning_deepr.weights.find import converted_tensors  # noqa: E402
 ALPHA, TEMPERATURE, WANTED = 0.8, 0.5, 0.4
 THETA_MIN = -TEMPERATURE * (1 - WANTED) / (ALPHA * WANTED)
 RATES = (0.025, 0.0025, 0.00025)
-CHAINS, BEGINNING, BETWEEN = 512, 15.0, 0.5  # the last two in units of time: not counted, and between snapshots
+CHAINS, BEGINNING, BETWEEN = 512, 15.0, 0.5  # in units of time: the start that does not count, the time between snapshots
 DIMENSIONS = {"flat": 1, "quadratic": 1, "double_well": 1, "correlated": 2, "two_paths": 2}
 
 
 class SoftChains:
-    """Rows of one layer, each of which has the energy to itself."""
+    """Chains that are the rows of one layer; each row has its own energy term."""
 
     def __init__(
         self, chains: int, dimensions: int, target: Target, lr: float, seed: int, theta_min: float | None = None
     ) -> None:
-        torch.manual_seed(seed)  # the layer's own start
+        torch.manual_seed(seed)  # seeds the layer's initialization
         callback = SoftDeepR(WANTED, temperature=target.temperature, l1=target.alpha, theta_min=theta_min, seed=seed)
         self.layer = callback.prepare(nn.Linear(dimensions, chains, bias=False))
         self.optimizer, self.energy = torch.optim.SGD(self.layer.parameters(), lr=lr), target.energy
@@ -92,7 +93,7 @@ def run(target: Target, dimensions: int, lr: float, duration: float, seed: int, 
 
 
 def true_share(bins: Bins, below: int) -> float:
-    """The mean share of active connections."""
+    """Compute the theory's mean share of active connections."""
     p = bins.probabilities
     return float(sum(p.movedim(d, 0)[below:].sum() for d in range(p.dim())) / p.dim())
 
@@ -121,7 +122,9 @@ def draw(results: dict[str, dict[float, dict[str, Any]]], out: Path) -> None:
         bins: Bins = next(iter(mine.values()))["bins"]
         if DIMENSIONS[name] == 1:
             edges = torch.cat([torch.tensor([THETA_MIN], dtype=torch.float64), bins.edges[0]])
-            edges = torch.cat([edges, 2 * edges[-1:] - edges[-2:-1]])  # the last one is open: drawn as wide as the one before
+            edges = torch.cat(
+                [edges, 2 * edges[-1:] - edges[-2:-1]]
+            )  # the last bin is open: it is drawn as wide as its neighbour
             panel.stairs(bins.probabilities / edges.diff(), edges, color="#dddddd", fill=True, label="theory")
             for lr, found in mine.items():
                 panel.stairs(found["sampled"] / edges.diff(), edges, linewidth=0.9, label=f"learning rate {lr:g}")

@@ -1,4 +1,4 @@
-"""``lightning-deepr export CHECKPOINT --to dense|csr|onnx|c --out PATH``."""
+"""The command ``lightning-deepr export CHECKPOINT --to dense|csr|onnx|c --out PATH``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from lightning_deepr.files.checkpoint import load_state_dict
 
 
 def export(arguments: Sequence[str]) -> None:
-    """The command.
+    """Run the command.
+
+    Args:
+        arguments: arguments after ``export``.
 
     Raises:
-        SystemExit: what is wrong, in one line.
+        SystemExit: something is wrong. The message says what, in one line.
     """
     given = _parser().parse_args(arguments)
     try:
@@ -36,20 +39,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", help="a .safetensors, .ckpt, .pt or .pth file, or a name of the zoo")
     parser.add_argument("--to", choices=("dense", "csr", "onnx", "c"), required=True)
     parser.add_argument(
-        "--out", type=Path, required=True, help="dense: .safetensors, .pt or .pth; csr: .npz; onnx: .onnx; c: .h"
+        "--out", type=Path, required=True, help="file to write: dense: .safetensors, .pt or .pth; csr: .npz; onnx: .onnx; c: .h"
     )
-    parser.add_argument("--module", metavar="CLASS", help="the network, where the file names none, e.g. my_package.Net")
+    parser.add_argument("--module", metavar="CLASS", help="class of the network, if the file names none, e.g. my_package.Net")
     parser.add_argument(
-        "--module-args", type=json.loads, default={}, metavar="JSON", help="its arguments, e.g. '{\"bias\": false}'"
+        "--module-args", type=json.loads, default={}, metavar="JSON", help="the class's arguments, e.g. '{\"bias\": false}'"
     )
     parser.add_argument(
-        "--submodule", default="", metavar="NAME", help='export this part of it, e.g. "net" of a LightningModule'
+        "--submodule", default="", metavar="NAME", help='part of the network to export, e.g. "net" of a LightningModule'
     )
     parser.add_argument("--input-shape", type=_sizes, metavar="2,50,39", help="onnx: shape of an example input, batch included")
     parser.add_argument(
-        "--dynamic", type=_names, default=None, metavar="0=batch,1=time", help="onnx: dimensions that vary (0=batch)"
+        "--dynamic", type=_names, default=None, metavar="0=batch,1=time", help="onnx: variable dimensions (default: 0=batch)"
     )
-    parser.add_argument("--sparse", action="store_true", help="onnx: a small file, weights as places and values")
+    parser.add_argument("--sparse", action="store_true", help="onnx: write a small file with weights as places and values")
     parser.add_argument("--weights", choices=("float32", "int16", "int8"), default="float32", help="c: type of the values")
     return parser
 
@@ -69,13 +72,24 @@ def _export(given: argparse.Namespace) -> str:
 
 
 def _load(checkpoint: str, name: str | None, arguments: dict[str, Any]) -> nn.Module:
-    """The network with its weights: a sparse file names it, unless it is of a class of the user's own; other checkpoints never do."""
+    """Load the network with its weights.
+
+    A sparse file names the architecture, except for classes outside this package. Other checkpoints never name it.
+
+    Args:
+        checkpoint: a path, or a name of the zoo.
+        name: full name of the network's class; None: the file names the architecture.
+        arguments: arguments of the class.
+
+    Raises:
+        ValueError: the checkpoint does not name its network, and ``name`` is None.
+    """
     net = _class(name)(**arguments) if name else None
     if not checkpoint.endswith((".ckpt", ".pt", ".pth")):
         return zoo.load(checkpoint, module=net)
     if net is None:
         raise ValueError(
-            f"{checkpoint} does not say which network it is of: give --module, e.g. lightning_deepr.models.LeNet300100."
+            f"{checkpoint} does not say which network it belongs to: give --module, e.g. lightning_deepr.models.LeNet300100."
         )
     return load_state_dict(net, checkpoint)
 
@@ -104,7 +118,7 @@ def _write_dense(net: nn.Module, out: Path) -> str:
 
 
 def _write_csr(net: nn.Module, out: Path) -> str:
-    """``<tensor>.indptr``, ``.indices``, ``.data`` and ``.shape`` per matrix, the names of SciPy; plus every other tensor as it is."""
+    """Write ``<tensor>.indptr``, ``.indices``, ``.data`` and ``.shape`` per matrix, SciPy's names, and all other tensors."""
     if out.suffix != ".npz":
         raise ValueError(f"--out: expected .npz for CSR, found {out.name!r}.")
     arrays: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""``lightning-deepr zoo publish`` and ``lightning-deepr zoo pull``."""
+"""The commands ``lightning-deepr zoo publish`` and ``lightning-deepr zoo pull``."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from lightning_deepr import zoo
 
 
 def publish(arguments: Sequence[str]) -> None:
-    """``zoo publish NAME_OR_PATH OWNER/NAME``: put a model on the Hugging Face Hub."""
+    """Run ``zoo publish NAME_OR_PATH OWNER/NAME``: publish a model on the Hugging Face Hub.
+
+    Raises:
+        SystemExit: something is wrong. The message says what.
+    """
     parser = argparse.ArgumentParser(
         prog="lightning-deepr zoo publish",
-        description="Put a model on the Hugging Face Hub: weights, card, picture, recipe. Log in with `hf auth login`, or set HF_TOKEN.",
+        description="Publish a model on the Hugging Face Hub: weights, card, picture, recipe. "
+        "Log in with `hf auth login`, or set HF_TOKEN.",
     )
     parser.add_argument("model", help="a name of the zoo or a file that zoo.save wrote")
-    parser.add_argument("repository", help="owner/name; made where there is none")
+    parser.add_argument("repository", help="owner/name; created if it does not exist")
     parser.add_argument(
-        "--private", action="store_true", default=None, help="if the repository is new (default: as the owner's settings say)"
+        "--private", action="store_true", default=None, help="make a new repository private (default: the owner's settings)"
     )
     parser.add_argument("--revision", help="the branch to write to (default: main)")
-    parser.add_argument("--message", help="of the commit")
-    parser.add_argument("--recipe", help="YAML to put beside it (default: the recipe that the file names)")
-    parser.add_argument("--keep-card", action="store_true", help="leave the repository's README.md alone")
-    parser.add_argument("--pull-request", action="store_true", help="open a pull request")
+    parser.add_argument("--message", help="message of the commit (default: a line with the model's name)")
+    parser.add_argument("--recipe", help="YAML to publish with the model (default: the recipe that the file names)")
+    parser.add_argument("--keep-card", action="store_true", help="keep the repository's README.md")
+    parser.add_argument("--pull-request", action="store_true", help="open a pull request instead")
     given = parser.parse_args(arguments)
     try:
         made = zoo.publish(
@@ -45,21 +50,25 @@ def publish(arguments: Sequence[str]) -> None:
 
 
 def pull(arguments: Sequence[str]) -> None:
-    """``zoo pull OWNER/NAME``: get a model's file from the Hugging Face Hub, and check it."""
+    """Run ``zoo pull OWNER/NAME``: download a model's file from the Hugging Face Hub, and check it.
+
+    Raises:
+        SystemExit: something is wrong. The message says what.
+    """
     parser = argparse.ArgumentParser(
         prog="lightning-deepr zoo pull",
-        description="Get a model's file from the Hugging Face Hub, checked. Prints the revision to pin.",
+        description="Download a model's file from the Hugging Face Hub, check it, and print the revision to pin.",
     )
     parser.add_argument("repository", help="owner/name")
     parser.add_argument("--revision", help="a branch, a tag or a commit hash (default: the newest)")
-    parser.add_argument("--sha256", help="that the file must have")
-    parser.add_argument("--output", type=Path, help="copy it there (default: it stays in the cache)")
+    parser.add_argument("--sha256", help="checksum that the file must have")
+    parser.add_argument("--output", type=Path, help="path for a copy of the file (default: the file stays in the cache)")
     given = parser.parse_args(arguments)
     from lightning_deepr.hub import transfer
 
     try:
         path = transfer.download(given.repository, revision=given.revision, sha256=given.sha256)
-        zoo.connections_of(path)  # all of it is read, and checked
+        zoo.connections_of(path)  # reads and checks the whole file
         if given.output is not None:
             given.output.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, given.output)

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-deepr fit|validate|test --config NAME|PATH`` ``report CHECKPOINT``, ``zoo list|info|verify``."""
+"""The command line ``lightning-deepr``: ``fit``, ``validate``, ``test``, ``report``, ``zoo``, ``export`` and ``recipes``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from lightning_deepr.recipes.running import TRAINING, packaged_recipes, train
 
 
 def report(arguments: Sequence[str]) -> None:
-    """``lightning-deepr report CHECKPOINT``: the connectivity of a sparse checkpoint, without its model."""
+    """Run ``lightning-deepr report CHECKPOINT``: print the connectivity of a sparse checkpoint, without its model.
+
+    Raises:
+        SystemExit: the checkpoint can't be read or is not sparse.
+    """
     parser = argparse.ArgumentParser(prog="lightning-deepr report", description="The connectivity of a sparse checkpoint.")
     parser.add_argument("checkpoint", help="a .ckpt, .pt, .pth or .safetensors file")
     from lightning_deepr.files.checkpoint import report_of_checkpoint
@@ -22,7 +26,14 @@ def report(arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the command ``lightning-deepr``."""
+    """Entry point of the command ``lightning-deepr``.
+
+    Args:
+        arguments: arguments of the command line; None: those of ``sys.argv``.
+
+    Raises:
+        SystemExit: the command is unknown or fails. The message says why.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in TRAINING:
         train(arguments)

@@ -1,4 +1,4 @@
-"""``lightning-deepr zoo list|info|verify|publish|pull``."""
+"""The command ``lightning-deepr zoo list|info|verify|publish|pull``."""
 
 from __future__ import annotations
 
@@ -16,31 +16,35 @@ _COLUMNS = ("name", "connections", "connectivity", "metric", "bytes")
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The command; errors end it with their message.
+    """Run the command.
+
+    Args:
+        arguments: arguments after ``zoo``.
 
     Raises:
-        SystemExit: bad arguments, no such model, or a model that is not as recorded.
+        SystemExit: the arguments are wrong, there is no such model, or a model is not as recorded.
     """
     parser = argparse.ArgumentParser(
-        prog="lightning-deepr zoo", description="Sparse models: the zoo's, and files that zoo.save wrote."
+        prog="lightning-deepr zoo", description="List, describe and verify sparse models: the zoo's, and files of zoo.save."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("list", help="the models of the zoo")
+    command = commands.add_parser("list", help="list the models of the zoo")
     command.add_argument("pattern", nargs="?", default="*", help="shell wildcards, as in 'lenet300_100.*'")
-    command = commands.add_parser("info", help="what is known of a model")
+    command = commands.add_parser("info", help="show the record of a model")
     command.add_argument("model", help="a name of the zoo, or a file")
-    command.add_argument("--json", action="store_true", help="all of it, as JSON")
-    command = commands.add_parser("verify", help="whether models are what they say")
-    command.add_argument("models", nargs="*", help="names of the zoo, or files; none: the whole zoo")
+    command.add_argument("--json", action="store_true", help="print the whole record as JSON")
+    command = commands.add_parser("verify", help="check that models are as recorded")
+    command.add_argument("models", nargs="*", help="names of the zoo, or files (default: the whole zoo)")
     command.add_argument(
         "--data",
         nargs="?",
         const="",
         metavar="FOLDER",
-        help="measure the recorded metric, too, on the test set of the recorded recipe, in this folder (none given: where the recipe has it)",
+        help="also measure the recorded metric, on the test set of the recorded recipe in this folder "
+        "(without FOLDER: the recipe's folder)",
     )
-    commands.add_parser("publish", help="put a model on the Hugging Face Hub", add_help=False)
-    commands.add_parser("pull", help="get a model's file from the Hugging Face Hub", add_help=False)
+    commands.add_parser("publish", help="publish a model on the Hugging Face Hub", add_help=False)
+    commands.add_parser("pull", help="download a model's file from the Hugging Face Hub", add_help=False)
     if arguments and arguments[0] in ("publish", "pull"):
         from lightning_deepr.commands import hub
 
@@ -60,27 +64,35 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _models_and_folder(models: list[str], data: str | None) -> tuple[list[str], str | None]:
-    """``--data MODEL``, too: what names a model is none of the data's folders."""
+    """Separate models and folder: in ``--data MODEL``, argparse takes the model for the folder."""
     if data and (data in zoo.list_models() or Path(data).is_file()):
         models, data = [*models, data], ""
     return models or zoo.list_models(), data
 
 
 def _verify(models: Sequence[str], folder: str | None) -> None:
-    """Verify each, with data where a folder is given ("": the recipe's); a failure does not keep the others from being looked at."""
+    """Verify each model, and report all failures at the end.
+
+    Args:
+        models: names or paths.
+        folder: folder of the data; "": the recipe's folder; None: verify without data.
+
+    Raises:
+        ValueError: a model is not as recorded, or can't be read.
+    """
     failures = []
     for model in models:
         try:
             print(zoo.verify(model, None if folder is None else data_of_recipe(zoo.info(model), folder)))
         except (OSError, ValueError, RuntimeError) as error:
-            failures.append(f"{model}: {error}".replace("--data.root", "--data"))  # the recipes' name for it
+            failures.append(f"{model}: {error}".replace("--data.root", "--data"))  # this command's name of the recipes' option
     if failures:
         raise ValueError("\n".join(failures))
     print(f"{len(models)} models are as recorded." if models else "There are no models in the zoo.")
 
 
 def _listing(names: Sequence[str]) -> str:
-    """A table of models."""
+    """Format a table of models."""
     rows = []
     for name in names:
         info = zoo.info(name)
@@ -109,7 +121,7 @@ def _metric(item: tuple[str, Any]) -> str:
 
 
 def _describe(info: Mapping[str, Any]) -> str:
-    """What is known of a model, as text."""
+    """Format the record of a model as text."""
     rows = [{**row, "l1": None, "compute": "-"} for row in info["connectivity"]["rows"]]
     lines = [f"{info['name']}", "", str(ConnectivityReport(rows, info["connectivity"]["left_out"])), ""]
     own = [key for key in info if key not in ("name", "connectivity")]

@@ -1,8 +1,8 @@
 """Batches of small images that lie in memory as tensors.
 
-At batch 10 a DataLoader spends more time on collecting single images than the network on learning from them. Here a batch is
-one gather, and everything random is a function of (seed, epoch, batch), so that a training that stops in the middle of an
-epoch goes on with the batches that it would have seen.
+At batch 10 a DataLoader takes longer to collect single images than the network takes to learn from them. Here a batch is one
+gather. Everything random is a function of (seed, epoch, batch), so that a training that stops in the middle of an epoch
+continues with the same batches.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from lightning_deepr.algorithm import randomness
 
-_ORDER, _SHIFT = 101, 102  # streams of their own, apart from the rewiring's
+_ORDER, _SHIFT = 101, 102  # random streams, separate from the rewiring's
 
 
 class ResumableBatches(ABC):
-    """A loader that can go on in the middle of an epoch, and that Lightning tells the epoch."""
+    """A loader that can resume in the middle of an epoch. Lightning sets its epoch."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -28,16 +28,16 @@ class ResumableBatches(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Return the number of batches in an epoch."""
 
     @property
     def sampler(self) -> ResumableBatches:
-        """Lightning tells the epoch to a loader's sampler."""
+        """This loader itself: Lightning calls ``set_epoch`` on a loader's sampler."""
         return self
 
     @property  # noqa: B027
     def batch_sampler(self) -> None:
-        """Lightning looks here, too, where there is a sampler."""
+        """None: Lightning also reads this attribute of a loader that has a sampler."""
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -49,7 +49,7 @@ class ResumableBatches(ABC):
         self.epoch, self._next = state_dict["epoch"], state_dict["next"]
 
     def remaining(self) -> Iterator[int]:
-        """The numbers of the epoch's batches that are still to come."""
+        """Iterate over the numbers of the epoch's remaining batches."""
         first, self._next = (self._next if self._next < len(self) else 0), 0
         for i in range(first, len(self)):
             self._next = i + 1
@@ -59,15 +59,15 @@ class ResumableBatches(ABC):
 class TensorBatches(ResumableBatches):
     """An iterable over (images float [B, C, H, W], labels int64 [B]), resumable in the middle of an epoch.
 
-    Subclasses say how a batch is made (:meth:`images_of`).
+    Subclasses make the images of a batch (:meth:`images_of`).
 
     Args:
-        images: of any shape [n, ...].
+        images: tensor of shape [n, ...].
         labels: int64 [n].
         batch_size: B.
-        shuffle: a new order in every epoch.
-        seed: of the order, and of what else a subclass draws.
-        drop_last: leave out a last batch that is smaller (else it is yielded).
+        shuffle: whether every epoch has a new order.
+        seed: seed of the order and of whatever else a subclass draws.
+        drop_last: whether to leave out a smaller last batch.
     """
 
     def __init__(
@@ -98,21 +98,21 @@ class TensorBatches(ResumableBatches):
 
     @abstractmethod
     def images_of(self, chosen: Tensor, i: int) -> Tensor:
-        """The images with the numbers ``chosen`` (int64 [B]) as the ``i``-th batch of the epoch has them, float [B, C, H, W]."""
+        """Make the images of the epoch's ``i``-th batch from their numbers ``chosen`` (int64 [B]): float [B, C, H, W]."""
 
 
 class Batches(TensorBatches):
-    """Grey images in [0, 1], shifted on request: (images float [B, 1, H, W], labels int64 [B]).
+    """Batches of grey images in [0, 1], shifted on request: (images float [B, 1, H, W], labels int64 [B]).
 
     Args:
         images: uint8 [n, H, W].
         labels: int64 [n].
         batch_size: B; the last batch may be smaller.
-        shuffle: a new order in every epoch.
-        seed: of the order and of the shifts.
-        shift_probability: with it an image is shifted by -1, 0 or 1 pixel in each direction (all nine equally likely, the
-            edge filled with 0), as in ``recipes/mnist_best.yaml``.
-        shift_epochs: shifts end after so many epochs (a fraction counts within an epoch).
+        shuffle: whether every epoch has a new order.
+        seed: seed of the order and of the shifts.
+        shift_probability: probability that an image is shifted by -1, 0 or 1 pixel in each direction (all nine shifts are
+            equally likely, the edge is filled with 0), as in ``recipes/mnist_best.yaml``.
+        shift_epochs: number of epochs after which shifts end; a fraction ends them within an epoch.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Batches(TensorBatches):
         height, width = images.shape[1:]
         self._padded = torch.nn.functional.pad(images, (1, 1, 1, 1)).flatten(1) if shift_probability else images.flatten(1)
         rows, columns = torch.arange(height), torch.arange(width)
-        self._window = (rows[:, None] * (width + 2) + columns).view(-1)  # the image's pixels in the padded one
+        self._window = (rows[:, None] * (width + 2) + columns).view(-1)  # places of the image's pixels in the padded image
 
     def images_of(self, chosen: Tensor, i: int) -> Tensor:
         return self._bytes(chosen, i).div(255.0)
@@ -140,7 +140,7 @@ class Batches(TensorBatches):
         height, width = self.images.shape[1:]
         if not self.shift_probability:
             return self._padded[chosen].view(-1, 1, height, width)
-        corner = torch.full_like(chosen, width + 3)  # unshifted: the window begins at row 1, column 1
+        corner = torch.full_like(chosen, width + 3)  # without a shift the window begins at row 1, column 1
         if self.epoch + i / len(self) < self.shift_epochs:
             draw = randomness.bits(randomness.key(self.seed, _SHIFT, self.epoch), chosen)
             shifted = (draw >> 8).bitwise_and_(0xFFFFFF) < self.shift_probability * (1 << 24)

@@ -1,4 +1,4 @@
-"""Early stopping's other half: after training the network has the weights of its best validation."""
+"""Loads the weights of the best validation when training ends, to be used with early stopping."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 class BestWeights(Callback):
-    """Loads the best checkpoint of the Trainer's ``ModelCheckpoint(monitor=...)`` when training ends, so that it is what is tested and kept.
+    """Loads the best checkpoint of the Trainer's ``ModelCheckpoint(monitor=...)`` when training ends.
 
-    In the list of callbacks it comes after an averaging callback (which writes its average when training ends; the checkpoint
-    has the average of its own epoch) and before what writes the network to a file.
+    The Trainer then tests and saves the best weights. List this callback after an averaging callback and before a callback that
+    writes the network to a file: an averaging callback writes its average to the network when training ends, and the checkpoint
+    has the average of its own epoch.
 
     Raises:
         ValueError: no ModelCheckpoint has a ``monitor``.
@@ -21,8 +22,8 @@ class BestWeights(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not self._watching(trainer):
             raise ValueError(
-                "BestWeights: expected a ModelCheckpoint with a monitor among the Trainer's callbacks, found none: add one, such as "
-                'ModelCheckpoint(monitor="val_frame_error").'
+                "BestWeights: expected a ModelCheckpoint with a monitor among the Trainer's callbacks, found none: "
+                'add one, such as ModelCheckpoint(monitor="val_frame_error").'
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

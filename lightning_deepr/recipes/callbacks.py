@@ -1,4 +1,4 @@
-"""What a recipe shows and leaves behind: tables, a picture, a sparse checkpoint."""
+"""Callbacks of the recipes: tables, a picture, a moving average, a sparse checkpoint."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class ConnectivityTable(Callback):
 
 
 class ConnectivityPicture(Callback):
-    """A PNG with the number of connections of every input, laid out as the image that it sees, before and after training.
+    """Draws a PNG with the number of connections of every input before and after training, laid out as the input image.
 
     Args:
-        filename: of the picture.
-        tensor: a linear layer's weight [out, in].
-        grid: the layout of the inputs, rows and columns.
+        filename: path of the picture.
+        tensor: name of a linear layer's weight [out, in].
+        grid: rows and columns of the input image.
     """
 
     def __init__(
@@ -62,7 +62,11 @@ class ConnectivityPicture(Callback):
 
 
 def inputs_per_pixel(module: nn.Module, tensor: str, grid: tuple[int, ...]) -> Tensor:
-    """How many connections each input has, int64 of shape ``grid``."""
+    """Count the connections of each input: int64 of shape ``grid``.
+
+    Raises:
+        ValueError: ``tensor`` is not converted, or its inputs do not fit the grid.
+    """
     found = connections(module)
     if tensor not in found:
         raise ValueError(f"ConnectivityPicture: expected one of {', '.join(found) or 'no tensor at all'}, found {tensor!r}.")
@@ -75,7 +79,13 @@ def inputs_per_pixel(module: nn.Module, tensor: str, grid: tuple[int, ...]) -> T
 
 
 def draw(before: Tensor, after: Tensor, tensor: str, path: Path) -> None:
-    """Two maps side by side on one scale."""
+    """Draw two maps side by side on one scale.
+
+    Args:
+        before, after: int64 [rows, columns], connections per input.
+        tensor: name for the colour bar.
+        path: the PNG to write.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -94,10 +104,10 @@ def draw(before: Tensor, after: Tensor, tensor: str, path: Path) -> None:
 
 
 class RampedEMA(WeightAveraging):
-    """Lightning's ``WeightAveraging`` with TensorFlow's moving average: decay min(``decay``, (1 + n) / (10 + n)) at the n-th update.
+    """Lightning's ``WeightAveraging`` with TensorFlow's moving average: decay min(``decay``, (1 + n) / (10 + n)) at update n.
 
     Args:
-        decay: at the end.
+        decay: upper limit of the decay, from 0 to below 1.
 
     Example::
 
@@ -117,10 +127,10 @@ class RampedEMA(WeightAveraging):
 
 
 class SparseCheckpoint(Callback):
-    """Writes the trained network as K-sized safetensors; :func:`lightning_deepr.load_state_dict` loads it.
+    """Writes the trained network as K-sized safetensors, which :func:`lightning_deepr.load_state_dict` loads.
 
     Args:
-        filename: of the checkpoint.
+        filename: path of the checkpoint.
         submodule: the part of the LightningModule to write ("net"), or "" for all of it.
     """
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 through torchvision, as the paper's benchmark uses it."""
+"""CIFAR-10 for the paper's benchmark, read through torchvision."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from lightning_deepr.recipes.resumable import ResumableDataModule
 
 
 class CIFAR10DataModule(ResumableDataModule):
-    """50,000 + 10,000 images in 10 classes, distorted 24 x 24 crops for training (see :class:`lightning_deepr.recipes.crops.Crops`).
+    """CIFAR-10: 50,000 + 10,000 images in 10 classes.
+
+    Training sees distorted 24 x 24 crops (:class:`lightning_deepr.recipes.crops.Crops`), validation and test the central crop.
 
     Args:
-        root: a folder that holds ``cifar-10-batches-py``; missing files are downloaded to it. torchvision checks their md5.
-        batch_size: of training; a smaller last batch is left out.
-        val_size: so many of the last training images are held out for validation (0: none).
-        contrast: range of the random contrast; [1, 1] for none.
-        seed: of the order of the images and of their distortions; None: that of ``seed_everything``.
+        root: the folder that holds ``cifar-10-batches-py``. Missing files are downloaded to it; torchvision checks their md5.
+        batch_size: images per training batch; a smaller last batch is left out.
+        val_size: number of training images, taken from the end, that are held out for validation; 0 holds out none.
+        contrast: range of the random contrast; [1, 1] turns it off.
+        seed: seed of the order of the images and of their distortions; None: the seed of ``seed_everything``.
 
     Raises:
-        RuntimeError: the files are not there and can't be downloaded, or one has another md5; names them.
+        RuntimeError: files are missing and can't be downloaded, or have a wrong md5. The message names them.
     """
 
     def __init__(
@@ -47,7 +49,12 @@ class CIFAR10DataModule(ResumableDataModule):
         self._sets(download=True)
 
     def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Train images uint8 [50000, 3, 32, 32], train labels int64 [50000], test images [10000, 3, 32, 32], test labels."""
+        """Read the images and labels.
+
+        Returns:
+            train images uint8 [50000, 3, 32, 32], train labels int64 [50000], test images [10000, 3, 32, 32], test labels
+            [10000].
+        """
         train, test = self._sets(download=False)
         images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, test)]
         labels = [torch.tensor(part.targets) for part in (train, test)]
@@ -98,13 +105,13 @@ class CIFAR10DataModule(ResumableDataModule):
         except (RuntimeError, OSError) as error:
             folder = Path(self.root).resolve() / CIFAR10.base_folder
             raise RuntimeError(
-                f"CIFAR-10 was not found in {folder} and could not be downloaded ({error}). {wrong_files(folder)} Put them there "
-                "(cifar-10-python.tar.gz, unpacked), or give another folder with --data.root."
+                f"CIFAR-10 was not found in {folder} and could not be downloaded ({error}). {wrong_files(folder)} "
+                "Put them there (cifar-10-python.tar.gz, unpacked), or give another folder with --data.root."
             ) from error
 
 
 def wrong_files(folder: Path) -> str:
-    """Which of the seven files are missing, and which have another md5 than torchvision expects."""
+    """Name the files, out of seven, that are missing or have a wrong md5."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 

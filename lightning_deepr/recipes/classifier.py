@@ -1,4 +1,4 @@
-"""The LightningModules of the MNIST and CIFAR-10 recipes. Nothing in them knows of sparsity: that is the callback's."""
+"""The LightningModules of the MNIST and CIFAR-10 recipes. They are ordinary dense modules; a callback makes them sparse."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCHEDULES = ("constant", "cosine", "exponential")
 
 
 class ImageClassifier(LightningModule):
-    """Cross-entropy and accuracy on (images, labels); subclasses set ``net`` and make the optimizer."""
+    """Base class with cross-entropy and accuracy on (images, labels); subclasses set ``net`` and make the optimizer."""
 
     net: nn.Module
     log_every_n_batches = 1
@@ -49,15 +49,22 @@ class ImageClassifier(LightningModule):
         self.log("test_accuracy", self.test_accuracy)
 
     def cosine(self, optimizer: torch.optim.Optimizer, warmup_epochs: float = 0.0) -> Any:
-        """The learning rate rises linearly over ``warmup_epochs`` and falls to 0 on a cosine, per step."""
+        """Add a schedule: the learning rate rises linearly over ``warmup_epochs`` and falls to 0 on a cosine, per step.
+
+        Returns:
+            what ``configure_optimizers`` returns.
+
+        Raises:
+            ValueError: the Trainer has no max_epochs or max_steps.
+        """
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
-            raise ValueError('schedule="cosine" has to know its length: give the Trainer max_epochs or max_steps.')
+            raise ValueError('schedule="cosine" needs the length of the training: give the Trainer max_epochs or max_steps.')
         warm = 0.0
         if warmup_epochs:
             epochs = self.trainer.max_epochs
             if not epochs or epochs < 0:
-                raise ValueError("warmup_epochs has to know the length of an epoch: give the Trainer max_epochs.")
+                raise ValueError("warmup_epochs needs the length of an epoch: give the Trainer max_epochs.")
             warm = steps * warmup_epochs / epochs
 
         def factor(step: int) -> float:
@@ -67,11 +74,16 @@ class ImageClassifier(LightningModule):
 
 
 def cosine_factor(progress: float) -> float:
+    """Factor of the learning rate at a progress from 0 to 1: 1 at the start, 0 at the end."""
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def check_choices(*choices: tuple[str, str, tuple[str, ...]]) -> None:
-    """Refuse a value (name, value, known values) that is not known."""
+    """Check settings, each given as (name, value, known values).
+
+    Raises:
+        ValueError: a value is not among the known ones.
+    """
     for name, value, known in choices:
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, found {value!r}.")
@@ -81,15 +93,16 @@ class DigitClassifier(ImageClassifier):
     """LeNet-300-100 on digits, with cross-entropy.
 
     Args:
-        lr: learning rate at the start.
-        momentum: of SGD.
+        lr: initial learning rate.
+        momentum: momentum of SGD.
         optimizer: "sgd" | "adam".
-        schedule: of the learning rate: "constant" | "cosine" (to 0, per step) | "exponential" (times ``gamma`` per epoch).
-        gamma: see ``schedule``.
+        schedule: schedule of the learning rate: "constant" | "cosine" (to 0, per step) | "exponential" (times ``gamma`` per
+            epoch).
+        gamma: factor of the exponential schedule.
         bias: whether the layers have (dense) biases.
     """
 
-    log_every_n_batches = 50  # logging costs as much as a step of so small a network
+    log_every_n_batches = 50  # logging takes as long as a step of this small network
 
     def __init__(
         self,
@@ -120,17 +133,18 @@ class DigitClassifier(ImageClassifier):
 
 
 class CIFAR10Classifier(ImageClassifier):
-    """The tutorial's CNN (:class:`lightning_deepr.models.CIFAR10CNN`) with the tutorial's optimizer, or a cosine.
+    """The tutorial's CNN (:class:`lightning_deepr.models.CIFAR10CNN`) with the tutorial's optimizer or a cosine schedule.
 
     The network runs in the channels-last memory format.
 
     Args:
-        lr: learning rate at the start.
-        momentum: of SGD; the tutorial has none.
-        weight_decay: of the weights of ``local3`` and ``local4`` (the tutorial's L2 term of .004); no other tensor has any.
-        schedule: "exponential": times ``gamma`` every ``decay_epochs`` epochs, the tutorial's; "cosine": to 0, per step; "constant".
-        gamma, decay_epochs: see ``schedule``.
-        warmup_epochs: of the cosine: a linear rise over so many epochs.
+        lr: initial learning rate.
+        momentum: momentum of SGD; the tutorial has none.
+        weight_decay: weight decay of ``local3`` and ``local4`` (the tutorial's L2 term of .004); no other tensor is decayed.
+        schedule: "exponential" (the tutorial's: times ``gamma`` every ``decay_epochs`` epochs) | "cosine" (to 0, per step) |
+            "constant".
+        gamma, decay_epochs: factor and period of the exponential schedule.
+        warmup_epochs: epochs of the cosine schedule's linear rise.
     """
 
     def __init__(
@@ -162,5 +176,5 @@ class CIFAR10Classifier(ImageClassifier):
 
 
 def is_decayed(name: str) -> bool:
-    """Whether a parameter of the CNN is under weight decay: ``local3.weight``, and ``local3.parametrizations.weight.original``."""
+    """Whether a parameter of the CNN has weight decay: ``local3.weight`` or ``local3.parametrizations.weight.original``."""
     return any(f"{layer}." in name for layer in ("local3", "local4")) and not name.endswith("bias")

@@ -1,6 +1,6 @@
-"""CIFAR-10's images as the TensorFlow tutorial trains and tests on them, in whole batches of tensors.
+"""Batches of CIFAR-10 with the TensorFlow tutorial's augmentation, computed on whole tensors.
 
-Image by image the augmentation takes longer than the network's step; a batch at a time it is one gather and some sums.
+Augmenting single images takes longer than the network's step; for a whole batch it is one gather and some sums.
 """
 
 from __future__ import annotations
@@ -11,29 +11,34 @@ from torch import Tensor
 from lightning_deepr.algorithm import randomness
 from lightning_deepr.recipes.batches import TensorBatches
 
-_CROP, _COLOUR = 103, 104  # streams of their own, apart from the order's
+_CROP, _COLOUR = 103, 104  # random streams, separate from the order's
 
 
 class Crops(TensorBatches):
-    """Batches (images float [B, 3, size, size], labels int64 [B]): distorted for training, the plain centre for testing.
+    """Batches (images float [B, 3, size, size], labels int64 [B]): distorted for training, the central crop for testing.
 
-    The tutorial's ``distorted_inputs``: a random crop, a random flip, a random brightness (a number added, up to ``brightness``), a random
-    contrast (each channel's distance from its own mean times a factor), then each image less its mean, over its standard deviation
-    (at least 1 / sqrt(number of values), as in TensorFlow). The number that the brightness adds drops out in that last step and is left
-    out here: in the tutorial, too, nothing clips in between. Images come in the channels-last memory format, in which convolutions
-    on the CPU are a quarter faster.
+    The distortion is the tutorial's ``distorted_inputs``:
+
+    1. Take a random crop.
+    2. Flip it at random.
+    3. Change the brightness: add a random number. This class leaves the step out, since step 5 subtracts the number again and
+       the tutorial does not clip in between.
+    4. Change the contrast: multiply each channel's distance from its own mean by a random factor.
+    5. Subtract the image's mean and divide by its standard deviation (at least 1 / sqrt(number of values), as in TensorFlow).
+
+    Images have the channels-last memory format, which makes convolutions on the CPU a quarter faster.
 
     Args:
         images: uint8 [n, 3, H, W].
         labels: int64 [n].
         batch_size: B.
-        distort: training's random crop, flip and contrast; else the central crop.
-        size: of a crop, at most H and W.
-        contrast: the range of the contrast's factor; (1, 1) leaves it as it is.
+        distort: whether to crop, flip and change the contrast at random, for training; False takes the central crop.
+        size: side of a crop in pixels, at most H and W.
+        contrast: range of the contrast's factor; (1, 1) leaves the contrast unchanged.
         shuffle, seed, drop_last: as in :class:`lightning_deepr.recipes.batches.TensorBatches`.
 
     Raises:
-        ValueError: images of another shape, or a crop that is larger than they are.
+        ValueError: the images have another shape or are smaller than a crop.
 
     Example::
 
@@ -59,7 +64,7 @@ class Crops(TensorBatches):
         if images.dim() != 4 or images.shape[1] != 3 or size > min(images.shape[2:]):
             raise ValueError(f"expected images [n, 3, H, W] of at least {size} x {size}, found {list(images.shape)}.")
         self.distort, self.size, self.contrast = distort, size, contrast
-        # pixel by pixel, so that a crop gathers three bytes at a time
+        # The three bytes of a pixel lie together, so that a crop gathers whole pixels.
         self._pixels = images.permute(0, 2, 3, 1).reshape(-1, 3).contiguous()
 
     def images_of(self, chosen: Tensor, i: int) -> Tensor:
@@ -84,7 +89,7 @@ class Crops(TensorBatches):
             draw = randomness.bits(randomness.key(self.seed, _COLOUR, self.epoch), chosen)
             factor = (draw >> 8).bitwise_and_(0xFFFFFF).double().mul_((high - low) / (1 << 24)).add_(low)
             crops *= factor.float()[:, None, None]
-        # the channels' means stay, whatever the contrast; over the whole image they are part of the deviation
+        # The contrast does not change the channels' means, but they contribute to the image's standard deviation.
         mean -= mean.mean(2, keepdim=True)
         crops += mean
         values = crops.shape[1] * 3

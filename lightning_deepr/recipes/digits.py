@@ -1,4 +1,4 @@
-"""MNIST: the digits that travel with the package, and the full set through torchvision."""
+"""MNIST: a subset that comes with the package, and the full set through torchvision."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EMBEDDED_SHA256 = "94af5fa0381beeb0398da21217a04180f967ab253a8b60d9cdc27bd41d664
 
 
 def embedded_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The embedded digits: a random subset of MNIST, 17,000 of its training and 3,000 of its test images.
+    """Read the embedded digits: a random subset of MNIST, 17,000 of its training and 3,000 of its test images.
 
     Returns:
         train images uint8 [17000, 28, 28], train labels int64 [17000], test images [3000, 28, 28], test labels [3000].
@@ -40,14 +40,14 @@ def embedded_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class DigitsDataModule(ResumableDataModule):
-    """Images of digits in memory; the base of :class:`MNISTDataModule`, itself the embedded subset.
+    """The embedded subset of MNIST, and the base class of :class:`MNISTDataModule`.
 
     Args:
-        batch_size: of training.
-        val_size: so many of the last training images are held out for validation (0: none).
+        batch_size: images per training batch.
+        val_size: number of training images, taken from the end, that are held out for validation; 0 holds out none.
         shift_probability: see :class:`lightning_deepr.recipes.batches.Batches`.
-        shift_until: shifts end at this fraction of the training.
-        seed: of the order of the images and of their shifts; None: that of ``seed_everything``.
+        shift_until: fraction of the training after which shifts end.
+        seed: seed of the order of the images and of their shifts; None: the seed of ``seed_everything``.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class DigitsDataModule(ResumableDataModule):
         self._digits: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def load(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Train images, train labels, test images, test labels."""
+        """Read the train images, train labels, test images and test labels."""
         return embedded_digits()
 
     def setup(self, stage: str) -> None:
@@ -110,10 +110,10 @@ class DigitsDataModule(ResumableDataModule):
 
 
 class MNISTDataModule(DigitsDataModule):
-    """All of MNIST, 60,000 + 10,000 images, through torchvision (which checks the files).
+    """All of MNIST, 60,000 + 10,000 images, through torchvision, which checks the files.
 
     Args:
-        root: a folder that holds ``MNIST/raw``; missing files are downloaded to it.
+        root: the folder that holds ``MNIST/raw``; missing files are downloaded to it.
         batch_size, val_size, shift_probability, shift_until, seed: as in :class:`DigitsDataModule`.
     """
 
@@ -143,7 +143,7 @@ class MNISTDataModule(DigitsDataModule):
             return MNIST(self.root, train=True, download=download), MNIST(self.root, train=False, download=download)
         except (RuntimeError, OSError) as error:
             raise RuntimeError(
-                f"MNIST was not found in {Path(self.root).resolve()} and could not be downloaded ({error}). Expected the four files "
-                "of MNIST (train-images-idx3-ubyte.gz and so on) in its folder MNIST/raw: put them there, give another folder "
-                "with --data.root, or use the embedded digits (recipes/mnist_quickstart.yaml)."
+                f"MNIST was not found in {Path(self.root).resolve()} and could not be downloaded ({error}). Expected the four "
+                "files of MNIST (train-images-idx3-ubyte.gz and so on) in its folder MNIST/raw: put them there, give another "
+                "folder with --data.root, or use the embedded digits (recipes/mnist_quickstart.yaml)."
             ) from error

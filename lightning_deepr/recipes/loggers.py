@@ -1,4 +1,4 @@
-"""Weights & Biases that works without an account."""
+"""A Weights & Biases logger that works without an account."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 def wandb_mode() -> str:
-    """ "online" where a key is set, else "offline"; the environment variable WANDB_MODE decides where it is given."""
+    """Choose the mode: WANDB_MODE if that environment variable is set, else "online" with a key and "offline" without."""
     mode = os.environ.get("WANDB_MODE")
     if mode:
         return mode
@@ -22,13 +22,13 @@ def wandb_mode() -> str:
 
 
 class WandbLogger(_WandbLogger):
-    """Lightning's ``WandbLogger``: online where a key is set, else offline, and it says which.
+    """Lightning's ``WandbLogger``, online with a key and offline without; it prints which.
 
     Args:
-        project: of the runs.
-        save_dir: where an offline run is written.
-        name: of the run.
-        kwargs: to Lightning's logger.
+        project: the runs' project.
+        save_dir: the folder for offline runs.
+        name: the run's name.
+        kwargs: further arguments of Lightning's logger.
     """
 
     def __init__(self, project: str = "lightning-deepr", save_dir: str = ".", name: str | None = None, **kwargs: Any) -> None:

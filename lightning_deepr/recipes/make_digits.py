@@ -1,7 +1,8 @@
-"""How ``recipes/mnist_digits.xz`` was made: ``python -m lightning_deepr.recipes.make_digits ROOT TARGET``.
+"""Makes ``recipes/mnist_digits.xz``: ``python -m lightning_deepr.recipes.make_digits ROOT TARGET``.
 
-A random subset of MNIST (LeCun, Cortes, Burges): 17,000 of the 60,000 training images and 3,000 of the 10,000 test images,
-without replacement, drawn by ``torch.Generator().manual_seed(0)``; 20,000 x 784 bytes of pixels, then 20,000 labels, packed by xz.
+The file has a random subset of MNIST (LeCun, Cortes, Burges): 17,000 of the 60,000 training images and 3,000 of the 10,000 test
+images, drawn without replacement by ``torch.Generator().manual_seed(0)``. It holds 20,000 x 784 bytes of pixels, then 20,000
+labels, packed by xz.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from lightning_deepr.recipes.digits import EMBEDDED_TEST, EMBEDDED_TRAIN, MNISTD
 
 
 def main(root: str, target: str) -> None:
+    """Write the subset.
+
+    Args:
+        root: folder of the full MNIST, as for :class:`lightning_deepr.recipes.digits.MNISTDataModule`.
+        target: path of the file to write.
+    """
     train_images, train_labels, test_images, test_labels = MNISTDataModule(root).load()
     generator = torch.Generator().manual_seed(0)
     train = torch.randperm(len(train_labels), generator=generator)[:EMBEDDED_TRAIN]

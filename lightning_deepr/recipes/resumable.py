@@ -1,4 +1,4 @@
-"""A data module that goes on in the middle of an epoch."""
+"""A data module that resumes in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ _Loader = TypeVar("_Loader", bound=ResumableBatches)
 
 
 class ResumableDataModule(LightningDataModule):
-    """Carries the state of the training batches in its own.
+    """A data module that saves and restores the position of the training batches as part of its own state.
 
-    Lightning saves a loader's state but restores it only where nothing has asked for the length of the training before: an optimizer whose
-    schedule is over all steps asks in ``configure_optimizers``, and the epoch would begin anew. A data module is restored before that.
+    Lightning also saves a loader's state, but does not restore it if something has asked for the length of the training before.
+    A schedule over all steps asks in ``configure_optimizers``; the epoch would then begin anew. Lightning restores a data
+    module before that.
     """
 
     _batches: ResumableBatches | None = None
     _saved: dict[str, Any] | None = None
 
     def resuming(self, loader: _Loader) -> _Loader:
-        """The loader of ``train_dataloader``, where the checkpoint left it."""
+        """Return the loader of ``train_dataloader``, moved to the position that the checkpoint saved."""
         if self._saved is not None:
             loader.load_state_dict(self._saved)
             self._saved = None

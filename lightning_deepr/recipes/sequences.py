@@ -1,7 +1,7 @@
-"""Batches of labelled sequences that lie in memory as tensors: whole utterances, padded, or chunks at random places.
+"""Batches of labelled sequences that lie in memory as tensors: whole padded utterances, or chunks at random offsets.
 
-Everything random is a function of (seed, epoch, batch), as in :mod:`lightning_deepr.recipes.batches`: a training that stops
-in the middle of an epoch goes on with the batches that it would have seen.
+Everything random is a function of (seed, epoch, batch), as in :mod:`lightning_deepr.recipes.batches`, so that a training that
+stops in the middle of an epoch continues with the same batches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_deepr.recipes.batches import ResumableBatches
 from lightning_deepr.recipes.timit_cache import Frames
 from lightning_deepr.recipes.timit_phones import IGNORED
 
-_ORDER, _OFFSET = 111, 112  # streams of their own, apart from the rewiring's and the images'
+_ORDER, _OFFSET = 111, 112  # random streams, separate from the rewiring's and the images'
 
 
 class SequenceBatch(NamedTuple):
@@ -25,8 +25,8 @@ class SequenceBatch(NamedTuple):
 
     Attributes:
         features: float32 [batch, longest, features], 0 in the padding.
-        labels: int64 [batch, longest], -100 in the padding and where a frame has no label.
-        lengths: int64 [batch], frames of each sequence.
+        labels: int64 [batch, longest], -100 in the padding and for frames without a label.
+        lengths: int64 [batch], number of frames of each sequence.
     """
 
     features: Tensor
@@ -40,11 +40,12 @@ class SequenceBatches(ResumableBatches):
     Args:
         frames: the utterances.
         batch_size: sequences per batch; the last batch may be smaller.
-        chunk_frames: None: each utterance once per epoch, whole. A number: per epoch as many chunks of each utterance as
-            cover it (its length over ``chunk_frames``, rounded up), each at an offset of its own, uniform over those where
-            the chunk lies in the utterance; a shorter utterance is one chunk.
-        shuffle: a new order (and new offsets) in every epoch. Without it chunks lie end to end, the last one moved back to fit.
-        seed: of the order and of the offsets.
+        chunk_frames: number of frames in a chunk. In each epoch an utterance gives as many chunks as cover it (its length over
+            ``chunk_frames``, rounded up); each chunk has its own offset, uniform over all offsets inside the utterance. A
+            shorter utterance is one chunk. None: each epoch has each utterance once, whole.
+        shuffle: whether every epoch has a new order and new offsets. False: chunks follow each other without gaps, and the last
+            one is moved back so that it fits.
+        seed: seed of the order and of the offsets.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class SequenceBatches(ResumableBatches):
 
     def __iter__(self) -> Iterator[SequenceBatch]:
         every = torch.arange(len(self._utterance))
-        free = self.frames.lengths[self._utterance] - self._length  # offsets that a chunk can have, less one
+        free = self.frames.lengths[self._utterance] - self._length  # the largest offset of each chunk
         if self.shuffle:
             order = randomness.bits(randomness.key(self.seed, _ORDER, self.epoch), every).argsort()
             draw = (randomness.bits(randomness.key(self.seed, _OFFSET, self.epoch), every) >> 1) & randomness.LARGEST

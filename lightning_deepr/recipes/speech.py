@@ -1,4 +1,4 @@
-"""The LightningModule of the TIMIT recipes. Nothing in it knows of sparsity: that is the callback's."""
+"""The LightningModule of the TIMIT recipes. It is an ordinary dense module; a callback makes it sparse."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from lightning_deepr.recipes.sequences import SequenceBatch
 from lightning_deepr.recipes.timit_phones import IGNORED, folding
 
 SCHEDULES = ("constant", "cosine")
-_NOISE = 113  # a stream of its own, apart from the rewiring's and the batches'
+_NOISE = 113  # a random stream, separate from the rewiring's and the batches'
 
 
 def frame_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy, the mean over all labelled frames of a batch; 0 where there is none.
+    """Cross-entropy as the mean over all labelled frames of a batch; 0 for a batch without a labelled frame.
 
     Args:
         logits: [batch, time, classes].
-        labels: int64 [batch, time], -100 where a frame does not count.
+        labels: int64 [batch, time], -100 for frames without a label.
     """
     total = cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 def frame_errors(logits: Tensor, labels: Tensor, matrix: Tensor) -> Tensor:
-    """Which labelled frames are classified wrongly when the posteriors are summed to the 39 scored classes.
+    """Find the wrongly classified frames after summing the posteriors to the 39 scored classes.
 
     Args:
         logits: [batch, time, classes].
-        labels: int64 [batch, time], training targets, -100 where a frame does not count.
-        matrix: of :func:`lightning_deepr.recipes.timit_phones.folding`, [classes, 39].
+        labels: int64 [batch, time], training targets, -100 for frames without a label.
+        matrix: [classes, 39], from :func:`lightning_deepr.recipes.timit_phones.folding`.
 
     Returns:
-        float32 [labelled frames], 1 where wrong.
+        float32 [labelled frames], 1 for a wrong frame.
     """
     counts = labels != IGNORED
     posteriors = logits[counts].float().softmax(-1) @ matrix
@@ -51,12 +51,12 @@ def frame_errors(logits: Tensor, labels: Tensor, matrix: Tensor) -> Tensor:
 
 
 def disturbed(features: Tensor, noise: float, offset: float) -> Tensor:
-    """Features with normal noise.
+    """Add normal noise to features.
 
     Args:
         features: [batch, time, features], normalized.
-        noise: standard deviation of what is drawn for each frame.
-        offset: of what is drawn for each sequence and added to all of its frames.
+        noise: standard deviation of the noise that is drawn for each frame.
+        offset: standard deviation of the noise that is drawn once per sequence and added to all of its frames.
     """
     if noise:
         features = features + noise * torch.randn_like(features)
@@ -66,25 +66,27 @@ def disturbed(features: Tensor, noise: float, offset: float) -> Tensor:
 
 
 class FrameClassifier(LightningModule):
-    """A bidirectional LSTM that names the phone of each frame, with cross-entropy and Adam.
+    """A bidirectional LSTM that predicts the phone of each frame, trained with cross-entropy and Adam.
 
-    Logs ``train_loss``, ``val_loss``, ``val_frame_error`` and ``test_frame_error``: the share of wrong frames among 39 classes.
+    It logs ``train_loss``, ``val_loss``, and the share of wrong frames among 39 classes as ``val_frame_error`` and
+    ``test_frame_error``.
 
     Args:
         hidden: LSTM units per direction.
-        layers: of the LSTM.
-        classes: training targets: 60 phones or the 39 scored classes; the same as the data's.
+        layers: number of LSTM layers.
+        classes: number of training targets, the same as the data's: 60 phones or the 39 scored classes.
         inputs: features per frame.
-        dropout: of the LSTM's outputs.
-        lr: of Adam, at the start.
-        schedule: of the learning rate: "constant" | "cosine" (to 0, per step).
-        input_noise: standard deviation of the normal noise added to the (normalized) features in training.
-        input_offset: of another one that is the same in all frames of a sequence: a voice and a channel that nobody has heard.
-        seed: of noise and dropout, which are a function of it, epoch and batch, so that an interrupted training goes on as it would
-            have; None: that of ``seed_everything``.
+        dropout: dropout probability of the LSTM's outputs.
+        lr: initial learning rate of Adam.
+        schedule: schedule of the learning rate: "constant" | "cosine" (to 0, per step).
+        input_noise: standard deviation of the normal noise that is added to each frame's (normalized) features in training.
+        input_offset: standard deviation of normal noise that is added to all frames of a sequence alike in training; it
+            imitates unknown voices and channels.
+        seed: seed of noise and dropout; None: the seed of ``seed_everything``. Both are functions of (seed, epoch, batch), so
+            that an interrupted training continues with the same draws.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of its range.
     """
 
     folding: Tensor
@@ -125,7 +127,7 @@ class FrameClassifier(LightningModule):
 
     @contextmanager
     def _drawing(self, batch_idx: int) -> Iterator[None]:
-        """Noise and dropout of this batch; the global generators are left as they were."""
+        """A context that seeds noise and dropout for this batch and restores the global generators afterwards."""
         if not any(self.hparams[name] for name in ("input_noise", "input_offset", "dropout")):
             yield
             return
@@ -153,6 +155,6 @@ class FrameClassifier(LightningModule):
             return optimizer
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
-            raise ValueError('schedule="cosine" has to know its length: give the Trainer max_epochs or max_steps.')
+            raise ValueError('schedule="cosine" needs the length of the training: give the Trainer max_epochs or max_steps.')
         cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_factor(step / steps))
         return [optimizer], [{"scheduler": cosine, "interval": "step"}]

@@ -1,4 +1,4 @@
-"""Features and labels of all utterances, kept on disk under a key of the settings and the files."""
+"""A disk cache of the features and labels of all utterances; its key depends on the settings and the files."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lightning_deepr.recipes.timit_features import VERSION, FeatureSettings, fea
 from lightning_deepr.recipes.timit_files import labels_at, read_audio, read_phones
 
 _PROGRESS_FROM = 400
-"""From so many utterances on a progress bar is shown: the free sample takes two seconds, the full corpus a minute."""
+"""Number of utterances from which on a progress bar is shown: the free sample takes two seconds, the full corpus a minute."""
 
 
 @dataclass
 class Frames:
-    """Utterances one after the other.
+    """The frames of several utterances, concatenated.
 
     Attributes:
         features: float32 [all frames, features].
-        labels: int64 [all frames], training targets or numbers of phones; negative where there is none.
+        labels: int64 [all frames], training targets or numbers of phones; negative for frames without a label.
         offsets: int64 [utterances + 1]; utterance u is ``features[offsets[u] : offsets[u + 1]]``.
     """
 
@@ -45,16 +45,16 @@ class Frames:
 
     @property
     def lengths(self) -> Tensor:
-        """Frames of each utterance: int64 [utterances]."""
+        """Number of frames of each utterance: int64 [utterances]."""
         return self.offsets.diff()
 
     def utterance(self, number: int) -> tuple[Tensor, Tensor]:
-        """Features [frames, features] and labels [frames] of one utterance."""
+        """Return the features [frames, features] and labels [frames] of one utterance."""
         here = slice(int(self.offsets[number]), int(self.offsets[number + 1]))
         return self.features[here], self.labels[here]
 
     def select(self, chosen: Sequence[int]) -> Frames:
-        """Some of the utterances, copied."""
+        """Copy the utterances with the given numbers."""
         parts = [self.utterance(number) for number in chosen]
         lengths = self.lengths[torch.as_tensor(list(chosen), dtype=torch.int64)]
         return Frames(
@@ -65,20 +65,20 @@ class Frames:
 
 
 def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/lightning-deepr``, by default ``~/.cache/lightning-deepr``."""
+    """Return ``$XDG_CACHE_HOME/lightning-deepr``, by default ``~/.cache/lightning-deepr``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-deepr"
 
 
 def cached_frames(utterances: Sequence[Utterance], settings: FeatureSettings, folder: str | Path | None = None) -> Frames:
-    """The features of :func:`extract`, from the cache where it has them.
+    """Read the features from the cache, or compute them with :func:`extract` and write them to the cache.
 
     Args:
-        utterances: of the corpus.
-        settings: of the features.
-        folder: of the cache; None: :func:`default_cache`.
+        utterances: utterances of the corpus.
+        settings: settings of the features.
+        folder: folder of the cache; None: :func:`default_cache`.
 
     Returns:
-        labels are numbers of ``PHONES61``, -1 where the transcription has none.
+        frames whose labels are numbers of ``PHONES61``, -1 for frames outside the transcription.
 
     Raises:
         CorpusError: see :func:`extract`.
@@ -102,7 +102,7 @@ def cached_frames(utterances: Sequence[Utterance], settings: FeatureSettings, fo
 
 
 def _cache_key(utterances: Sequence[Utterance], settings: FeatureSettings) -> str:
-    """A hash of the settings and of each file's name, size and time of change."""
+    """Hash the settings and each file's name, size and modification time."""
     files = []
     for one in utterances:
         try:
@@ -114,7 +114,14 @@ def _cache_key(utterances: Sequence[Utterance], settings: FeatureSettings) -> st
 
 
 def extract(utterances: Sequence[Utterance], settings: FeatureSettings) -> Frames:
-    """Reads every recording and transcription.
+    """Read every recording and transcription, and compute the features.
+
+    Args:
+        utterances: utterances of the corpus.
+        settings: settings of the features.
+
+    Returns:
+        frames whose labels are numbers of ``PHONES61``, -1 for frames outside the transcription.
 
     Raises:
         CorpusError: a file can't be read, or an utterance is shorter than one window.
@@ -146,7 +153,7 @@ def _checksum(frames: Frames) -> str:
 
 
 def _write(path: Path, frames: Frames, key: str) -> None:
-    """Under another name first: a reader never sees half a file."""
+    """Write the cache under a temporary name and rename it, so that no reader sees an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"features": frames.features, "labels": frames.labels.to(torch.int16), "offsets": frames.offsets}
     packed = save(tensors, metadata={"key": key, "checksum": _checksum(frames)})

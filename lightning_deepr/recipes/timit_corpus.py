@@ -1,8 +1,8 @@
-"""Finds the utterances of TIMIT, LDC's full corpus or NLTK's free sample, and checks that none is missing.
+"""Finds the utterances of TIMIT, either LDC's full corpus or NLTK's free sample, and checks that none is missing.
 
-LDC93S1:        TRAIN|TEST/DR1..DR8/SPEAKER/SENTENCE.{WAV,PHN}, names in either case
+LDC93S1:        TRAIN|TEST/DR1..DR8/SPEAKER/SENTENCE.{WAV,PHN}, names in upper or lower case
 NLTK's sample:  dr1-fvmh0/sa1.{wav,phn}, 16 speakers
-Either may lie in a folder ``timit`` (or ``corpora/timit``) of the given one.
+Either may lie in a folder ``timit`` (or ``corpora/timit``) inside the given folder.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SENTENCES = {"SA": 2, "SI": 3, "SX": 5}
-"""Sentences that each speaker reads, by kind."""
+"""Number of sentences that each speaker reads, by kind."""
 
 SAMPLE_SPEAKERS: tuple[tuple[str, str], ...] = (
     ("FVMH0", "MCPM0"),
@@ -28,7 +28,7 @@ SAMPLE_SPEAKERS: tuple[tuple[str, str], ...] = (
 
 CORE_TEST = frozenset(
     speaker
-    for group in (  # of regions 1 and 2, 3 and 4, ...: two men and a woman each
+    for group in (  # two men and a woman of each region: regions 1 and 2, 3 and 4, ...
         ("MDAB0", "MWBT0", "FELC0", "MTAS1", "MWEW0", "FPAS0"),
         ("MJMP0", "MLNT0", "FPKT0", "MLLL0", "MTLS0", "FJLM0"),
         ("MBPM0", "MKLT0", "FNLP0", "MCMJ0", "MJDH0", "FMGD0"),
@@ -41,14 +41,15 @@ CORE_TEST = frozenset(
 _FULL_SPEAKERS = {"train": 462, "test": 168}
 
 _WHAT_TO_GET = (
-    "Get LDC93S1 from https://catalog.ldc.upenn.edu/LDC93S1 (licensed) and give the folder that holds TRAIN and TEST, or the free sample of "
-    "160 sentences, `python -c \"import nltk; nltk.download('timit', download_dir='data')\"` (unzip data/corpora/timit.zip if NLTK did not), "
+    "Get LDC93S1 from https://catalog.ldc.upenn.edu/LDC93S1 (licensed) and give the folder that holds TRAIN and TEST. "
+    "Or get the free sample of 160 sentences, "
+    "`python -c \"import nltk; nltk.download('timit', download_dir='data')\"` (unzip data/corpora/timit.zip if NLTK did not), "
     "and give the folder that holds dr1-fvmh0 and so on. The option is --data.root."
 )
 
 
 class CorpusError(RuntimeError):
-    """The corpus is missing, incomplete, or has a file that can't be read."""
+    """Raised if the corpus is missing or incomplete, or if one of its files can't be read."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,10 @@ class Utterance:
     """One sentence of one speaker.
 
     Attributes:
-        part: "train" or "test" of the full corpus, "sample" of the free one.
+        part: "train" or "test" for the full corpus, "sample" for the free sample.
         region: dialect region, 1 to 8.
-        speaker, sentence: in upper case, such as "FVMH0" and "SI836".
-        audio, phones: the files.
+        speaker, sentence: names in upper case, such as "FVMH0" and "SI836".
+        audio, phones: paths of the recording and of its transcription.
     """
 
     part: str
@@ -71,19 +72,20 @@ class Utterance:
 
     @property
     def name(self) -> str:
-        """Such as "train/FVMH0/SI836"."""
+        """Name of the utterance, such as "train/FVMH0/SI836"."""
         return f"{self.part}/{self.speaker}/{self.sentence}"
 
 
 def find_utterances(root: str | Path, allow_incomplete: bool = False) -> list[Utterance]:
-    """All utterances below a folder, sorted by name.
+    """Find all utterances below a folder, sorted by name.
 
     Args:
-        root: a folder that holds the corpus, see above.
-        allow_incomplete: take what is there instead of refusing a corpus of which speakers or sentences are missing.
+        root: the folder that holds the corpus, see above.
+        allow_incomplete: whether to accept a corpus without some speakers or sentences.
 
     Raises:
-        CorpusError: no corpus there; an incomplete one (names the files); a recording without .phn or the other way round.
+        CorpusError: the corpus is missing or incomplete (the message names the files), or a recording or transcription has no
+            counterpart.
     """
     top, sample = _locate(Path(root))
     found: list[Utterance] = []
@@ -100,7 +102,7 @@ def find_utterances(root: str | Path, allow_incomplete: bool = False) -> list[Ut
         shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CorpusError(
             f"The TIMIT corpus in {top.resolve()} is incomplete:\n  {shown}\n"
-            "Copy these again, or train on what is there with --data.allow_incomplete true (unpaired files have to go)."
+            "Copy these again, or train on what is there with --data.allow_incomplete true (remove unpaired files first)."
         )
     if not found:
         raise CorpusError(f"No TIMIT recording (*.wav with its *.phn) was found in {top.resolve()}. {_WHAT_TO_GET}")
@@ -108,12 +110,16 @@ def find_utterances(root: str | Path, allow_incomplete: bool = False) -> list[Ut
 
 
 def _folders(folder: Path) -> dict[str, Path]:
-    """The folders in a folder by their lower-case names."""
+    """Map the lower-case names of a folder's subfolders to their paths."""
     return {one.name.lower(): one for one in sorted(folder.iterdir()) if one.is_dir()} if folder.is_dir() else {}
 
 
 def _locate(root: Path) -> tuple[Path, bool]:
-    """The folder of the corpus, and whether it is the sample."""
+    """Find the folder of the corpus, and whether it is the sample.
+
+    Raises:
+        CorpusError: there is no corpus.
+    """
     candidates, level = [root], [root]
     for _ in range(3):
         level = [one for folder in level for name, one in _folders(folder).items() if name in ("timit", "corpora", "ldc93s1")]
@@ -124,7 +130,7 @@ def _locate(root: Path) -> tuple[Path, bool]:
             return folder, True
         if "train" in names or "test" in names:
             return folder, False
-    there = "which is no folder" if not root.is_dir() else f"which holds {', '.join(_listed(root)) or 'nothing'}"
+    there = "which is not a folder" if not root.is_dir() else f"which holds {', '.join(_listed(root)) or 'nothing'}"
     raise CorpusError(f"The TIMIT corpus was not found in {root.resolve()}, {there}. {_WHAT_TO_GET}")
 
 
@@ -139,7 +145,7 @@ def _sample_folder(name: str) -> bool:
 
 
 def _speakers(top: Path, sample: bool) -> Iterator[tuple[str, int, str, Path]]:
-    """Part, region, speaker and folder."""
+    """Iterate over the part, region, speaker and folder of each speaker."""
     if sample:
         for name, folder in _folders(top).items():
             if _sample_folder(name):
@@ -155,11 +161,11 @@ def _speakers(top: Path, sample: bool) -> Iterator[tuple[str, int, str, Path]]:
 
 
 def _sentences(part: str, region: int, speaker: str, folder: Path) -> tuple[list[Utterance], list[str]]:
-    """A speaker's utterances, and what is unpaired among the files."""
+    """Find a speaker's utterances, and describe the missing counterparts of unpaired files."""
     files: dict[str, dict[str, Path]] = {"wav": {}, "phn": {}}
-    words: set[str] = set()  # sentences of which some file is there
+    words: set[str] = set()  # sentences with any file
     for file in sorted(folder.iterdir()):
-        # (copies exist in which SA1.WAV is SPHERE and SA1.WAV.wav is RIFF: the first name is taken)
+        # Some copies hold both SA1.WAV (SPHERE) and SA1.WAV.wav (RIFF): the first name is used.
         stem, *suffixes = file.name.lower().split(".")
         if not suffixes or stem[:2].upper() not in SENTENCES:
             continue
@@ -167,7 +173,7 @@ def _sentences(part: str, region: int, speaker: str, folder: Path) -> tuple[list
         if suffixes[-1] in files:
             files[suffixes[-1]].setdefault(stem.upper(), file)
     problems = [
-        f"{folder.resolve() / name.lower()}.{suffix} (of this sentence other files are there)"
+        f"{folder.resolve() / name.lower()}.{suffix} (this sentence has other files)"
         for name in sorted(words)
         for suffix in ("wav", "phn")
         if name not in files[suffix]
@@ -177,7 +183,7 @@ def _sentences(part: str, region: int, speaker: str, folder: Path) -> tuple[list
 
 
 def _missing_sentences(found: Iterable[Utterance], folder: Path, unpaired: bool) -> list[str]:
-    if unpaired:  # told already
+    if unpaired:  # these are reported already
         return []
     counts = dict.fromkeys(SENTENCES, 0)
     for one in found:

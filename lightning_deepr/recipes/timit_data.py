@@ -1,4 +1,4 @@
-"""TIMIT as tensors and as a LightningDataModule: LDC's full corpus, or the free sample, from the same code."""
+"""TIMIT as tensors and as a LightningDataModule, for LDC's full corpus and for the free sample."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class TIMIT:
     """Normalized features and training targets.
 
     Attributes:
-        train, val, test: features float32 [all frames, 39], labels int64 (-100: left out), offsets int64 [utterances + 1].
-        names: of the utterances of each part, such as "train/FVMH0/SI836".
-        mean, std: float32 [39], of the features of the training part before they were normalized.
+        train, val, test: features float32 [all frames, 39], labels int64 (-100: not scored), offsets int64 [utterances + 1].
+        names: names of each part's utterances, such as "train/FVMH0/SI836".
+        mean, std: float32 [39], mean and standard deviation of the training part's features before normalization.
     """
 
     train: Frames
@@ -47,21 +47,21 @@ def load_timit(
     cache_dir: str | Path | None = None,
     features: FeatureSettings | None = None,
 ) -> TIMIT:
-    """All of TIMIT in memory.
+    """Load all of TIMIT into memory.
 
     Args:
         root: the folder that holds TRAIN and TEST, or dr1-fvmh0 and so on.
-        rotation: 0 to 3, of the free sample's speakers.
-        classes: training targets: 60 phones (without ``q``) or the 39 that are scored.
+        rotation: rotation of the free sample's speakers, 0 to 3.
+        classes: number of training targets: 60 phones (without ``q``) or the 39 scored classes.
         test_set, sa, val_fraction: see :func:`lightning_deepr.recipes.timit_splits.split`.
-        allow_incomplete: take what is there of an incomplete corpus.
-        cache_dir: of the features; None: ``~/.cache/lightning-deepr``.
-        features: their settings.
+        allow_incomplete: whether to accept an incomplete corpus.
+        cache_dir: folder of the feature cache; None: ``~/.cache/lightning-deepr``.
+        features: settings of the features; None: the default settings.
 
     Raises:
-        CorpusError: the corpus is missing, incomplete or damaged; says which files.
+        CorpusError: the corpus is missing, incomplete or damaged. The message names the files.
         ImportError: the audio libraries are missing (``pip install 'lightning-deepr[timit]'``).
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of its range.
 
     Example::
 
@@ -77,7 +77,7 @@ def load_timit(
 def _assemble(utterances: list[Utterance], parts: Split, frames: Frames, classes: int) -> TIMIT:
     chosen = {"train": parts.train, "val": parts.val, "test": parts.test}
     found = {part: frames.select(numbers) for part, numbers in chosen.items()}
-    exact = found["train"].features.double()  # (a sum over a million float32 would lose digits)
+    exact = found["train"].features.double()  # a sum of a million float32 values loses digits
     mean, std = exact.mean(0).float(), exact.std(0, correction=0).clamp(min=1e-5).float()
     for one in found.values():
         one.features = (one.features - mean) / std
@@ -87,20 +87,22 @@ def _assemble(utterances: list[Utterance], parts: Split, frames: Frames, classes
 
 
 class TIMITDataModule(ResumableDataModule):
-    """TIMIT in batches of padded sequences; training in whole utterances or in chunks, validation and test in whole utterances.
+    """TIMIT in batches of padded sequences.
+
+    Training batches have whole utterances or chunks; validation and test batches have whole utterances.
 
     Args:
-        root: a folder with the full corpus (TRAIN and TEST in it) or the free sample (dr1-fvmh0 and so on in it).
+        root: the folder with the full corpus (TRAIN and TEST in it) or the free sample (dr1-fvmh0 and so on in it).
         batch_size: sequences per batch.
-        chunk_frames: train on chunks of at most so many frames; None: on whole utterances.
-        rotation: 0 to 3, of the free sample's speakers.
-        classes: 60 phones as targets, or the 39 that are scored.
-        test_set: "core" | "complete", of the full corpus.
-        sa: SA sentences: "auto" (train in the sample, left out of the full corpus) | "train" | "none".
-        val_fraction: of the full corpus' training utterances.
-        allow_incomplete: take what is there of an incomplete corpus.
-        cache_dir: of the features; None: ``~/.cache/lightning-deepr``.
-        seed: of order and offsets; None: that of ``seed_everything``.
+        chunk_frames: number of frames in a training chunk; None: train on whole utterances.
+        rotation: rotation of the free sample's speakers, 0 to 3.
+        classes: number of training targets: 60 phones or the 39 scored classes.
+        test_set: test set of the full corpus: "core" | "complete".
+        sa: use of the SA sentences: "auto" (for training in the sample, not at all in the full corpus) | "train" | "none".
+        val_fraction: fraction of the full corpus' training utterances that is held out for validation.
+        allow_incomplete: whether to accept an incomplete corpus.
+        cache_dir: folder of the feature cache; None: ``~/.cache/lightning-deepr``.
+        seed: seed of the order and of the offsets; None: the seed of ``seed_everything``.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class TIMITDataModule(ResumableDataModule):
         self.data: TIMIT | None = None
 
     def prepare_data(self) -> None:
-        """In one process: the others find the features in the cache."""
+        """Fill the cache in one process; the other processes read the features from it."""
         cached_frames(find_utterances(self.root, self.allow_incomplete), FeatureSettings(), self.cache_dir)
 
     def setup(self, stage: str) -> None:

@@ -2,7 +2,7 @@
 
 The MFCC are Kaldi's (``kaldi-native-fbank``), deterministic (no dither): pre-emphasis .97, Povey window, 512-point power
 spectrum, 23 mel bands from 20 Hz to 8 kHz, logarithm, orthonormal DCT-II, C0 to C12 liftered by 22. The deltas are HTK's
-regression over two frames on either side, the edge frames repeated.
+regression over two frames on either side, with the edge frames repeated.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import numpy as np
 from lightning_deepr.recipes.timit_files import INSTALL, RATE
 
 VERSION = 1
-"""Counts up when the same settings give other features: part of the cache's key."""
+"""Version of the features, part of the cache's key; raise it whenever the same settings give other features."""
 
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """What the features depend on.
+    """Settings of the features.
 
     Args:
-        coefficients: MFCC per frame; there are three times as many features.
-        mel_bands: of the filter bank.
-        window_ms, shift_ms: length of a frame's window, and distance of frames.
-        delta_window: frames on either side in the regression.
+        coefficients: number of MFCC per frame; a frame has three times as many features.
+        mel_bands: number of mel bands in the filter bank.
+        window_ms, shift_ms: length of a frame's window and distance between frames, in milliseconds.
+        delta_window: number of frames on either side in the deltas' regression.
     """
 
     coefficients: int = 13
@@ -58,20 +58,20 @@ class FeatureSettings:
         return round(self.shift_ms * RATE / 1000)
 
     def frames(self, samples: int) -> int:
-        """Number of frames: those whose window lies in the audio."""
+        """Count the frames whose window lies inside ``samples`` samples of audio."""
         return 0 if samples < self.window else 1 + (samples - self.window) // self.shift
 
     def centres(self, samples: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The sample in the middle of each frame's window, which decides its label: int64 [frames]."""
+        """Return the sample in the middle of each frame's window, which decides the frame's label: int64 [frames]."""
         return np.arange(self.frames(samples), dtype=np.int64) * self.shift + self.window // 2
 
 
 def mfcc(samples: np.ndarray[Any, Any], settings: FeatureSettings | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Mel-frequency cepstral coefficients.
+    """Compute mel-frequency cepstral coefficients.
 
     Args:
         samples: int16 [samples] at 16 kHz.
-        settings: by default those above.
+        settings: settings of the features; None: the default settings.
 
     Returns:
         float32 [frames, coefficients].
@@ -104,7 +104,16 @@ def mfcc(samples: np.ndarray[Any, Any], settings: FeatureSettings | None = None)
 
 
 def deltas(x: np.ndarray[Any, Any], window: int = 2) -> np.ndarray[Any, Any]:
-    """Slopes over time: HTK's regression, sum of n (x[t + n] - x[t - n]) over n = 1..window, over 2 sum of n^2; shaped as x [frames, d].
+    """Compute slopes over time by HTK's regression.
+
+    The slope at t is sum_n n (x[t + n] - x[t - n]) / (2 sum_n n^2) over n = 1..window.
+
+    Args:
+        x: [frames, d].
+        window: number of frames on either side.
+
+    Returns:
+        [frames, d], the dtype of x.
 
     Example::
 
@@ -120,7 +129,10 @@ def deltas(x: np.ndarray[Any, Any], window: int = 2) -> np.ndarray[Any, Any]:
 
 
 def features(samples: np.ndarray[Any, Any], settings: FeatureSettings | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """MFCC, deltas and delta-deltas, not normalized: float32 [frames, 3 * coefficients]. Arguments as of :func:`mfcc`."""
+    """Compute MFCC, deltas and delta-deltas without normalization: float32 [frames, 3 * coefficients].
+
+    The arguments and errors are those of :func:`mfcc`.
+    """
     settings = settings or FeatureSettings()
     static = mfcc(samples, settings)
     if len(static) == 0:

@@ -1,4 +1,4 @@
-"""Reads one recording (NIST SPHERE or RIFF) and one phone transcription (.phn) of TIMIT."""
+"""Reads single recordings (NIST SPHERE or RIFF) and phone transcriptions (.phn) of TIMIT."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ RATE = 16_000
 """Samples per second of every recording."""
 
 _TOLERANCE = 160
-"""A transcription may end so many samples (10 ms, one frame) after the audio."""
+"""Number of samples (10 ms, one frame) by which a transcription may outlast the audio."""
 
 INSTALL = "install them with: pip install 'lightning-deepr[timit]'"
 
 
 def read_audio(path: Path) -> np.ndarray[Any, np.dtype[np.int16]]:
-    """The samples of a recording: int16 [samples], 16 kHz, one channel.
+    """Read the samples of a recording: int16 [samples], 16 kHz, one channel.
 
     Raises:
-        CorpusError: unreadable, of another rate or number of channels, empty, or shorter than its header says.
+        CorpusError: the file is unreadable, empty or shorter than its header says, or has another rate or number of channels.
         ImportError: ``soundfile`` is not installed.
     """
     try:
         import soundfile
     except ImportError as error:
-        raise ImportError(f"TIMIT recordings are read by `soundfile`, which can't be imported ({error}): {INSTALL}") from error
+        raise ImportError(f"TIMIT recordings need `soundfile`, which can't be imported ({error}): {INSTALL}") from error
     promised = _promised_samples(path)
     try:
         samples, rate = soundfile.read(str(path), dtype="int16", always_2d=True)
@@ -54,7 +54,14 @@ def _beginning(path: Path) -> str:
 
 
 def _promised_samples(path: Path) -> int | None:
-    """The number of samples in the header; libsndfile reads a truncated file without a word."""
+    """Read the number of samples from the header, since libsndfile reads a truncated file without an error.
+
+    Returns:
+        the number of samples; None for a header that does not have it.
+
+    Raises:
+        CorpusError: the file can't be read.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(8192)
@@ -79,22 +86,23 @@ def _promised_samples(path: Path) -> int | None:
 
 
 def read_phones(path: Path, samples: int | None = None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The segments of a .phn file.
+    """Read the segments of a .phn file.
 
     Args:
-        path: lines "first-sample end-sample phone", the end not included.
-        samples: length of the recording, to check against.
+        path: file with lines "first-sample end-sample phone"; a segment does not include its end sample.
+        samples: length of the recording, to compare the last segment with; None: no comparison.
 
     Returns:
         bounds int64 [segments, 2], and the phones' numbers in ``PHONES61``, int64 [segments].
 
     Raises:
-        CorpusError: empty, a malformed line, an unknown phone, segments out of order, or past the end of the audio.
+        CorpusError: the file is unreadable or empty, a line is malformed, a phone is unknown, segments are out of order, or a
+            segment ends after the audio.
     """
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path}: expected a transcription, which can't be read ({error}).") from error
+        raise CorpusError(f"{path}: expected a transcription, found a file that can't be read ({error}).") from error
     bounds: list[tuple[int, int]] = []
     phones: list[int] = []
     for number, line in enumerate(lines, 1):
@@ -115,7 +123,7 @@ def read_phones(path: Path, samples: int | None = None) -> tuple[np.ndarray[Any,
         raise CorpusError(f"{path}: the transcription is empty (no segment). Copy it again.")
     if samples is not None and bounds[-1][1] > samples + _TOLERANCE:
         raise CorpusError(
-            f"{path}: the transcription runs to sample {bounds[-1][1]}, past the end of the audio ({samples} samples): "
+            f"{path}: the transcription ends at sample {bounds[-1][1]}, past the end of the audio ({samples} samples): "
             "the two files do not belong together, or the recording was cut."
         )
     return np.array(bounds, dtype=np.int64), np.array(phones, dtype=np.int64)
@@ -124,11 +132,11 @@ def read_phones(path: Path, samples: int | None = None) -> tuple[np.ndarray[Any,
 def labels_at(
     centres: np.ndarray[Any, Any], bounds: np.ndarray[Any, Any], phones: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The phone at each of some samples: int64 [frames], -1 outside all segments.
+    """Look up the phone at each frame's centre: int64 [frames], -1 outside all segments.
 
     Args:
         centres: int64 [frames], sample numbers.
-        bounds, phones: as :func:`read_phones` returns them.
+        bounds, phones: segments as :func:`read_phones` returns them.
     """
     segment = np.searchsorted(bounds[:, 0], centres, side="right") - 1
     inside = (segment >= 0) & (centres < bounds[segment.clip(0), 1])

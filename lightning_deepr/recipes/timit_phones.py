@@ -1,7 +1,7 @@
 """The phones of TIMIT: 61 in the transcriptions, 60 without the glottal stop, 39 in the scores.
 
-The folding is that of Lee and Hon, "Speaker-independent phone recognition using hidden Markov models" (1989), as it is
-commonly used: the 61 symbols of the .phn files become 39 classes, and the glottal stop ``q`` is left out.
+The folding is the common form of Lee and Hon, "Speaker-independent phone recognition using hidden Markov models" (1989): the 61
+symbols of the .phn files become 39 classes, and the glottal stop ``q`` is left out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""The label of a frame without a phone (padding, ``q``, outside the transcription): PyTorch's ``ignore_index``."""
+"""Label of a frame without a phone (padding, ``q``, outside the transcription); the default ``ignore_index`` of PyTorch."""
 
 _GLOTTAL_STOP = "q"
 
@@ -34,18 +34,18 @@ FOLD: dict[str, str] = {
     **{phone: folded for folded, phones in _GROUPS.items() for phone in phones.split()},
     **{phone: phone for phone in _ALONE.split()},
 }
-"""Each of the 60 phones to its class of the 39."""
+"""The class, out of 39, of each of the 60 phones."""
 
 PHONES60: tuple[str, ...] = tuple(sorted(FOLD))
 PHONES39: tuple[str, ...] = tuple(sorted(set(FOLD.values())))
 PHONES61: tuple[str, ...] = (*PHONES60, _GLOTTAL_STOP)
-"""The symbols of the .phn files; ``q`` comes last, so that the first 60 numbers are those of ``PHONES60``."""
+"""The symbols of the .phn files; ``q`` comes last, so that a phone has the same number in ``PHONES60`` and here."""
 
 NUMBERS: dict[str, int] = {phone: number for number, phone in enumerate(PHONES61)}
 
 
 def _folded_numbers() -> Tensor:
-    """For each of the 60 phones the number of its class: int64 [60], values 0 to 38.
+    """Return the class number of each of the 60 phones: int64 [60], values 0 to 38.
 
     Example::
 
@@ -56,16 +56,16 @@ def _folded_numbers() -> Tensor:
 
 
 def folding(classes: int) -> Tensor:
-    """The matrix that sums posteriors of the training targets to those of the 39 scored classes.
+    """Return the matrix that sums posteriors of the training targets to posteriors of the 39 scored classes.
 
     Args:
-        classes: 60 or 39 training targets.
+        classes: number of training targets, 60 or 39.
 
     Returns:
-        float32 [classes, 39], one 1 in each row: ``posteriors @ folding(classes)``.
+        float32 [classes, 39] with one 1 in each row, to use as ``posteriors @ folding(classes)``.
 
     Raises:
-        ValueError: another number of classes.
+        ValueError: ``classes`` is neither 60 nor 39.
 
     Example::
 
@@ -80,16 +80,19 @@ def folding(classes: int) -> Tensor:
 
 
 def targets(labels: Tensor, classes: int) -> Tensor:
-    """Numbers of the 61 phones to training targets.
+    """Convert numbers of the 61 phones to training targets.
 
     Args:
-        labels: int64, any shape: numbers of ``PHONES61``, or negative where there is none.
-        classes: 60 or 39.
+        labels: int64 of any shape: numbers of ``PHONES61``, negative for frames without a label.
+        classes: number of training targets, 60 or 39.
 
     Returns:
-        int64, shaped as ``labels``: 0 to ``classes - 1``; ``IGNORED`` for ``q`` and where there is none.
+        int64 of the same shape: 0 to ``classes - 1``; ``IGNORED`` for ``q`` and for frames without a label.
+
+    Raises:
+        ValueError: ``classes`` is neither 60 nor 39.
     """
     known = (labels >= 0) & (labels < len(PHONES60))
-    folding(classes)  # refuses other numbers
+    folding(classes)  # raises for other numbers
     table = torch.arange(classes) if classes == len(PHONES60) else _folded_numbers()
     return torch.where(known, table[labels.clamp(0, len(PHONES60) - 1)], IGNORED)

@@ -1,12 +1,12 @@
-"""Which utterances train, validate and test.
+"""Splits the utterances into training, validation and test.
 
-Full corpus: training part and the 24-speaker core test set (or the complete one of 168 speakers), without SA sentences as
-is customary; a random 5 % of the training utterances validate, as in the paper.
+Full corpus: the training part, and the 24-speaker core test set (or the complete test set of 168 speakers). SA sentences are
+left out, as is customary. A random 5 % of the training utterances are for validation, as in the paper.
 
-Free sample (the split is ours): 10 speakers train, 2 validate, 4 test. With f_i and m_i the woman and the man of dialect
-region i (0 to 7), rotation r (0 to 3) tests f_r, f_(r+4), m_(r+2), m_(r+6) and validates on f_(r+1), m_(r+5) (indices
-modulo 8): the four test sets are disjoint, cover all 16 speakers, and hold two women and two men of four regions each. SA
-sentences, which all speakers read, only train.
+Free sample (this project's split): 10 speakers for training, 2 for validation, 4 for test. Let f_i and m_i be the woman and the
+man of dialect region i (0 to 7). Rotation r (0 to 3) tests on f_r, f_(r+4), m_(r+2), m_(r+6) and validates on f_(r+1), m_(r+5),
+indices modulo 8. The four test sets are disjoint and cover all 16 speakers; each has two women and two men of four regions. SA
+sentences, which all speakers read, are for training only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TEST_SETS = ("core", "complete")
 
 @dataclass(frozen=True)
 class Split:
-    """Numbers of utterances in the list that was split."""
+    """Indices into the list of utterances, by part."""
 
     train: list[int]
     val: list[int]
@@ -32,10 +32,10 @@ class Split:
 
 
 def sample_speakers(rotation: int) -> tuple[frozenset[str], frozenset[str], frozenset[str]]:
-    """Training, validation and test speakers of the free sample.
+    """Return the training, validation and test speakers of the free sample.
 
     Raises:
-        ValueError: rotation is not 0 to 3.
+        ValueError: the rotation is not 0 to 3.
 
     Example::
 
@@ -58,17 +58,19 @@ def split(
     sa: str = "auto",
     val_fraction: float = 0.05,
 ) -> Split:
-    """Splits what :func:`lightning_deepr.recipes.timit_corpus.find_utterances` found.
+    """Split the utterances that :func:`lightning_deepr.recipes.timit_corpus.find_utterances` found.
 
     Args:
-        utterances: of the full corpus or of the sample.
-        rotation: 0 to 3, of the sample's speakers.
-        test_set: "core" | "complete", of the full corpus.
-        sa: SA sentences: "train" (of training speakers) | "none" | "auto" (train in the sample, none in the full corpus).
-        val_fraction: of the full corpus' training utterances; the same ones always, a hash of their names decides.
+        utterances: utterances of the full corpus or of the sample.
+        rotation: rotation of the sample's speakers, 0 to 3.
+        test_set: test set of the full corpus: "core" | "complete".
+        sa: use of the SA sentences: "train" (those of training speakers) | "none" | "auto" ("train" in the sample, "none" in
+            the full corpus).
+        val_fraction: fraction of the full corpus' training utterances that is held out for validation. A hash of the names
+            chooses the utterances, so that they are always the same.
 
     Raises:
-        ValueError: a setting that is not one of these.
+        ValueError: a setting is out of its range.
         CorpusError: a part is empty.
     """
     for name, value, known in (("sa", sa, _SA_CHOICES), ("test_set", test_set, _TEST_SETS)):
@@ -92,7 +94,7 @@ def split(
         if not one.sentence.startswith("SA") or (with_sa and part == "train"):
             parts[part].append(number)
     if not is_sample:
-        # SA sentences never validate: every speaker reads them
+        # SA sentences are never used for validation, since every speaker reads them.
         order = sorted(
             (number for number in parts["train"] if not utterances[number].sentence.startswith("SA")),
             key=lambda number: hashlib.sha256(utterances[number].name.encode()).digest(),

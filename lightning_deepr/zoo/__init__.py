@@ -1,10 +1,10 @@
-"""The zoo: sparse checkpoints in one safetensors file each, loaded in one line.
+"""The zoo: trained sparse models, each in one safetensors file, loaded in one line.
 
 >>> from lightning_deepr import zoo
 >>> isinstance(zoo.list_models(), list)
 True
 
-One name is an alias: ``zoo.save`` is :func:`lightning_deepr.save_sparse`. The folder ``zoo/`` of the repository travels in the wheel as
+``zoo.save`` is an alias of :func:`lightning_deepr.save_sparse`. The wheel contains the repository's folder ``zoo/`` as
 ``lightning_deepr.zoo.data``.
 """
 
@@ -37,7 +37,7 @@ __all__ = [
     "verify",
 ]
 
-# `huggingface_hub` and the readers of files are imported when they are used
+# Imports happen at first use, so that `import lightning_deepr.zoo` does not load `huggingface_hub` and the readers of files.
 __getattr__, __dir__ = lazy(
     __name__,
     {

@@ -1,4 +1,4 @@
-"""What a sparse file or a module says about itself, for a model card."""
+"""Collects what a model card says about a sparse file."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lightning_deepr.zoo.verification import verify
 
 
 def describe(model: str | PathLike[str]) -> dict[str, Any]:
-    """What a card says of a model: what ``zoo.info`` tells, once ``zoo.verify`` has nothing against it.
+    """Verify a model and return what ``zoo.info`` returns.
 
     Args:
         model: a name of the zoo or a path.
 
     Raises:
-        ValueError: the file is damaged or no sparse model.
+        ValueError: the file is damaged or is not a sparse model.
     """
     verify(model)
     return info(model)

@@ -1,4 +1,4 @@
-"""Loading a model of the zoo or a file, and what is known of it."""
+"""Loads a model of the zoo or a file, and reads its record."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lightning_deepr.zoo.registry import entry_of, list_models
 
 
 def folder() -> Path:
-    """Where the package's models are: in ``zoo/`` of a checkout, else in the installed package."""
+    """Return the folder of the package's models: ``zoo/`` of a checkout, or the folder in the installed package."""
     return Path(str(resources.files("lightning_deepr.zoo.data")))
 
 
 def folder_of_checkout(option: str) -> Path:
-    """Where the project keeps its models, to write there: an installed package is never written to.
+    """Return the checkout's folder ``zoo/``, to write files there. Nothing is ever written into an installed package.
 
     Args:
-        option: of the command, by which another folder can be given; for the message.
+        option: name of the command's option that sets another folder, for the message.
 
     Raises:
         ValueError: the package is installed, not a checkout.
@@ -37,17 +37,20 @@ def folder_of_checkout(option: str) -> Path:
     package = Path(__file__).parents[1]
     if package in found.parents:
         raise ValueError(
-            f"expected {option}: the package is installed, and nothing is written into it ({found}). Without {option} the folder zoo/ of a checkout "
-            "is meant: git clone, then pip install -e ."
+            f"expected {option}: the package is installed, and nothing is written into it ({found}). "
+            f"Without {option} the folder zoo/ of a checkout is used: git clone, then pip install -e ."
         )
     return found
 
 
 def path_of(name_or_path: str | PathLike[str]) -> Path:
-    """Where a model's file is: a name of the zoo, or a path as it is.
+    """Return the path of a model's file.
+
+    Args:
+        name_or_path: a name of the zoo, or the path of an existing file.
 
     Raises:
-        FileNotFoundError: neither; names those that come near.
+        FileNotFoundError: ``name_or_path`` is neither. The message lists similar names.
     """
     entry = entry_of(name_or_path) if isinstance(name_or_path, str) else None
     if entry is not None:
@@ -57,14 +60,19 @@ def path_of(name_or_path: str | PathLike[str]) -> Path:
         names = list_models()
         near = difflib.get_close_matches(str(name_or_path), names, n=3, cutoff=0.5) or names
         raise FileNotFoundError(
-            f"expected a model of the zoo or a file, found neither at {str(name_or_path)!r}. Models: {', '.join(near) or 'none'} "
-            '(zoo.list_models() names all). One of the Hub needs source="hub".'
+            f"expected a model of the zoo or a file, found neither at {str(name_or_path)!r}. "
+            f'Models: {", ".join(near) or "none"} (zoo.list_models() lists all). A model of the Hub needs source="hub".'
         )
     return path
 
 
 def open_file(name_or_path: str | PathLike[str]) -> tuple[Path, Contents]:
-    """A checked file; of a model of the zoo the registry's sha256, too."""
+    """Read and check a file; for a model of the zoo, also compare its sha256 with the registry's.
+
+    Raises:
+        FileNotFoundError: there is no such model or file.
+        FormatError: the file is damaged, or its sha256 is not the registry's.
+    """
     path = path_of(name_or_path)
     contents = container.read(path)
     with container.about(path):
@@ -72,7 +80,8 @@ def open_file(name_or_path: str | PathLike[str]) -> tuple[Path, Contents]:
         entry = entry_of(name_or_path) if isinstance(name_or_path, str) else None
         if entry is not None and contents.sha256 != entry.sha256:
             raise FormatError(
-                f"expected sha256 {entry.sha256} (the registry's), found {contents.sha256}: the installation is damaged. Install the package again."
+                f"expected sha256 {entry.sha256} (the registry's), found {contents.sha256}: "
+                "the installation is damaged. Install the package again."
             )
     return path, contents
 
@@ -86,26 +95,30 @@ def load(
     revision: str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A trained network, ready to use: in eval mode, on the CPU.
+    """Load a trained network in eval mode on the CPU.
 
-    Only safetensors and JSON are read, and all of it is checked; code is never loaded from a file. No dense weight is built, unless asked for.
+    The function reads only safetensors and JSON, checks all of it, and never loads code from a file. It builds no dense weight
+    unless ``dense`` is True.
 
     Args:
-        name_or_path: a name from :func:`list_models`, or the path of a file that :func:`save` wrote; ``owner/name`` with ``source="hub"``.
-        dense: ordinary dense weights, with zeros, instead of K slots each. The network no longer needs this package.
-        module: the network to load into (a dense one, of any class, also on the meta device), where the file names no architecture of
-            :mod:`lightning_deepr.models`.
+        name_or_path: a name from :func:`list_models`, or the path of a file that :func:`save` wrote, or ``owner/name`` with
+            ``source="hub"``.
+        dense: whether to load ordinary dense weights with zeros instead of K slots each; such a network works without this
+            package.
+        module: the network to load into, for a file that names no architecture of :mod:`lightning_deepr.models`. It is dense,
+            of any class, and may be on the meta device.
         source: "package" | "hub".
-        revision: with ``source="hub"``: a branch, tag or commit.
-        options: with ``source="hub"``: sha256, token, cache_dir, local_files_only, as for :func:`lightning_deepr.hub.download`.
+        revision: a branch, tag or commit, with ``source="hub"`` only.
+        options: sha256, token, cache_dir and local_files_only, as for :func:`lightning_deepr.hub.download`, with
+            ``source="hub"`` only.
 
     Returns:
-        the network; ``module`` itself where given. To train on, give it to a ``Trainer`` with ``DeepR()`` among its callbacks: it takes the
-        connections as they are.
+        the network, which is ``module`` itself if given. To continue its training, use a ``Trainer`` with ``DeepR()`` among its
+        callbacks: the callback starts from the loaded connections.
 
     Raises:
-        FileNotFoundError: neither a name nor a file.
-        FormatError: (a ValueError) the file is damaged, of a newer format, names an unknown architecture, or does not fit.
+        FileNotFoundError: ``name_or_path`` is neither a name nor a file.
+        FormatError: (a ValueError) the file is damaged, has a newer format, names an unknown architecture, or does not fit.
         HubError: see :func:`lightning_deepr.hub.download`.
 
     Example::
@@ -135,24 +148,30 @@ def load(
 def load_from_hub(
     repo_id: str, *, dense: bool = False, module: nn.Module | None = None, revision: str | None = None, **options: Any
 ) -> nn.Module:
-    """``load(repo_id, source="hub")`` and nothing else. ``hub.load`` is an alias of this function."""
+    """Load a network from the Hub, as ``load(repo_id, source="hub")`` does. ``hub.load`` is an alias of this function."""
     from lightning_deepr.hub import transfer
 
     if repo_id.count("/") != 1:
         raise ValueError(
-            f'expected a repository of the Hub as "owner/name", found {repo_id!r}. A model of the package needs source="package".'
+            f'expected a repository of the Hub as "owner/name", found {repo_id!r}. '
+            'A model of the package needs source="package".'
         )
     return load(transfer.download(repo_id, revision=revision, **options), dense=dense, module=module)
 
 
 def connections_of(name_or_path: str | PathLike[str]) -> dict[str, tuple[torch.Size, Tensor, Tensor]]:
-    """The connections in a file, read without its network.
+    """Read the connections in a file, without building its network.
 
     Args:
-        name_or_path: as for :func:`load`.
+        name_or_path: a model or file, as for :func:`load`.
 
     Returns:
-        {tensor name: (shape, places int64 [K], values [K])}, as :func:`lightning_deepr.connections` gives, by increasing places.
+        {tensor name: (shape, places int64 [K], values [K])}, as :func:`lightning_deepr.connections` returns, in increasing
+        order of the places.
+
+    Raises:
+        FileNotFoundError: ``name_or_path`` is neither a name nor a file.
+        FormatError: the file is damaged.
     """
     path, contents = open_file(name_or_path)
     with container.about(path):
@@ -160,18 +179,19 @@ def connections_of(name_or_path: str | PathLike[str]) -> dict[str, tuple[torch.S
 
 
 def info(name_or_path: str | PathLike[str]) -> dict[str, Any]:
-    """What is known of a model, from its file alone.
+    """Read the record of a model from its file, without building its network.
 
     Args:
-        name_or_path: as for :func:`load`.
+        name_or_path: a model or file, as for :func:`load`.
 
     Returns:
-        name, file, bytes, sha256 (of the file), digest (of its contents), format_version, package_version, architecture, arguments, dense_parameters (numbers
-        that are not sparse), connectivity (``rows`` with name, shape, total, active, connectivity; total, active, connectivity, left_out) and
-        what :func:`save` was given: algorithm, hyperparameters, seeds, metrics, data, recipe, license, ...
+        name, file, bytes, sha256 (of the file), digest (of its contents), format_version, package_version, architecture,
+        arguments, dense_parameters (count of numbers outside the sparse tensors), connectivity (``rows`` with name, shape,
+        total, active, connectivity; total, active, connectivity, left_out) and the metadata that :func:`save` got: algorithm,
+        hyperparameters, seeds, metrics, data, recipe, license, ...
 
     Raises:
-        FileNotFoundError: neither a name nor a file.
+        FileNotFoundError: ``name_or_path`` is neither a name nor a file.
         FormatError: the file is damaged.
     """
     path, contents = open_file(name_or_path)

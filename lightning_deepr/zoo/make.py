@@ -1,10 +1,12 @@
 """Trains the zoo's models with the packaged recipes, and writes their files.
 
-    python -m lightning_deepr.zoo.make train --data.mnist data --workers 2       # whatever is not trained yet, seed by seed
-    python -m lightning_deepr.zoo.make collect --data.mnist data                 # files in zoo/ of the checkout, and the registry's entries
+    # trains every missing model, seed by seed
+    python -m lightning_deepr.zoo.make train --data.mnist data --workers 2
+    # writes the files in zoo/ of the checkout, and prints the registry's entries
+    python -m lightning_deepr.zoo.make collect --data.mnist data
 
-A training runs in a folder of its own, ``runs/zoo/NAME/seed_S``; an interrupted one goes on from its last checkpoint. The file that is
-published is seed 0's, whatever the others reach: a seed is never picked by its test result.
+Each training has its own folder, ``runs/zoo/NAME/seed_S``. An interrupted training continues from its last checkpoint. The
+published file is always that of seed 0: no seed is chosen by its test result.
 """
 
 from __future__ import annotations
@@ -37,16 +39,16 @@ TRAINED_WITH = "trained_with.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is trained.
+    """The training of one model.
 
     Attributes:
-        recipe: a packaged one.
-        data: which data set: "mnist" | "cifar10" | "timit".
-        overrides: of the recipe; the folder of the data is the command line's.
-        description: for the card.
-        seeds: how many are trained.
-        study: the command of a study that trains it with the recipe's settings, and keeps it, instead of the recipe.
-        kept: under which name, in ``runs/zoo``.
+        recipe: name of a packaged recipe.
+        data: name of the data set: "mnist" | "cifar10" | "timit".
+        overrides: settings that override the recipe's; the command line sets the folder of the data.
+        description: text for the card.
+        seeds: number of seeds to train.
+        study: command of a study that trains the model with the recipe's settings and keeps it; "": no study, but the recipe.
+        kept: name of the study's file in ``runs/zoo``.
     """
 
     recipe: str
@@ -58,7 +60,7 @@ class Plan:
     kept: str = ""
 
     def file(self, name: str, seed: int, runs: Path) -> Path:
-        """Where the trained network is."""
+        """Return the path of the trained network."""
         if self.study:
             return runs / self.kept.format(seed=seed)
         return runs / name / f"seed_{seed}" / "runs" / self.recipe / "sparse.safetensors"
@@ -66,7 +68,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set as a file names it."""
+    """A data set's name, split and metric, as a model's file records them."""
 
     name: str
     split: str
@@ -79,23 +81,24 @@ DATA_SETS = {
     "timit": DataSet("TIMIT sample", "test: 4 of 16 speakers (rotation 0)", "test_frame_accuracy"),
 }
 _MNIST_COUNTS = {"0p5": 1_331, "1": 2_662, "2": 5_324, "5": 13_310, "10": 26_620, "20": 53_240}  # of 266,200
-# of all 1,067,584 weights; conv1 and the output layer, 6,720 weights, stay dense and are counted (benchmarks/reproduction/cifar10.py: budget)
+# The percentages are of all 1,067,584 weights. They count conv1 and the output layer, whose 6,720 weights stay dense
+# (benchmarks/reproduction/cifar10.py: budget).
 CIFAR10_COUNTS = {
     "2": {"conv2": 5_663, "local3": 4_892, "local4": 4_077},
     "5": {"conv2": 18_057, "local3": 15_601, "local4": 13_001},
     "10": {"conv2": 38_714, "local3": 33_450, "local4": 27_874},
     "20": {"conv2": 80_030, "local3": 69_146, "local4": 57_621},
 }
-_CIFAR10_ALPHA = {"2": 3e-3, "5": 3e-3, "10": 1e-3, "20": 1e-3}  # cifar10_best's, and less from 10 % on (the study's FROM_10)
+_CIFAR10_ALPHA = {"2": 3e-3, "5": 3e-3, "10": 1e-3, "20": 1e-3}  # cifar10_best's, smaller from 10 % on (the study's FROM_10)
 _CIFAR10_STUDY = "python benchmarks/reproduction/cifar10.py --root data --parts study --arms deepr --keep runs/zoo"
-# of all 186,368 weights, the last layer counted, shared out as benchmarks/reproduction/timit.py does (budget)
+# The percentages are of all 186,368 weights and count the last layer; benchmarks/reproduction/timit.py (budget) allocates them.
 TIMIT_COUNTS = {
     "1": {"lstm.weight_ih*": 1_193, "lstm.weight_hh*": 365, "head": 306},
     "2": {"lstm.weight_ih*": 2_385, "lstm.weight_hh*": 731, "head": 611},
     "5": {"lstm.weight_ih*": 5_963, "lstm.weight_hh*": 1_826, "head": 1_529},
     "10": {"lstm.weight_ih*": 10_245, "lstm.weight_hh*": 3_138, "head": 5_254},
 }
-_TIMIT_AT_10 = {"model.dropout": 0.4, "sparsity.l1.init_args.start": 0.1}  # the study's best trial there
+_TIMIT_AT_10 = {"model.dropout": 0.4, "sparsity.l1.init_args.start": 0.1}  # the study's best trial at 10 %
 _SOFT = {"sparsity": "SoftDeepR", "sparsity.l1": 5e-4, "sparsity.temperature": 1e-9}
 PLANS: dict[str, Plan] = {
     **{
@@ -107,7 +110,8 @@ PLANS: dict[str, Plan] = {
             "mnist_best",
             "mnist",
             {**_SOFT, "sparsity.connectivity": aimed},
-            f"Soft-DEEP R has no fixed number of connections. This network was trained with {aimed:,} as what to aim at, to end near {tag} %.",
+            "Soft-DEEP R has no fixed number of connections. "
+            f"This network was trained with {aimed:,} as what to aim at, to end near {tag} %.",
         )
         for tag, aimed in (("1", 1_750), ("5", 11_000))
     },
@@ -116,7 +120,8 @@ PLANS: dict[str, Plan] = {
             "cifar10_best",
             "cifar10",
             {} if tag == "5" else {"sparsity.connectivity": counts, "sparsity.l1.init_args.start": _CIFAR10_ALPHA[tag]},
-            f"The percentage is of all 1,067,584 weights, the dense conv1 and output layer counted: {sum(counts.values()) + 6_720:,} in all.",
+            "The percentage is of all 1,067,584 weights, the dense conv1 and output layer counted: "
+            f"{sum(counts.values()) + 6_720:,} in all.",
             2 if tag == "5" else 1,
             _CIFAR10_STUDY,
             f"study_deepr_{int(tag) / 100:g}_{{seed}}.safetensors",
@@ -137,7 +142,7 @@ PLANS: dict[str, Plan] = {
 
 
 def command(plan: Plan, seed: int, root: str) -> list[str]:
-    """The command line's arguments of one training."""
+    """Return the command-line arguments of one training."""
     where = [f"--data.root={root}"] if has_root(plan.recipe) else []
     overrides = [f"--{key}={_word(value)}" for key, value in plan.overrides.items()]
     return ["--config", plan.recipe, *where, *overrides, f"--seed_everything={seed}", "--trainer.logger=false"]
@@ -148,13 +153,20 @@ def _word(value: Any) -> str:
 
 
 def train(name: str, seed: int, root: str, runs: Path) -> Path:
-    """One training, as a process of its own, in a folder of its own.
+    """Run one training in its own process and its own folder. A finished training is not run again.
+
+    Args:
+        name: a key of ``PLANS``.
+        seed: the seed to train.
+        root: folder of the data.
+        runs: folder of all trainings.
 
     Returns:
-        the sparse file that the recipe leaves.
+        path of the sparse file that the training writes.
 
     Raises:
-        RuntimeError: the training failed; says where its log is.
+        RuntimeError: the training failed (the message names its log), or the plan's study has not written its file.
+        ValueError: the folder has a training with other settings.
     """
     plan, folder = PLANS[name], runs / name / f"seed_{seed}"
     written = plan.file(name, seed, runs)
@@ -162,7 +174,7 @@ def train(name: str, seed: int, root: str, runs: Path) -> Path:
     if written.is_file():
         return written
     if plan.study:
-        raise RuntimeError(f"{name}, seed {seed}: expected {written}, which `{plan.study}` leaves.")
+        raise RuntimeError(f"{name}, seed {seed}: expected {written}, which `{plan.study}` writes.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TRAINED_WITH).write_text(json.dumps(command(plan, seed, "")), encoding="utf-8")
     last = folder / "runs" / plan.recipe / "checkpoints" / "last.ckpt"
@@ -183,10 +195,10 @@ def train(name: str, seed: int, root: str, runs: Path) -> Path:
 
 
 def _refuse_other_settings(name: str, seed: int, runs: Path) -> None:
-    """A plan that has changed since must not be written on what was trained before.
+    """Check that an existing training was run with the settings of the current plan.
 
     Raises:
-        ValueError: the training in this folder was another one.
+        ValueError: the folder has a training with other settings.
     """
     folder = runs / name / f"seed_{seed}"
     planned = command(PLANS[name], seed, "")
@@ -199,10 +211,20 @@ def _refuse_other_settings(name: str, seed: int, runs: Path) -> None:
 
 
 def collect(name: str, root: str, runs: Path, folder: Path) -> Path:
-    """Test the trained seeds and write seed 0's file with all that is known of it.
+    """Test the trained seeds and write seed 0's network with its record.
+
+    Args:
+        name: a key of ``PLANS``.
+        root: folder of the data.
+        runs: folder of all trainings.
+        folder: folder to write the file to.
+
+    Returns:
+        path of the file.
 
     Raises:
         FileNotFoundError: seed 0 is not trained yet.
+        ValueError: the folder of a seed has a training with other settings.
     """
     plan, data_set = PLANS[name], DATA_SETS[PLANS[name].data]
     folder.mkdir(parents=True, exist_ok=True)
@@ -239,7 +261,11 @@ def collect(name: str, root: str, runs: Path, folder: Path) -> Path:
 
 
 def settings(config: Any) -> tuple[str, dict[str, Any]]:
-    """The algorithm's name, and what was set: of the algorithm where it is not the default, of model, data and trainer what shapes the training."""
+    """Return the algorithm's name and the hyperparameters of a training.
+
+    The hyperparameters are the algorithm's settings that are not its defaults, the model's settings, the batch size and the
+    number of epochs.
+    """
     name = config.sparsity.class_path.rpartition(".")[2]
     defaults = inspect.signature(getattr(methods, name)).parameters
     given = config.sparsity.init_args.as_dict()
@@ -252,14 +278,14 @@ def settings(config: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A schedule as its name and numbers."""
+    """Write a schedule as text with its name and numbers; return other values unchanged."""
     if isinstance(value, Mapping) and "class_path" in value:
         return f"{value['class_path'].rpartition('.')[2]}({', '.join(f'{k}={v}' for k, v in value['init_args'].items())})"
     return value
 
 
 def checksum(data: Any) -> str:
-    """sha256 of a test set: images and labels as torchvision gives them, or sound and label files."""
+    """Compute the sha256 of a test set: of torchvision's images and labels, or of TIMIT's sound and label files."""
     digest = hashlib.sha256()
     for part in _test_set(data):
         digest.update(part.contiguous().numpy().tobytes() if isinstance(part, Tensor) else part)
@@ -283,11 +309,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m lightning_deepr.zoo.make``."""
     parser = argparse.ArgumentParser(prog="python -m lightning_deepr.zoo.make", description="Train the zoo, write its files.")
     parser.add_argument("what", choices=["train", "collect"])
-    parser.add_argument("names", nargs="*", help="models; none: all")
+    parser.add_argument("names", nargs="*", help="models (default: all)")
     parser.add_argument("--runs", type=Path, default=_RUNS, help="folder of the trainings")
-    parser.add_argument("--folder", type=Path, help="where the files go (default: zoo/ of the checkout)")
-    parser.add_argument("--workers", type=int, default=1, help="trainings at a time, one thread each")
-    parser.add_argument("--seeds", type=int, help="train so many at most")
+    parser.add_argument("--folder", type=Path, help="folder for the files (default: zoo/ of the checkout)")
+    parser.add_argument("--workers", type=int, default=1, help="number of trainings at a time, one thread each")
+    parser.add_argument("--seeds", type=int, help="largest number of seeds to train per model")
     for data in DATA_SETS:
         parser.add_argument(f"--data.{data}", default="data", dest=data, help=f"folder of {data}")
     given = parser.parse_intermixed_args(arguments)

@@ -1,4 +1,4 @@
-"""Putting a model on the Hugging Face Hub: weights, config.json, card, picture, recipe."""
+"""Publishes a model on the Hugging Face Hub: weights, config.json, card, picture, recipe."""
 
 from __future__ import annotations
 
@@ -27,13 +27,18 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 _CONFIG = "config.json"
 _README = "README.md"
-# what config.json says of a model; all of it is in the weights' file, too
+# The keys of config.json. The weights' file has all of them, too.
 _IN_CONFIG = ("architecture", "arguments", "format_version", "package_version", "connectivity", "algorithm", "license")
 
 
 @dataclass(frozen=True)
 class _Staged:
-    """Files to publish: name in the repository -> path."""
+    """The files to publish.
+
+    Attributes:
+        info: record of the model, from ``zoo.info``.
+        files: name in the repository -> path.
+    """
 
     info: dict[str, Any]
     files: dict[str, Path]
@@ -56,33 +61,34 @@ def publish(
 ) -> Published:
     """Publish a sparse model: create the repository or update it, in one commit. ``hub.publish`` is an alias of this function.
 
-    Written are ``model.safetensors``, ``config.json``, ``README.md`` (the model card, with evaluation metadata), ``connectivity.png`` and, when
-    known, the recipe's YAML. Other files of the repository stay. A file that is the same already is not sent again.
+    The function writes ``model.safetensors``, ``config.json``, ``README.md`` (the model card, with evaluation metadata),
+    ``connectivity.png`` and, if known, the recipe's YAML. It keeps other files of the repository and does not upload unchanged
+    files again.
 
     Args:
-        model: a name of the zoo, a path of a file that ``zoo.save`` wrote, or a module with converted weights.
-        repo_id: ``owner/name``; of the user of the token where it is a bare name.
-        private: of a new repository; None: as the owner's settings say. An existing one stays as it is.
-        revision: the branch to write to, made when it is missing; None: the main branch.
-        commit_message: None: a line with the model's name.
-        parent_commit: refuse when the branch is not at this commit any more.
-        create_pr: open a pull request instead (for a repository that is not yours).
-        card: False leaves the repository's README.md alone; a path is a card of your own.
+        model: a name of the zoo, the path of a file that ``zoo.save`` wrote, or a module with converted weights.
+        repo_id: ``owner/name``, or a bare name for a repository of the token's user.
+        private: whether a new repository is private; None: the owner's settings decide. It has no effect on an existing one.
+        revision: the branch to write to, created if it is missing; None: the main branch.
+        commit_message: the message of the commit; None: a line with the model's name.
+        parent_commit: the commit at which the branch must be; the Hub refuses the update otherwise.
+        create_pr: whether to open a pull request instead, for a repository of somebody else.
+        card: True writes a model card, False keeps the repository's README.md, a path is a card of your own.
         picture: whether to draw the connectivity (needs matplotlib).
-        recipe: YAML to put beside it; None: the packaged recipe that the file's metadata names.
-        token: None: the one of ``hf auth login`` or HF_TOKEN.
-        metadata: of a module only, as for ``zoo.save``.
+        recipe: path of the YAML to publish with the model; None: the packaged recipe that the file's metadata names.
+        token: the Hub's access token; None: the one of ``hf auth login`` or HF_TOKEN.
+        metadata: metadata for ``zoo.save``, with a module only.
 
     Returns:
         url, revision (commit hash) and sha256.
 
     Raises:
-        HubError: with ``reason`` and what to do.
-        ValueError: the file is damaged or no sparse model; nothing is sent then.
+        HubError: the Hub refused, with ``reason`` and advice.
+        ValueError: the file is damaged or is not a sparse model; nothing is uploaded.
 
     Example::
 
-        >>> publish("lenet300_100.deepr_1pct_mnist", "me/lenet300_100.deepr_1pct_mnist", private=True).revision  # doctest: +SKIP
+        >>> publish("lenet300_100.deepr_1pct_mnist", "me/lenet_1pct", private=True).revision  # doctest: +SKIP
         '5503434ddd753f426f4b38109466949a1217c2bb'
     """
     from lightning_deepr.hub import transfer
@@ -112,10 +118,10 @@ def _stage(
     recipe: str | PathLike[str] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> _Staged:
-    """Put all files of a model repository into a folder; see :func:`publish` for the arguments.
+    """Write all files of a model repository into a folder; see :func:`publish` for the arguments.
 
     Raises:
-        ValueError: the file is damaged or no sparse model; metadata was given for a file, which has its own.
+        ValueError: the file is damaged or is not a sparse model, or metadata was given for a file, which has its own metadata.
         FileNotFoundError: there is no such file, card or recipe.
     """
     weights = folder / WEIGHTS
@@ -125,18 +131,18 @@ def _stage(
     else:
         if metadata:
             raise ValueError(
-                f"expected metadata ({', '.join(metadata)}) with a module only, found it with the file {model!s}, which has its own. "
-                "Write the file anew with zoo.save."
+                f"expected metadata ({', '.join(metadata)}) with a module only, found it with the file {model!s}, "
+                "which has its own. Write the file anew with zoo.save."
             )
         info = describe(model)
         shutil.copyfile(path_of(model), weights)
-    if not isinstance(model, str) or model not in list_models():  # the name of a file says little
+    if not isinstance(model, str) or model not in list_models():  # the repository's name says more than a file's name
         info["name"] = repo_id.rpartition("/")[2]
     files = {WEIGHTS: weights, _CONFIG: folder / _CONFIG}
     config = {"library_name": "lightning-deepr", **{key: info[key] for key in _IN_CONFIG if info.get(key) is not None}}
     config["sha256"] = info["sha256"]
     own = getattr(model, "_hub_mixin_config", None)
-    if isinstance(own, dict):  # of a SparseHubMixin: what its from_pretrained needs comes first
+    if isinstance(own, dict):  # a SparseHubMixin: the values that its from_pretrained needs take precedence
         config.update(own)
     files[_CONFIG].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     yaml = _recipe(info, recipe)
@@ -156,7 +162,7 @@ def _stage(
 
 
 def _recipe(info: Mapping[str, Any], given: str | PathLike[str] | None) -> Path | None:
-    """The YAML that was given, or the packaged one that the file names."""
+    """Return the given YAML, or the packaged recipe that the file names; None if there is neither."""
     if given is not None:
         return _existing(given, "recipe")
     recorded = info.get("recipe")

@@ -1,4 +1,4 @@
-"""The models that travel with the package: one entry each."""
+"""The registry of the models that come with the package."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fnmatch import fnmatchcase
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint of the zoo. Everything else that is known of it is in its file.
+    """A model of the zoo. Its file holds everything else about it.
 
     Attributes:
         name: ``architecture.tag``; the file is ``zoo/<name>.safetensors``.
-        sha256: of the file, 64 hex digits.
+        sha256: checksum of the file, 64 hex digits.
     """
 
     name: str
@@ -49,7 +49,7 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names of the zoo's models, sorted; 2 before 10.
+    """List the names of the zoo's models, sorted, with numbers in numerical order.
 
     Args:
         pattern: shell wildcards, as in ``"lenet300_100.*"`` or ``"*1pct*"``.

@@ -1,6 +1,7 @@
-"""Loads and tests every model of the zoo: ``python -m lightning_deepr.zoo.results --data FOLDER`` writes ``results.csv`` and the README's table beside the models.
+"""Loads and tests every model of the zoo: ``python -m lightning_deepr.zoo.results --data FOLDER``.
 
-Exits with 1 if a count of correct predictions is off by more than one from the recorded one.
+The command writes ``results.csv`` and the README's table into the folder of the models. It exits with 1 if a count of correct
+predictions differs by more than one from the recorded count.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ _COLUMNS = (
 
 
 def row(name: str, folder: str) -> dict[str, Any]:
-    """One model, tested.
+    """Test one model and return its row of the table.
 
     Args:
-        name: of the zoo, or a path.
-        folder: of its data; "": where its recipe has it.
+        name: a name of the zoo, or a path.
+        folder: folder of the model's data; "": the recipe's folder.
     """
     info = zoo.info(name)
     ((metric, recorded),) = info["metrics"].items()
@@ -53,19 +54,20 @@ def row(name: str, folder: str) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Format the rows as a Markdown table."""
     lines = ["| model | connections | bytes | per connection | this file, % | mean, % |", "|---|---:|---:|---:|---:|---:|"]
     for found in rows:
         spread = f" ± {100 * float(found['std']):.2f}" if found["std"] else ""
         lines.append(
-            f"| `{found['name']}` | {found['connections']:,} of {found['potential']:,} | {found['bytes']:,} | {found['bytes_per_connection']} | "
-            f"{100 * float(found['value']):.2f} | {100 * float(found['mean']):.2f}{spread} ({found['seeds']}) |"
+            f"| `{found['name']}` | {found['connections']:,} of {found['potential']:,} | {found['bytes']:,} "
+            f"| {found['bytes_per_connection']} | {100 * float(found['value']):.2f} "
+            f"| {100 * float(found['mean']):.2f}{spread} ({found['seeds']}) |"
         )
     return "\n".join(lines)
 
 
 def _put_into(page: Path, text: str) -> None:
-    """The table, between its two comments, where the page has them."""
+    """Write the table between its two comments, if the page exists and has them."""
     if not page.is_file():
         return
     before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- table: ")
@@ -78,9 +80,9 @@ def _put_into(page: Path, text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m lightning_deepr.zoo.results``."""
     parser = argparse.ArgumentParser(prog="python -m lightning_deepr.zoo.results", description="Test every model of the zoo.")
-    parser.add_argument("models", nargs="*", help="names or paths; none: the whole zoo")
-    parser.add_argument("--data", default="", help="folder of the data sets; none: where the recipes have them")
-    parser.add_argument("--out", type=Path, help="the table (default: results.csv in zoo/ of the checkout)")
+    parser.add_argument("models", nargs="*", help="names or paths (default: the whole zoo)")
+    parser.add_argument("--data", default="", help="folder of the data sets (default: the recipes' folders)")
+    parser.add_argument("--out", type=Path, help="path of the table (default: results.csv in zoo/ of the checkout)")
     given = parser.parse_intermixed_args(arguments)
     try:
         out = given.out or folder_of_checkout("--out") / "results.csv"
@@ -92,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(row(name, given.data))
         found = rows[-1]
         print(
-            f"{number}/{len(names)} {found['name']}: {found['correct']:,} of {found['examples']:,}, recorded {found['recorded']:,}"
+            f"{number}/{len(names)} {found['name']}: "
+            f"{found['correct']:,} of {found['examples']:,}, recorded {found['recorded']:,}"
         )
     with out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")

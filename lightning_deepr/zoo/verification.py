@@ -1,4 +1,4 @@
-"""Whether a model is what it says: its bytes, its connections, its network and, with data, its recorded metric."""
+"""Verifies a model: its bytes, its connections, its network and, with data, its recorded metric."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_deepr.zoo.registry import entry_of
 
 
 class Verification(NamedTuple):
-    """What was checked and found right. Prints as a table.
+    """The checks that a model passed. It prints as a table.
 
     Attributes:
-        name: of the model.
-        checks: (what, what was found).
+        name: name of the model.
+        checks: pairs of (checked thing, found value).
     """
 
     name: str
@@ -37,18 +37,19 @@ def verify(
     """Check everything about a model that can be checked.
 
     Args:
-        name_or_path: as for :func:`lightning_deepr.zoo.load`.
-        data: batches (inputs, labels) or (inputs, labels, lengths) of the test set on which the recorded metric was measured; the count of
-            correct predictions must be the recorded one, or off by one, as another BLAS may round.
-        module: as for :func:`lightning_deepr.zoo.load`; without it the network of an unknown architecture is not built.
+        name_or_path: a model or file, as for :func:`lightning_deepr.zoo.load`.
+        data: batches (inputs, labels) or (inputs, labels, lengths) of the test set that gave the recorded metric. The count of
+            correct predictions may differ by one from the recorded count, since another BLAS may round otherwise.
+        module: the network to load into, as for :func:`lightning_deepr.zoo.load`. Without it the network of an unknown
+            architecture is not built.
 
     Returns:
-        what was found: sha256, format, K per tensor, connectivity, the network, the metric.
+        the found values: sha256, format, K per tensor, connectivity, the network, the metric.
 
     Raises:
-        FileNotFoundError: neither a name nor a file.
-        FormatError: (a ValueError) the first thing that is not as recorded.
-        ValueError: data is given, but there is nothing to compare with.
+        FileNotFoundError: ``name_or_path`` is neither a name nor a file.
+        FormatError: (a ValueError) something is not as recorded. The message names the first such thing.
+        ValueError: data is given, but the file records no metric to compare with.
 
     Example::
 
@@ -81,7 +82,7 @@ def verify(
         architecture = contents.record["architecture"]
         if module is None and architecture not in architectures.ARCHITECTURES:
             if data is not None:
-                architectures.build(architecture, {})  # says what to do
+                architectures.build(architecture, {})  # raises an error that asks for module=
             checks.append(("network", "not built: give module="))
             return Verification(path.stem, checks)
         net = loading.load_contents(contents, module).eval()
@@ -104,26 +105,27 @@ def _measure(net: nn.Module, data: Iterable[Any], record: dict[str, Any]) -> tup
     }
     if len(counted) != 1:
         raise ValueError(
-            f"expected one metric with `correct` and `examples` in the file, found {', '.join(counted) or 'none'}: there is nothing to compare with."
+            f"expected one metric with `correct` and `examples` in the file, found {', '.join(counted) or 'none'}: "
+            "there is nothing to compare with."
         )
     ((name, metric),) = counted.items()
     correct, examples = evaluate(net, data, counting(record["architecture"]))
     if examples != metric["examples"] or abs(correct - metric["correct"]) > 1:
         raise FormatError(
-            f"{name}: expected {metric['correct']} of {metric['examples']} right, as recorded, found {correct} of {examples}. Is this the test set of "
-            f"{record['metadata'].get('data', 'the record')}, prepared as its recipe does?"
+            f"{name}: expected {metric['correct']} of {metric['examples']} right, as recorded, found {correct} of {examples}. "
+            f"Is this the test set of {record['metadata'].get('data', 'the record')}, prepared as its recipe does?"
         )
     return name, f"{correct:,} of {examples:,} ({correct / examples:.2%}), recorded {metric['correct']:,}"
 
 
 @torch.no_grad()
 def evaluate(net: nn.Module, data: Iterable[Any], count: Any) -> tuple[int, int]:
-    """How many predictions are right, and how many there are.
+    """Count the correct predictions and all predictions.
 
     Args:
-        net: in eval mode.
+        net: the network, in eval mode.
         data: batches (inputs, labels) or (inputs, labels, lengths).
-        count: logits and labels -> (right, all).
+        count: a function from logits and labels to (number of correct predictions, number of predictions).
     """
     correct = examples = 0
     for inputs, labels, *lengths in data:
@@ -133,18 +135,18 @@ def evaluate(net: nn.Module, data: Iterable[Any], count: Any) -> tuple[int, int]
 
 
 def counting(architecture: str | None) -> Callable[[Tensor, Tensor], tuple[int, int]]:
-    """How the predictions of an architecture are counted: logits and labels -> (right, all)."""
+    """Return the function that counts an architecture's predictions, for :func:`evaluate`."""
     return _frames if architecture == "timit_blstm" else labels_hit
 
 
 def labels_hit(logits: Tensor, labels: Tensor) -> tuple[int, int]:
-    """Largest logit against label; negative labels do not count."""
+    """Count the predictions whose largest logit is the label; negative labels do not count."""
     counts = labels >= 0
     return int((logits.argmax(-1) == labels)[counts].sum()), int(counts.sum())
 
 
 def _frames(logits: Tensor, labels: Tensor) -> tuple[int, int]:
-    """TIMIT is scored in 39 classes, whatever the network was trained on."""
+    """Count TIMIT's frames in 39 classes, for networks with 60 or 39 outputs."""
     from lightning_deepr.recipes.speech import frame_errors
     from lightning_deepr.recipes.timit_phones import folding
 

@@ -1,4 +1,7 @@
-"""Writes cards and pictures: ``python -m lightning_deepr.zoo.write_cards FOLDER [NAME_OR_PATH ...]`` (without names: of the whole zoo)."""
+"""Writes cards and pictures of models: ``python -m lightning_deepr.zoo.write_cards FOLDER [NAME_OR_PATH ...]``.
+
+Without names it writes those of the whole zoo.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lightning_deepr.zoo.write_cards", description="Cards and pictures of models."
     )
-    parser.add_argument("folder", type=Path, help="where to write them")
-    parser.add_argument("models", nargs="*", help="names of the zoo or paths; none: the whole zoo")
+    parser.add_argument("folder", type=Path, help="folder to write to")
+    parser.add_argument("models", nargs="*", help="names of the zoo or paths (default: the whole zoo)")
     given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
     for model in given.models or zoo.list_models():

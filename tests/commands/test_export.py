@@ -1,4 +1,4 @@
-"""``lightning-deepr export``."""
+"""The command ``lightning-deepr export``."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def test_command_line_finds_the_network_or_asks_for_it(checkpoint: Path, tmp_pat
         with pytest.raises(SystemExit, match=r"expected the full name of an nn\.Module"):
             main(["export", str(checkpoint), "--to", "c", "--out", str(tmp_path / "net.h"), *module])
     torch.save({"state_dict": lenet().state_dict()}, tmp_path / "last.ckpt")
-    with pytest.raises(SystemExit, match=r"last\.ckpt does not say which network it is of: give --module"):
+    with pytest.raises(SystemExit, match=r"last\.ckpt does not say which network it belongs to: give --module"):
         main(["export", str(tmp_path / "last.ckpt"), "--to", "c", "--out", str(tmp_path / "net.h")])
-    main(["export", str(checkpoint), "--to", "c", "--out", str(tmp_path / "one.h")])  # a sparse file names its own
+    main(["export", str(checkpoint), "--to", "c", "--out", str(tmp_path / "one.h")])  # a sparse file names its network
     main(
         [
             "export",

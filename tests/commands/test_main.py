@@ -1,4 +1,4 @@
-"""The command line says what it does not know."""
+"""The command line's messages on unknown recipes, commands and checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_unknown_recipe_lists_the_recipes(tmp_path: Path) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What the command line says before it ends with an error of its own."""
+    """Run the command line, which must end with an error, and return its messages."""
     with pytest.raises(SystemExit) as stopped:
         main(list(arguments))
     assert stopped.value.code not in (0, None)

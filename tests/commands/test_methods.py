@@ -1,4 +1,4 @@
-"""The command line takes every method by its name."""
+"""The command line accepts every method by its name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_command_line_takes_every_method(tmp_path: Path, monkeypatch: pytest
     found: Any = made("--config", "set.yaml", "--sparsity.connectivity", ".05", "--seed_everything", "7")
     assert type(found) is SET
     assert (found.connectivity, found.drop_fraction, found.seed) == (0.05, 0.2, 7)
-    found = made("--sparsity", "RigL", "--sparsity.drop_fraction", ".4")  # what the recipe has for DeepR alone is dropped
+    found = made("--sparsity", "RigL", "--sparsity.drop_fraction", ".4")  # settings that only DeepR has are dropped
     assert type(found) is RigL
     assert (found.connectivity, found.drop_fraction, found.distribution) == (2662, 0.4, "deepr")
     Path("dicts.yaml").write_text(

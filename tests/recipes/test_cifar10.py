@@ -1,4 +1,4 @@
-"""The CIFAR-10 benchmark: the tutorial's network and augmentation against slow versions of them, files, interruption."""
+"""The CIFAR-10 benchmark: network and augmentation compared with slow versions of the tutorial's, files, interruption."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.crashes import Crash, CrashAt
 
 
 def test_response_norm_is_tensorflows() -> None:
-    """tf.nn.lrn(x, 4, bias=1.0, alpha=0.001 / 9.0, beta=0.75), channel by channel in NumPy."""
+    """Compute tf.nn.lrn(x, 4, bias=1.0, alpha=0.001 / 9.0, beta=0.75) channel by channel in NumPy."""
     x = torch.randn(2, 12, 3, 2, dtype=torch.float64) * 5
     image = x.numpy()
     squares = image**2
@@ -33,7 +33,7 @@ def test_response_norm_is_tensorflows() -> None:
         [image[:, c] / (1 + 0.001 / 9 * squares[:, max(0, c - 4) : c + 5].sum(1)) ** 0.75 for c in range(12)],
         axis=1,
     )
-    assert np.abs(ResponseNorm(12).double()(x).numpy() - slow).max() < 1e-7  # the band was made in float32
+    assert np.abs(ResponseNorm(12).double()(x).numpy() - slow).max() < 1e-7  # the band has the precision of float32
     with pytest.raises(ValueError, match="odd"):
         ResponseNorm(12, size=8)
 
@@ -110,7 +110,7 @@ def test_the_tutorials_start() -> None:
     for name, deviation, bias in (("conv2", 0.05, 0.1), ("local3", 0.04, 0.1), ("local4", 0.04, 0.1), ("output", 1 / 192, 0.0)):
         layer = net.get_submodule(name)
         assert layer.weight.abs().max() <= 2 * deviation
-        # a normal cut at two deviations has .8796 of its deviation
+        # a normal distribution cut at two standard deviations has .8796 of its standard deviation
         assert layer.weight.std().item() == pytest.approx(0.8796 * deviation, rel=0.05)
         assert torch.equal(layer.bias, torch.full_like(layer.bias, bias))
 
@@ -134,12 +134,12 @@ def some_images(count: int = 12, size: int = 32) -> tuple[torch.Tensor, torch.Te
 
 
 def standardized(image: np.ndarray) -> np.ndarray:
-    """tf.image.per_image_standardization."""
+    """Compute tf.image.per_image_standardization."""
     return (image - image.mean()) / max(image.std(), image.size**-0.5)
 
 
 def contrasted(image: np.ndarray, factor: float) -> np.ndarray:
-    """tf.image.adjust_contrast: each channel about its own mean."""
+    """Compute tf.image.adjust_contrast: change the contrast of each channel about its own mean."""
     mean = image.mean(axis=(1, 2), keepdims=True)
     return (image - mean) * factor + mean
 
@@ -162,9 +162,9 @@ def test_every_distorted_crop_is_one_of_the_tutorials() -> None:
             for left in range(5):
                 for flip in (False, True):
                     plain = image[:, top : top + 28, left : left + 28][:, :, :: -1 if flip else 1]
-                    # the factor is the only unknown: channel 0's deviation over the whole image's tells it
+                    # The factor is the only unknown; the ratio of channel 0's deviation and the whole image's gives it.
                     for factor in np.linspace(0.2, 1.8, 9):
-                        # any number added before changes nothing: why the crops leave the brightness out
+                        # Adding any number before changes nothing; therefore the crops leave the brightness out.
                         lighter = standardized(contrasted(plain + 63 * factor, factor))
                         assert np.allclose(lighter, standardized(contrasted(plain, factor)), atol=1e-9)
                         break
@@ -184,7 +184,7 @@ def test_every_distorted_crop_is_one_of_the_tutorials() -> None:
 
 
 def test_crops_and_flips_are_drawn_evenly() -> None:
-    """A picture that tells its own place: every one of 81 corners and both directions, as often as chance allows."""
+    """Each pixel encodes its place: all 81 corners and both directions occur, with equal frequencies up to chance."""
     ramp = torch.zeros(3, 32, 32, dtype=torch.uint8)
     ramp[0] = torch.arange(32, dtype=torch.uint8)[:, None]
     ramp[1] = torch.arange(32, dtype=torch.uint8)
@@ -193,7 +193,7 @@ def test_crops_and_flips_are_drawn_evenly() -> None:
     batches = Crops(images, torch.zeros(count, dtype=torch.int64), count, distort=True, contrast=(1, 1))
     (batch, _), *_ = batches
     flipped = batch[:, 1, 0, 0] > batch[:, 1, 0, 23]
-    # standardization keeps differences in proportion: one row is a known step
+    # Standardization scales all differences alike: the difference between two rows is the unit.
     step = (batch[:, 0, 1, 0] - batch[:, 0, 0, 0])[:, None]
     values = (batch[:, :, 0, :] - batch[:, 2:, 0, :]) / step[:, :, None]  # channel 2 is 0 everywhere
     top, left = values[:, 0, 0].round().long(), values[:, 1].min(1).values.round().long()
@@ -252,7 +252,7 @@ def test_bad_settings_of_the_data(arguments: dict[str, Any], message: str) -> No
 
 
 class MadeUp(CIFAR10DataModule):
-    """Random images in place of the files."""
+    """Replace the files by random images."""
 
     def prepare_data(self) -> None:
         pass

@@ -34,7 +34,7 @@ def test_embedded_digits() -> None:
     assert test_images.shape == (3_000, 28, 28)
     for labels in (train_labels, test_labels):
         shares = torch.bincount(labels, minlength=10) / len(labels)
-        assert shares.min() > 0.08  # MNIST's rarest digit has 9 %
+        assert shares.min() > 0.08  # MNIST's rarest digit has a share of 9 %
         assert shares.max() < 0.13
     size = (ROOT / "recipes" / digits.EMBEDDED).stat().st_size
     assert size <= 3_000_000

@@ -1,4 +1,4 @@
-"""Sequences from batch to loss to recipe: padding is invisible, the loss is masked, an interrupted training goes on as it would have."""
+"""Sequences from batch to loss to recipe: padding without effect, a masked loss, resumed training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers.made_up_timit import make_full, make_sample
 
 
 def some_frames(lengths: tuple[int, ...] = (30, 17, 44, 8, 25, 31, 12), features: int = 39) -> Frames:
-    """Every frame's first feature is its number, so that it can be told where a frame comes from."""
+    """Every frame's first feature is its number, so that a test can find the origin of a frame."""
     generator = torch.Generator().manual_seed(0)
     total = sum(lengths)
     x = torch.randn(total, features, generator=generator)
@@ -38,7 +38,7 @@ def some_frames(lengths: tuple[int, ...] = (30, 17, 44, 8, 25, 31, 12), features
 
 def small_frames(**kwargs: Any) -> Frames:
     frames = some_frames(**kwargs)
-    frames.features[:, 0] /= 100  # a feature like the others
+    frames.features[:, 0] /= 100  # scaled like the other features
     return frames
 
 
@@ -85,7 +85,7 @@ def test_chunks_lie_anywhere_in_their_utterance() -> None:
                 per_utterance[number] += 1
                 counts[first] += 1
         assert per_utterance == [3, 2, 5, 1, 3, 4, 2]  # length over 10, rounded up
-    starts = counts[:21]  # of the first utterance of 30 frames: 900 chunks
+    starts = counts[:21]  # 900 chunks of the first utterance with 30 frames
     assert starts.sum() == 900
     assert ((starts - 900 / 21) ** 2 / (900 / 21)).sum() < 50  # chi-squared with 20 degrees of freedom
     assert counts[21:30].sum() == 0
@@ -121,7 +121,7 @@ def test_settings_of_the_batches_are_checked() -> None:
             SequenceBatches(some_frames(), **bad)
 
 
-# -- network and loss -----------------------------------------------------------------------------------------------------------
+# -- network and loss ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("connectivity", [None, 0.3])
@@ -137,13 +137,13 @@ def test_padding_is_invisible(layers: int, connectivity: float | None) -> None:
     past = torch.arange(44) >= batch.lengths[:, None]
     spoiled = batch.features.masked_fill(past[:, :, None], 1e3)
     other = net(spoiled, batch.lengths)
-    with torch.no_grad():  # (another way through the network, without a backward pass)
+    with torch.no_grad():  # without a backward pass the network packs the sequences
         assert torch.allclose(net(spoiled, batch.lengths)[~past], logits[~past], atol=1e-6)
     for number, length in enumerate(batch.lengths.tolist()):
         alone = net(frames.utterance(number)[0][None])[0]
         assert torch.allclose(logits[number, :length], alone, atol=1e-6)
         assert torch.equal(other[number, :length], logits[number, :length])
-    # and it would not be, did the backward direction read it
+    # The check can fail: a backward direction that reads the padding gives another result.
     assert not torch.allclose(net(spoiled)[3, :8], logits[3, :8], atol=1e-2)
 
 
@@ -203,7 +203,7 @@ def test_frame_errors_are_those_of_the_folded_classes(classes: int) -> None:
     assert 0 < sum(expected) < len(expected)
 
 
-# -- training -------------------------------------------------------------------------------------------------------------------
+# -- training -----------------------------------------------------------------------------------------------------------------
 
 
 class Losses(Callback):
@@ -215,7 +215,7 @@ class Losses(Callback):
 
 
 def fit(folder: Path, *callbacks: Callback, steps: int = 9, ckpt_path: str | None = None, **settings: Any) -> FrameClassifier:
-    """On 7 utterances in chunks, 9 batches an epoch."""
+    """Train on chunks of 7 utterances, 9 batches an epoch."""
     seed_everything(3)
     module = FrameClassifier(
         **{
@@ -253,7 +253,7 @@ def average() -> EMAWeightAveraging:
 
 @pytest.mark.parametrize(("saved", "crash"), [(4, 6), (5, 12), (9, 11)])
 def test_interrupted_training_goes_on_to_equal_weights(saved: int, crash: int, tmp_path: Path) -> None:
-    """With noise, dropout, rewiring and averaging; in an epoch of 9 batches, in the second one, and between two."""
+    """With noise, dropout, rewiring and averaging, an interruption in the first epoch, in the second or between them."""
     straight, first, rest = Losses(), Losses(), Losses()
     expected = fit(tmp_path / "a", straight, average(), steps=13)
     checkpoints = ModelCheckpoint(dirpath=tmp_path / "b", every_n_train_steps=saved, save_top_k=1, filename="at")
@@ -343,7 +343,7 @@ def test_settings_of_the_module_are_checked() -> None:
         FrameClassifier(classes=61)
 
 
-# -- recipes --------------------------------------------------------------------------------------------------------------------
+# -- recipes ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["timit_sample", "timit"])
@@ -372,7 +372,7 @@ def test_recipes_train_on_made_up_data(name: str, tmp_path: Path, monkeypatch: p
     assert (left / "sparse.safetensors").is_file()
     assert (left / "checkpoints" / "best.ckpt").is_file()
     last = left / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == 6  # of 2 or 4 batches an epoch
+    assert torch.load(last, weights_only=True)["global_step"] == 6  # an epoch has 2 or 4 batches
     again = running.train([*arguments, "--trainer.max_steps", "10", "--ckpt_path", str(last)])
     assert again.trainer.global_step == 10
     assert torch.load(last, weights_only=True)["global_step"] == 9

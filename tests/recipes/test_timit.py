@@ -1,6 +1,6 @@
 """TIMIT from files to tensors: corpus, recordings, transcriptions, features, cache, splits.
 
-On made-up files everywhere; on NLTK's sample where LIGHTNING_DEEPR_DATA says where it is.
+All tests run on made-up files; some also run on NLTK's sample if LIGHTNING_DEEPR_DATA names its folder.
 """
 
 from __future__ import annotations
@@ -142,13 +142,13 @@ def test_sample_splits_are_disjoint_by_speaker_and_cover_all(sample: Path) -> No
         speakers = {part: {utterances[i].speaker for i in getattr(parts, part)} for part in ("train", "val", "test")}
         assert (len(speakers["train"]), len(speakers["val"]), len(speakers["test"])) == (10, 2, 4)
         assert len(set.union(*speakers.values())) == 16  # disjoint
-        assert (len(parts.train), len(parts.val), len(parts.test)) == (100, 16, 32)  # SA only trains
+        assert (len(parts.train), len(parts.val), len(parts.test)) == (100, 16, 32)  # SA sentences are for training only
         assert sorted(one[0] for one in speakers["test"]) == ["F", "F", "M", "M"]
         assert sorted(one[0] for one in speakers["val"]) == ["F", "M"]
         assert len(split(utterances, rotation=rotation, sa="none").train) == 80
         tested += sorted(speakers["test"])
     assert len(set(tested)) == len(tested) == 16
-    # fixed for good: published figures depend on it
+    # This split must never change: published figures depend on it.
     assert [sorted(sample_speakers(r)[2]) for r in range(4)] == [
         ["FTLG0", "FVMH0", "MADC0", "MADD0"],
         ["FAEM0", "FAPB0", "MAEB0", "MBCG0"],
@@ -193,7 +193,7 @@ def test_half_copied_sample_names_the_files(tmp_path: Path) -> None:
         assert words in message
     assert "dr2-faem0" not in message
     assert "--data.allow_incomplete" in message
-    with pytest.raises(CorpusError, match=r"si1\.wav"):  # a pair that is torn is never silently left out
+    with pytest.raises(CorpusError, match=r"si1\.wav"):  # a file without its counterpart is never left out silently
         find_utterances(root, allow_incomplete=True)
 
 
@@ -248,7 +248,7 @@ def test_what_is_no_recording(tmp_path: Path) -> None:
         ("0 1.5 h#\n", "line 1: expected"),
         ("0 100 h#\n50 200 iy\n", "line 2: expected segments in order"),
         ("0 100 h#\n300 200 iy\n", "line 2: expected segments in order"),
-        ("0 1000 h#\n1000 1161 iy\n", "runs to sample 1161, past the end of the audio"),
+        ("0 1000 h#\n1000 1161 iy\n", "ends at sample 1161, past the end of the audio"),
     ],
 )
 def test_bad_transcriptions(text: str, words: str, tmp_path: Path) -> None:
@@ -257,15 +257,13 @@ def test_bad_transcriptions(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=words) as caught:
         read_phones(path, 1000)
     assert "si1.phn" in str(caught.value)
-    path.write_text("0 1000 h#\n1000 1160 iy\n", encoding="utf-8")  # one frame is forgiven
+    path.write_text("0 1000 h#\n1000 1160 iy\n", encoding="utf-8")  # one frame of excess is accepted
     assert read_phones(path, 1000)[1].tolist() == [PHONES61.index("h#"), PHONES61.index("iy")]
 
 
 def test_labels_are_those_of_the_frames_centres(tmp_path: Path) -> None:
     write_phones(tmp_path / "a.phn", 5000, 3, segments=9)
-    text = (
-        (tmp_path / "a.phn").read_text(encoding="utf-8").splitlines()[1:-1]
-    )  # nothing before the second and after the last but one
+    text = (tmp_path / "a.phn").read_text(encoding="utf-8").splitlines()[1:-1]  # the first and the last segment have no label
     (tmp_path / "a.phn").write_text("\n".join(text))
     segments = [(int(first), int(end), phone) for first, end, phone in (line.split() for line in text)]
     bounds, phones = read_phones(tmp_path / "a.phn", 5000)
@@ -283,7 +281,7 @@ def test_labels_are_those_of_the_frames_centres(tmp_path: Path) -> None:
 
 
 def mfcc_by_the_book(samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Kaldi's MFCC, written down once more in float64: DC removed, pre-emphasis, Povey's window, 23 mel triangles, DCT, lifter."""
+    """Compute Kaldi's MFCC in float64: no DC, pre-emphasis, Povey's window, 23 mel bands, DCT, lifter."""
     length, shift, size, bands = 400, 160, 512, 23
     window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / (length - 1))) ** 0.85
 
@@ -309,7 +307,7 @@ def mfcc_by_the_book(samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def slopes_by_the_book(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """HTK's deltas, a loop over frames."""
+    """Compute HTK's deltas with a loop over frames."""
     last = len(x) - 1
     rows = [sum(n * (x[min(t + n, last)] - x[max(t - n, 0)]) for n in (1, 2)) / 10.0 for t in range(len(x))]
     return np.array(rows)
@@ -322,7 +320,7 @@ def check_features(samples: np.ndarray[Any, Any]) -> None:
     expected = np.concatenate([static, first, slopes_by_the_book(first)], axis=1)
     assert found.shape == expected.shape == (SETTINGS.frames(len(samples)), 39)
     assert found.dtype == np.float32
-    assert np.abs(found - expected).max() < 5e-3  # the coefficients' deviations are about 10
+    assert np.abs(found - expected).max() < 5e-3  # the coefficients' standard deviations are about 10
 
 
 def test_features_against_the_book() -> None:
@@ -340,11 +338,11 @@ def test_features_against_the_book_on_real_recordings() -> None:
 
 
 def test_features_against_lhotse_on_real_recordings() -> None:
-    """A second library with Kaldi's conventions."""
+    """Compare with lhotse, a second library with Kaldi's conventions."""
     root = real_sample()
     layers = pytest.importorskip("lhotse.features.kaldi.layers", reason="pip install lhotse")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # lhotse prefers another number of frames
+        warnings.simplefilter("ignore")  # lhotse warns that it uses another number of frames by default
         other = layers.Wav2MFCC(
             sampling_rate=16_000, dither=0.0, use_energy=False, num_filters=23, num_ceps=13, snip_edges=True, high_freq=0.0
         )
@@ -355,7 +353,7 @@ def test_features_against_lhotse_on_real_recordings() -> None:
 
 
 def test_alignment_of_all_real_sentences() -> None:
-    """Each segment has as many frames as centres fit in it, and together they are the utterance's frames."""
+    """Each segment has as many frames as centres lie in it, and all segments together have the utterance's frames."""
     root = real_sample()
     utterances = find_utterances(root)
     segments, unlabelled, seen = 0, 0, set()
@@ -375,7 +373,7 @@ def test_alignment_of_all_real_sentences() -> None:
         segments += len(phones)
         seen |= set(phones.tolist())
     assert (len(utterances), segments, len(seen)) == (160, 6185, 61)
-    assert unlabelled == 17  # of MADC0's SI1367, whose transcription ends 2,802 samples before its recording
+    assert unlabelled == 17  # in MADC0's SI1367, whose transcription ends 2,802 samples before its recording
 
 
 def test_settings_of_the_features_are_checked() -> None:
@@ -431,7 +429,7 @@ def test_too_short_an_utterance_is_named(tmp_path: Path) -> None:
 
 
 class Counted:
-    """Counts how often features are extracted."""
+    """Count how often features are extracted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.times, original = 0, timit_cache.extract
@@ -516,7 +514,7 @@ def test_interrupted_extraction_leaves_no_cache(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_import_is_light() -> None:
-    """The audio libraries are optional: nothing imports them before a file is read."""
+    """The audio libraries are optional: they are imported only to read a file."""
     code = (
         "import sys, lightning_deepr.recipes.timit_data, lightning_deepr.recipes.speech; "
         "print([m for m in ('soundfile', 'kaldi_native_fbank') if m in sys.modules])"

@@ -1,4 +1,4 @@
-"""The zoo: names, loading, what is known of a model, verification, the command line."""
+"""The zoo: names, loading, records, verification, the command line."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_names(model: Path, tmp_path: Path) -> None:
         zoo.load(NAME, source="web")
     with pytest.raises(ValueError, match='revision: expected with source="hub" only'):
         zoo.load(NAME, revision="v1")
-    # another sound file under a name of the zoo
+    # another valid file under a name of the zoo
     zoo.save(sparsify(LeNet300100(), 0.01, seed=2), model, **METADATA)
     with pytest.raises(zoo.FormatError, match=r"registry's.*Install the package again"):
         zoo.load(NAME)
@@ -182,7 +182,7 @@ def test_info(model: Path) -> None:
 
 
 def labelled(net: nn.Module, right: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """20 examples in two batches, of which so many are classified as labelled; one more has no label."""
+    """20 examples in two batches, ``right`` of them with the predicted label, and one example without a label."""
     x = torch.randn(21, 784, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         labels = net(x).argmax(1)
@@ -196,7 +196,7 @@ def test_verify(model: Path) -> None:
     checks = dict(zoo.verify(NAME).checks)
     assert checks["connectivity"] == "2,662 of 266,200 (1.000%)" and checks["network"] == "lenet300_100"
     assert "registry" in checks["sha256"] and "registry" not in dict(zoo.verify(model).checks)["sha256"]
-    for right in (9, 10, 11):  # another BLAS may round one example the other way
+    for right in (9, 10, 11):  # another BLAS may change one prediction
         assert dict(zoo.verify(NAME, labelled(net, right)).checks)["test_accuracy"].startswith(f"{right} of 20")
     for right in (8, 12):
         with pytest.raises(zoo.FormatError, match=f"test_accuracy: expected 10 of 20 right, as recorded, found {right} of 20"):
@@ -255,10 +255,10 @@ def test_command_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no model of that name" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"(?s)zoo verify: cifar10_cnn.other: There is no checkpoint"):
         command_line.main(["zoo", "verify"])
-    assert f"{NAME}: as recorded" in capsys.readouterr().out, "one failure kept the others from being looked at"
+    assert f"{NAME}: as recorded" in capsys.readouterr().out, "one failure stopped the verification of the other models"
     with pytest.raises(SystemExit, match="zoo info: expected a model of the zoo or a file"):
         command_line.main(["zoo", "info", "nothing"])
-    with pytest.raises(SystemExit, match=r"expected `recipe` among what is recorded, one of .*mnist.*, found none"):
+    with pytest.raises(SystemExit, match=r"expected a recorded `recipe`, one of .*mnist.*, found none"):
         command_line.main(["zoo", "verify", NAME, "--data"])
 
 
@@ -279,10 +279,10 @@ def test_the_recorded_metric_on_the_test_set_of_the_recorded_recipe(
     with pytest.raises(SystemExit, match=f"expected {right + 2} of 3000 right, as recorded, found {right} of 3000"):
         command_line.main(["zoo", "verify", str(path), "--data"])
     zoo.save(net, path, recipe="timit_sample")
-    with pytest.raises(SystemExit, match=r"not found in .*elsewhere, which is no folder.* The option is --data\."):
+    with pytest.raises(SystemExit, match=r"not found in .*elsewhere, which is not a folder.* The option is --data\."):
         command_line.main(["zoo", "verify", str(path), "--data", "elsewhere"])
     zoo.save(net, path, recipe={"name": str(tmp_path / "own.yaml")})
     with pytest.raises(
-        SystemExit, match="expected `recipe` among what is recorded, one of"
-    ):  # a recipe of its own can name any class
+        SystemExit, match="expected a recorded `recipe`, one of"
+    ):  # a recipe outside the package can name any class
         command_line.main(["zoo", "verify", str(path), "--data"])

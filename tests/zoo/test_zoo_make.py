@@ -25,7 +25,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(make, "PLANS", {"lenet300_100.deepr_2pct_digits": plan})
 
 
-@pytest.mark.slow  # two trainings, each a process of its own
+@pytest.mark.slow  # two trainings in separate processes
 def test_a_model_is_trained_collected_and_tested(tmp_path: Path, plans: None, capsys: pytest.CaptureFixture[str]) -> None:
     (name,), runs, folder = make.PLANS, tmp_path / "runs", tmp_path / "zoo"
     make.main(["train", "--runs", str(runs), "--workers", "2"])
@@ -45,7 +45,7 @@ def test_a_model_is_trained_collected_and_tested(tmp_path: Path, plans: None, ca
     assert info["recipe"] == {"name": "mnist_quickstart", "overrides": {**SHORT, "sparsity.connectivity": 5324}}
     assert info["data"]["sha256"] == "d432c6b219fcfe14a00e78eba5b29ca76a38489b386599ff1e9e8c40c118aac5"
 
-    command_line.main(["zoo", "verify", "--data", str(file)])  # (the file is no folder of data)
+    command_line.main(["zoo", "verify", "--data", str(file)])  # argparse takes the file for the folder of the data
     assert f"recorded {metric['correct']:,}" in capsys.readouterr().out
     results.main([str(file), "--out", str(tmp_path / "results.csv")])
     with (tmp_path / "results.csv").open(encoding="utf-8") as table:
@@ -100,7 +100,7 @@ def test_every_model_of_the_registry_has_a_plan() -> None:
 def test_a_network_that_a_study_keeps(tmp_path: Path, plans: None, capsys: pytest.CaptureFixture[str]) -> None:
     (name,), study = make.PLANS, "python study.py --keep runs/zoo"
     make.PLANS[name] = make.Plan("mnist_quickstart", "digits", {}, "", 1, study, "kept_{seed}.safetensors")
-    with pytest.raises(RuntimeError, match=r"expected .*kept_0.safetensors, which `python study.py --keep runs/zoo` leaves"):
+    with pytest.raises(RuntimeError, match=r"expected .*kept_0.safetensors, which `python study.py --keep runs/zoo` writes"):
         make.train(name, 0, "", tmp_path)
     zoo.save(sparsify(LeNet300100(), 0.01), tmp_path / "kept_0.safetensors")
     make.main(["collect", "--runs", str(tmp_path), "--folder", str(tmp_path / "zoo")])
