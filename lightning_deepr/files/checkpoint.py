@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,9 +24,6 @@ from lightning_deepr.files.sparse_file import Connections
 from lightning_deepr.weights.base import FORMAT_KEY
 from lightning_deepr.weights.find import converted_tensors
 from lightning_deepr.weights.install import remove
-
-if TYPE_CHECKING:
-    pass
 
 # the names that zoo.info fills in from the file itself
 RESERVED = frozenset(

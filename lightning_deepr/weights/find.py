@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_deepr.weights.base import Parametrization
-
-if TYPE_CHECKING:
-    pass
 
 
 class Converted(NamedTuple):
