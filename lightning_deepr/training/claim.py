@@ -70,9 +70,7 @@ def claim(callback: Method, module: nn.Module, watch: bool = False, early: bool 
         sharing.join([converted for converted in converted_tensors(module) if converted.name in entries])
     mine = {tensor.slots for tensor in callback.tracked}
     if any(c.slots not in mine for c in old):
-        rank_zero_info(
-            f"{type(callback).__name__}: {len(old)} tensors are converted already; their connections are kept."
-        )
+        rank_zero_info(f"{type(callback).__name__}: {len(old)} tensors are converted already; their connections are kept.")
     callback.tracked = _tracked(callback, module, entries)
     return len(new)
 
