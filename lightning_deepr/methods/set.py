@@ -15,8 +15,8 @@ class SET(DropAndGrow):
     """Sparse evolutionary training: drop the smallest weights, grow as many at random (Mocanu et al. 2018).
 
     These choices are ours: the smallest magnitudes are dropped (the paper drops the smallest positive and the largest negative
-        weights), a grown connection starts at 0, and an update comes every ``rewire_every_n_steps`` steps (in the paper: each
-        epoch) during the first three quarters of the training.
+    weights), a grown connection starts at 0, and an update comes every ``rewire_every_n_steps`` steps (in the paper: each
+    epoch) during the first three quarters of the training.
 
     Example::
 

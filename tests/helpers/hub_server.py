@@ -1,8 +1,8 @@
 """A Hugging Face Hub on loopback: the part of its HTTP API that the real client needs to publish and to load models.
 
 There are two servers, as at the Hub: the API with the regular files, and a store for large files at another origin, without
-    tokens. Everything is in memory. ``hub.requests`` lists all requests; ``hub.fail`` makes the next ones fail, ``hub.cut``
-    ends the connection in the middle of a body.
+tokens. Everything is in memory. ``hub.requests`` lists all requests; ``hub.fail`` makes the next ones fail, ``hub.cut`` ends
+the connection in the middle of a body.
 
     with HubServer() as hub:
         hub.url, hub.tokens["hf_writer"] == "writer"
