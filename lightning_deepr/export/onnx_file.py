@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -97,14 +99,19 @@ def to_onnx(
     found = connections(module)
     plain = densify(copy.deepcopy(module)).cpu().eval().requires_grad_(False)
     inputs = tuple(tensor.detach().cpu() for tensor in inputs)
-    proto = _export(plain, inputs, dynamic, opset)
-    scattered = scatter_weights(proto) if sparse else ()
-    payload = proto.SerializeToString()
-    try:
-        onnx.checker.check_model(payload, full_check=True)
-    except Exception as error:
-        raise RuntimeError(f"to_onnx: PyTorch's exporter made an invalid file of {type(module).__name__}: {error}") from error
-    shapes, error_seen, output_seen = _compare(plain, payload, inputs, dynamic)
+    failures: list[Exception] = []
+    for exporter in (_by_tracing_graph, _by_torchscript):
+        try:
+            proto = _export(exporter, plain, inputs, dynamic, opset)
+            scattered = scatter_weights(proto) if sparse else ()
+            payload = proto.SerializeToString()
+            _check(onnx, payload, module)
+            shapes, error_seen, output_seen = _compare(plain, payload, inputs, dynamic)
+            break
+        except RuntimeError as failure:
+            failures.append(failure)
+    else:
+        raise failures[0]
     if not error_seen <= tolerance * max(1.0, output_seen):
         raise RuntimeError(
             f"to_onnx: expected onnxruntime to agree with PyTorch to {tolerance:g} (times the largest output, "
@@ -156,24 +163,58 @@ def _refuse(module: nn.Module) -> None:
         )
 
 
-def _export(plain: nn.Module, inputs: tuple[Tensor, ...], dynamic: Mapping[int, str], opset: int) -> Any:
+Exporter = Callable[[nn.Module, tuple[Tensor, ...], Mapping[int, str], int], Any]
+
+
+def _export(exporter: Exporter, plain: nn.Module, inputs: tuple[Tensor, ...], dynamic: Mapping[int, str], opset: int) -> Any:
     # The exporter may take a size of 1 for a constant.
     traced = tuple(_resized(tensor, {d: max(2, tensor.shape[d]) for d in dynamic}) for tensor in inputs)
-    shapes = tuple(dict(dynamic) for _ in traced) if dynamic else None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter warns about internals of PyTorch and of itself
-            program = torch.onnx.export(
-                plain, traced, dynamo=True, dynamic_shapes=shapes, opset_version=opset, verbose=False, external_data=False
-            )
+            return _without_notes(exporter(plain, traced, dynamic, opset))
     except Exception as error:
         raise RuntimeError(
             f"to_onnx: PyTorch's exporter refused {type(plain).__name__} with inputs {[tuple(t.shape) for t in inputs]}, "
             f"dynamic {dict(dynamic)}: {error}"
         ) from error
+
+
+def _by_tracing_graph(plain: nn.Module, traced: tuple[Tensor, ...], dynamic: Mapping[int, str], opset: int) -> Any:
+    shapes = tuple(dict(dynamic) for _ in traced) if dynamic else None
+    program = torch.onnx.export(
+        plain, traced, dynamo=True, dynamic_shapes=shapes, opset_version=opset, verbose=False, external_data=False
+    )
     if program is None:
-        raise RuntimeError(f"to_onnx: PyTorch's exporter returned nothing for {type(plain).__name__}.")
-    return _without_notes(program.model_proto)
+        raise RuntimeError("it returned nothing.")
+    return program.model_proto
+
+
+def _by_torchscript(plain: nn.Module, traced: tuple[Tensor, ...], dynamic: Mapping[int, str], opset: int) -> Any:
+    """Export by the older exporter, which takes what some versions of the newer one do not.
+
+    PyTorch 2.14's newer one takes the number of time steps of an LSTM for a constant.
+    """
+    (onnx,) = needed("onnx", purpose="to_onnx")
+    names = list(inspect.signature(plain.forward).parameters)[: len(traced)]
+    file = io.BytesIO()
+    torch.onnx.export(
+        plain,
+        traced,
+        file,
+        dynamo=False,
+        input_names=names,
+        dynamic_axes={name: dict(dynamic) for name in names},
+        opset_version=opset,
+    )
+    return onnx.load_from_string(file.getvalue())
+
+
+def _check(onnx: Any, payload: bytes, module: nn.Module) -> None:
+    try:
+        onnx.checker.check_model(payload, full_check=True)
+    except Exception as error:
+        raise RuntimeError(f"to_onnx: PyTorch's exporter made an invalid file of {type(module).__name__}: {error}") from error
 
 
 def _without_notes(proto: Any) -> Any:
@@ -207,7 +248,13 @@ def _compare(
     error, largest = 0.0, 0.0
     for trial in trials:
         expected = [part for part in pytree.tree_leaves(plain(*trial)) if isinstance(part, Tensor)]
-        given = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, trial, strict=False)})
+        try:
+            given = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, trial, strict=False)})
+        except Exception as error:
+            raise RuntimeError(
+                f"to_onnx: onnxruntime could not run the file with inputs {[tuple(t.shape) for t in trial]}: a size became a "
+                f"constant. Give dynamic={{}} or other dimensions. ({error})"
+            ) from error
         if [tuple(part.shape) for part in given] != [tuple(part.shape) for part in expected]:
             raise RuntimeError(
                 f"to_onnx: expected outputs of shapes {[tuple(part.shape) for part in expected]}, found "

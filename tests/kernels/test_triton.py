@@ -61,10 +61,10 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(targets: str, dtypes: st
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
 def test_the_benchmark_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    assert run("benchmarks/gate.py", "--out", str(tmp_path)) == "Not measured on a GPU: none is here.\n"
+    assert run("benchmarks/gpu.py", "--out", str(tmp_path)) == "Not measured on a GPU: none is here.\n"
     assert not list(tmp_path.iterdir())
     options = ("--device", "cpu", "--only", "rewiring,lstm", "--rounds", "1", "--largest", "1e4")
-    said = run("benchmarks/gate.py", "--out", str(tmp_path), *options)
+    said = run("benchmarks/gpu.py", "--out", str(tmp_path), *options)
     assert "| by K | PyTorch | 10000 |" in said and "both ways | 0" in said
     assert {path.name for path in tmp_path.iterdir()} == {"gpu_rewiring.csv", "gpu_lstm.csv"}
 
