@@ -534,7 +534,7 @@ def broken(name: str, patch: pytest.MonkeyPatch) -> str:
         patch.setattr(triton_step, "_birth_stream", lambda seed, step: 1)
         return "places differ"
     if name == "other signs":
-        patch.setattr(triton_step, "_signed", lambda word: 5)
+        patch.setattr(triton_step, "signed", lambda word: 5)
         return "differ"
     if name == "states forgotten":
         patch.setattr(triton_step, "_bits", lambda start, dtype: 1)
