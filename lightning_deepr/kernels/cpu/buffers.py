@@ -33,8 +33,8 @@ def empty(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
 def give_back() -> None:
     """Return freed memory to the operating system, if the C library can (glibc).
 
-    Aligned blocks of tens of megabytes leave gaps in the heap, and the blocks of the next step do not fit into them. Only steps
-    with layers of such a width call this function: it takes a small part of their time.
+    Aligned blocks of tens of megabytes leave gaps in the heap, and the blocks of the next step do not fit into them.
+    In training, only steps with layers of such a width call this function, and it takes a small part of their time.
     """
     trim = _trim()
     if trim is not None:

@@ -38,7 +38,7 @@ from lightning_deepr.kernels.cpu.native import (
 def product_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     """Make the kernel of x W^T + b by row, for x [COUNT, COLUMNS].
 
-    x in tiles of V = lanes * vectors rows, and the result in such tiles, stay for the backward pass.
+    The kernel leaves both x and the result in tiles of V = lanes * vectors rows.
     """
     row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
 
