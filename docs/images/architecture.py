@@ -1,6 +1,6 @@
-"""Draws the picture of docs/architecture.md: ``python docs/images/architecture.py`` writes architecture.svg beside itself.
+"""Draw the picture of docs/architecture.md. ``python docs/images/architecture.py`` writes architecture.svg beside this file.
 
-A name of another file as argument, ``architecture.png`` for one, writes that.
+An argument names another file to write, for example ``architecture.png``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 INK, PALE = "#1b2838", "#5a6b7c"
 COLOURS = {"state": "#fde9c8", "package": "#dcebf7", "yours": "#eeeeee", "disk": "#e0f0dc"}
 
-# title, text, kind, x, y (centre), width, height
+# title, text, kind, x and y of the centre, width, height
 BOXES = {
     "module": ("your nn.Module", "Linear, Conv, LSTM, attention, ...", "yours", 1.6, 5.95, 2.7, 0.85),
     "conversion": (
@@ -49,7 +49,7 @@ BOXES = {
     ),
 }  # fmt: skip
 
-# from, to, side and shift of each end (fraction of the width or height), text, its place
+# the two ends (box, side, shift as a fraction of the width or height), the text and its place
 ARROWS = [
     (("module", "right", 0), ("conversion", "left", 0), "sparsify(net),\nor the callback", (3.6, 6.28)),
     (("conversion", "bottom", 0), ("weights", "top", 0), "parametrizes the weight", (7.05, 4.9)),
@@ -59,7 +59,10 @@ ARROWS = [
     (("optimizer", "top", 0.4), ("weights", "bottom", -0.28), "the step", (4.55, 2.75)),
     (("optimizer", "right", 0), ("training", "left", 0), "a hook of\noptimizer.step()", (3.6, 2.08)),
     (("training", "top", 0), ("weights", "bottom", 0), "reborn slots: another place,\nits sign, theta 0", (7.2, 2.78)),
-    (("training", "bottom", -0.35), ("optimizer", "bottom", 0.2), "reborn slots: the state that the optimizer starts with", (3.4, 0.66)),
+    (
+        ("training", "bottom", -0.35), ("optimizer", "bottom", 0.2),
+        "reborn slots: the state that the optimizer starts with", (3.4, 0.66),
+    ),
     (("training", "right", 0), ("bottom", "left", 0), "one call for\nall tensors", (8.6, 2.08)),
     (("weights", "right", 0.2), ("files", "left", 0.2), "save_sparse", (8.6, 4.2)),
     (("files", "left", -0.2), ("weights", "right", -0.2), "load_state_dict", (8.6, 3.48)),
@@ -104,7 +107,7 @@ def draw(target: Path) -> None:
             )
         )  # fmt: skip
         axes.text(*place, text, ha="center", va="center", fontsize=8, color=PALE, linespacing=1.25)
-    matplotlib.rcParams["svg.hashsalt"] = "architecture"  # the same picture is the same file
+    matplotlib.rcParams["svg.hashsalt"] = "architecture"  # the same picture gives the same file
     figure.savefig(target, dpi=110, facecolor="white", metadata={"Date": None} if target.suffix == ".svg" else None)
 
 

@@ -190,8 +190,8 @@ def _forward(
     threads = _native().threads_for(work * tiles * lanes, 1 << 18)
     scratch = x.new_empty(threads * geometry.scratch)
     arguments = _fill(
-        BATCH=batch, TILES=tiles, COUNT=theta.numel(), X=x.data_ptr(), XP=planes.data_ptr(), Y=y.data_ptr(), THETA=theta.data_ptr(),
-        BIAS=_address(bias), SCRATCH=scratch.data_ptr(), order=order, **geometry.forward_words,
+        BATCH=batch, TILES=tiles, COUNT=theta.numel(), X=x.data_ptr(), XP=planes.data_ptr(), Y=y.data_ptr(),
+        THETA=theta.data_ptr(), BIAS=_address(bias), SCRATCH=scratch.data_ptr(), order=order, **geometry.forward_words,
     )  # fmt: skip
     kernel = conv.forward_kernel(size, lanes, *geometry.forward_block, how[0][1])
     _run(kernel, arguments, (ConvPhase.LAYOUT, ConvPhase.MULTIPLY), threads)

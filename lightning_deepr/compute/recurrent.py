@@ -152,7 +152,8 @@ def _forward(
         plan, steps, batch, hidden, reverse, state * size if keep and kind == recurrent.LSTM else 0, states, last
     )
     fields |= {
-        "GATES": gates.data_ptr(), "CELLS": _address(cells), "SCRATCH": scratch.data_ptr(), "Y": y.data_ptr(), "KEPT": _address(kept),
+        "GATES": gates.data_ptr(), "CELLS": _address(cells), "SCRATCH": scratch.data_ptr(), "Y": y.data_ptr(),
+        "KEPT": _address(kept),
     }  # fmt: skip
     recurrent.forward_kernel(kind, *plan.part)(_fill_steps(**fields), min(plan.threads, plan.parts))
     return (y, *last), tuple(one for one in (tiled, gates, kept, cells) if one is not None) if keep else ()

@@ -1,4 +1,4 @@
-"""What the step's table holds of a tensor on the CPU and in Triton alike."""
+"""The words of the step's table that the kernels of the CPU and of Triton share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from lightning_deepr.kernels.slots import Slots
 
 
 def write_location(row: np.ndarray, theta: Tensor, tensor: Slots) -> None:
-    """Where a tensor lies, and what tells its draws and signs from those of others.
+    """Write the addresses of a tensor, and the counter and the seed that make its draws and signs its own.
 
     Args:
-        row: int64, the tensor's words.
+        row: the int64 words of the tensor.
+        theta: [K].
+        tensor: the slots of theta.
     """
     row[Row.THETA], row[Row.PLACES], row[Row.BORN] = theta.data_ptr(), tensor.places.data_ptr(), tensor.born.data_ptr()
     row[Row.SIGNS], row[Row.EXCEPTIONS] = tensor.signs.data_ptr(), tensor.exceptions.data_ptr()
@@ -25,13 +27,13 @@ def write_location(row: np.ndarray, theta: Tensor, tensor: Slots) -> None:
 
 
 def write_states(row: np.ndarray, starts: np.ndarray, first: int, states: Sequence[tuple[int, int, float]]) -> None:
-    """The state tensors that the kernel resets.
+    """Write down the state tensors that the kernel resets.
 
     Args:
-        row: int64, the tensor's words.
-        starts: the same words as the numbers that starting values are written as.
-        first: the first word of the states.
-        states: address, bytes of an entry and starting value of each.
+        row: the int64 words of the tensor.
+        starts: the same words in the type of the starting values.
+        first: the position of the first word of the states.
+        states: (address, bytes of an entry, starting value) of each state tensor.
     """
     row[Row.STATES] = len(states)
     for i, (address, size, start) in enumerate(states):

@@ -1,4 +1,4 @@
-"""What kernels have to know of a sparse tensor and of the order of its connections."""
+"""A sparse tensor and the order of its connections, as the kernels see them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from lightning_deepr.algorithm.rewiring import SlotTensor
 
-State = tuple[Tensor, float]  # a state tensor of theta's shape, and what the optimizer starts it with
+State = tuple[Tensor, float]  # a state tensor of theta's shape, and its starting value in the optimizer
 
 
 class Slots(SlotTensor, Protocol):
-    """What a step has to know of a tensor (see :class:`lightning_deepr.weights.k_slots.KSlots`)."""
+    """A tensor as a step sees it (see :class:`lightning_deepr.weights.k_slots.KSlots`)."""
 
-    exceptions: Tensor  # int64, ascending: places whose sign is the opposite of the hashed one
+    exceptions: Tensor  # int64, ascending: the places whose sign is opposite to the hashed one
     sign_seed: int
 
 
@@ -32,7 +32,7 @@ class SlotOrder(Protocol):
 
 
 class OrderedSlots(Slots, Protocol):
-    """A tensor whose connections may be kept in order."""
+    """A tensor that may keep its connections in order."""
 
     rows: int
     columns: int

@@ -1,12 +1,13 @@
-"""Checkpoints as a version of the package writes them, with what it computed from them: they must load in every later version.
+"""Write checkpoints that every later version of the package must load, and the results that it must compute from them.
 
     python make.py FOLDER
 
-runs with the version that is installed. It writes a file of each kind in the middle of a training, and beside them ``expected.pt``: what
-the network gave when it was saved, and the state at the end of the training. The files here were written by version 0.1.0 when all of its
-modules lay in one folder. Where a later version has another default, give the old one here by name.
+runs with the installed version. It writes a file of each kind in the middle of a training. Beside them it writes
+``expected.pt``: the output of the network when it was saved, and the state at the end of the training. Version 0.1.0 wrote the
+files here when all of its modules lay in one folder. If a later version has another default, give the old one here by name.
 
-Everything is in double precision: a CPU that adds in another order moves a sum by its last bits, which decides nothing.
+Everything is in double precision: a CPU that adds in another order changes only the last bits of a sum, and no result depends
+on them.
 """
 
 from __future__ import annotations
@@ -54,9 +55,8 @@ def mlp() -> nn.Module:
 
 def batches() -> list[Batch]:
     generator = torch.Generator().manual_seed(7)
-    numbers = (
-        4 * torch.rand(END, 8, 39, generator=generator, dtype=torch.float64) - 2
-    )  # the same on every CPU; normal ones need not be
+    # uniform numbers are the same on every CPU; normal ones need not be
+    numbers = 4 * torch.rand(END, 8, 39, generator=generator, dtype=torch.float64) - 2
     return [(part[:, :36], part[:, 36:]) for part in numbers]
 
 
@@ -77,12 +77,15 @@ def output_of(net: nn.Module) -> Tensor:
 
 
 def places_of(net: nn.Module) -> Tensor:
-    """All places, in the order of the tensors and of their slots. (A sparse file brings the slots into the order of their places.)"""
+    """Return all places, in the order of the tensors and of their slots.
+
+    (A sparse file puts the slots in the order of their places.)
+    """
     return torch.cat([places.int() for _, places, _ in connections(net).values()])
 
 
 def state_of(net: nn.Module) -> dict[str, Tensor]:
-    """Outputs, connections and every parameter, one after the other."""
+    """Return the output, the places and all parameters, one after the other."""
     parameters = torch.cat([value.detach().reshape(-1) for value in net.parameters()])
     return {"output": output_of(net), "places": places_of(net), "parameters": parameters}
 
@@ -91,7 +94,7 @@ def state_of(net: nn.Module) -> dict[str, Tensor]:
 
 
 class Regression(pl.LightningModule):
-    """Its batches go by the step: a plain data loader does not remember where it was."""
+    """A module whose batches follow the step: a plain data loader does not remember its position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +111,7 @@ class Regression(pl.LightningModule):
 
 
 class Saver(pl.Callback):
-    """Saves in the middle. (A ModelCheckpoint would record in which folder.)"""
+    """A callback that saves in the middle of the training. (A ModelCheckpoint would also record the folder.)"""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -157,7 +160,7 @@ class Plain:
         return optimizer
 
     def write(self, path: Path) -> Tensor:
-        """What the network gave when it was saved."""
+        """Train the first half, save the network and return its output."""
         net = sparsify(self.make(), 0.3, seed=3, scope=self.scope, **self.options)
         train(net, self.attach(net), batches()[:SAVED])
         if self.suffix == "safetensors":
@@ -167,7 +170,7 @@ class Plain:
         return output_of(net)
 
     def load_and_train(self, path: Path) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the network gives after loading, and the state at the end of a training that begins anew there."""
+        """Return the output of the network after loading, and the state at the end of a new training from there."""
         net = load_state_dict(self.make(), path)
         loaded = output_of(net)
         train(net, self.attach(net), batches()[SAVED:])

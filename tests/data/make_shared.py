@@ -1,6 +1,8 @@
-"""Makes shared.pt: a run under scope="global", as version 1 of the format writes it. Run with the version that is to be recorded.
+"""Make shared.pt: a run under scope="global", as version 1 of the format writes it.
 
-python tests/data/make_shared.py FILE
+    python tests/data/make_shared.py FILE
+
+Run it with the version that is to be recorded.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def dense() -> nn.Module:
 
 
 def begin() -> tuple[nn.Module, torch.optim.Optimizer, Any, AveragedModel]:
-    """Network, optimizer, rewiring and average, before the first step."""
+    """Return the network, the optimizer, the rewiring and the average before the first step."""
     net = sparsify(dense(), 0.3, scope="global", distribution="uniform", seed=3)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
     rewiring = DeepR(scope="global", l1=0.5, seed=3).attach(net, optimizer)

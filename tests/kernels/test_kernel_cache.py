@@ -1,4 +1,4 @@
-"""Compiled kernels are kept in a cache folder of the user; whatever is wrong with it, training works and one line says why."""
+"""Compiled kernels are kept in a cache folder of the user. If it fails, training works, and a message says why."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_deepr.kernels.cpu.native import Kernel, store_int64
 PACKAGE = Path(lightning_deepr.__file__).parent
 REPOSITORY = PACKAGE.parent
 
-# Two steps of training, with all that it compiles.
+# Two steps of training, with all kernels that they compile.
 TRAIN = """
 import torch
 from lightning_deepr import DeepR, sparsify
@@ -56,7 +56,7 @@ print("ok")
 
 
 def storing(value: int) -> Kernel:
-    """A kernel that compiles fast: all of one function, and none other than by its closure."""
+    """Make a kernel that compiles fast. All such kernels have the same function; only the value in its closure differs."""
 
     def store(a):  # type: ignore[no-untyped-def]
         store_int64(a, value)
@@ -76,7 +76,7 @@ def hits(kernel: Kernel) -> int:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder in a process that has said nothing yet."""
+    """Make an empty cache folder, and forget the messages that this process has logged."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "kept"))
     monkeypatch.setattr(numba.core.config, "CACHE_DIR", "")
     monkeypatch.setattr(cache, "_said", set())
@@ -193,7 +193,7 @@ def test_a_damaged_file_is_compiled_anew_and_replaced(folder: Path, lines: Calla
 
 
 def test_a_file_that_is_whole_but_no_kernel(folder: Path, lines: Callable[[], list[str]]) -> None:
-    """As another build of numba may leave it under the same version."""
+    """Another build of numba may leave such a file under the same version."""
     storing(32)
     (file,) = files(folder)
     key = file.read_bytes()[len(cache.MAGIC) : len(cache.MAGIC) + 32]
@@ -283,12 +283,12 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, folder: Path, lines: Calla
         kernel = storing(value)
         assert (hits(kernel), stored_by(kernel)) == (0, value)
     assert any(re.search("cannot keep compiled kernels in .*kept.*each process compiles them", line) for line in lines())
-    assert len(lines()) <= 2  # that it can't be read, and that it can't be written
+    assert len(lines()) <= 2  # one that the folder can't be read, and one that it can't be written
 
 
 def test_no_home_folder(folder: Path, lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("NUMBA_CACHE_DIR")
-    monkeypatch.setattr(cache, "user_cache_dir", lambda *a, **k: "~/.cache/lightning-deepr")  # as of a user that has none
+    monkeypatch.setattr(cache, "user_cache_dir", lambda *a, **k: "~/.cache/lightning-deepr")  # no home folder
     monkeypatch.chdir(tmp_path)
     assert stored_by(storing(91)) == 91
     assert len(lines()) == 1
@@ -312,7 +312,7 @@ def started(
 
 
 def ended(process: subprocess.Popen[str]) -> list[str]:
-    """The lines of a program that has to succeed, on stderr."""
+    """Return the lines about kernels on the stderr of a program that has to succeed."""
     out, err = process.communicate(timeout=1800)
     assert process.returncode == 0, err
     assert set(out.split()) == {"ok"}
@@ -320,7 +320,7 @@ def ended(process: subprocess.Popen[str]) -> list[str]:
 
 
 def snapshot(folder: Path) -> set[Path]:
-    """All files but those that Python itself writes at import, which pip removes."""
+    """Return all files except those that Python itself writes at import. (pip removes these.)"""
     return {path for path in folder.rglob("*") if path.suffix != ".pyc" and path.name != "__pycache__"}
 
 
@@ -333,7 +333,7 @@ def test_nothing_is_written_into_the_package(tmp_path: Path) -> None:
 
 
 def without_rights() -> None:
-    """root may write everywhere: drop what lets it (CAP_DAC_OVERRIDE) from all that this process becomes."""
+    """Drop CAP_DAC_OVERRIDE, which lets root write everywhere, from this process and the program that it starts."""
     ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP
 
 
@@ -358,7 +358,7 @@ def test_a_read_only_home(read_only: Path) -> None:
 def at_most_1000_bytes() -> None:
     import resource
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # no file may become larger: writing fails half way
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # no file may become larger, so writing fails half way
 
 
 @pytest.mark.slow
@@ -387,7 +387,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_compile_at_once(tmp_path: Path) -> None:
-    # Each waits until the other is ready to compile.
+    # Each process waits until all are ready to compile.
     meet = """
 import pathlib, time
 import lightning_deepr.kernels.cpu.native
@@ -426,7 +426,7 @@ def test_a_change_in_a_file_that_a_kernel_calls(tmp_path: Path) -> None:
         if sign == "negative":
             (native,) = (tmp_path / "source").rglob("native.py")
             stat, text = native.stat(), native.read_text(encoding="utf-8")
-            here = text.index("def store_float(")  # from now on it stores the value's negative
+            here = text.index("def store_float(")  # from here on, change it to store the negative value
             changed = text[:here] + text[here:].replace("builder.store(args[1],", "builder.store(builder.fneg(args[1]),", 1)
             assert len(changed) == len(text) + len("builder.fneg()")
             native.write_text(changed, encoding="utf-8")
@@ -440,7 +440,7 @@ def test_a_change_in_a_file_that_a_kernel_calls(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_uninstalling_leaves_nothing(tmp_path: Path) -> None:
-    """A folder that is left behind hides a later editable install: Python takes it for a namespace package."""
+    """A folder that is left behind would hide a later editable install: Python takes it for a namespace package."""
     wheels, home, environment = tmp_path / "wheels", tmp_path / "venv", {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": ""}
     for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR", "PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"):
         environment.pop(name, None)
@@ -455,7 +455,7 @@ def test_uninstalling_leaves_nothing(tmp_path: Path) -> None:
     python = str(home / ("Scripts" if os.name == "nt" else "bin") / "python")
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     others = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    # last of all, and without the .pth files that make an editable install of this checkout
+    # This file comes last, and without the .pth files that make an editable install of this checkout.
     (site / "zz_others.pth").write_text("\n".join(others))
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
     run(*pip, "install", "--no-deps", "--no-index", "--ignore-installed", *map(str, wheels.glob("*.whl")))

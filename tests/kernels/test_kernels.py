@@ -1,4 +1,4 @@
-"""The compiled step after the optimizer's: the same places, signs, births, thetas and states as the PyTorch functions and the oracle."""
+"""The compiled step gives the same places, signs, births, thetas and states as the PyTorch functions and the oracle."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = [
 
 @pytest.fixture
 def pytorch(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a function without the kernels."""
+    """Return a function that runs another one without the kernels."""
 
     def run(function: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patch:
@@ -84,14 +84,14 @@ def test_a_step_equals_pytorchs_and_the_oracles(
                     np.testing.assert_array_equal(theta, thetas(plain)[i].detach().numpy())
                 np.testing.assert_allclose(theta, tensor.theta, rtol=2e-6 if dtype == torch.float32 else 1e-12, atol=1e-7)
             tensor.theta = thetas(fast)[i].detach().numpy().copy()
-            thetas(plain)[i].data.copy_(thetas(fast)[i].data)  # the deviates of two libraries may differ in their last bits
+            thetas(plain)[i].data.copy_(thetas(fast)[i].data)  # two libraries' deviates may differ in the last bits
         if share == 1.0:
             assert [len(d) for d in dormant] == [count for _, _, count in sizes]
 
 
 @pytest.mark.parametrize("sizes", [[(100, 100, 4500)], [(400, 500, 100_000)], [(300, 300, 40_000), (100, 100, 4999)]], ids=str)
 def test_very_many_reborn_at_a_high_density(sizes: list[Size], pytorch: Run) -> None:
-    """At 40 to 50 % most draws are taken: slots draw again and again, and draw in the same order."""
+    """At 40 to 50 %, many drawn places are taken: slots draw again and again, in the same order."""
     fast, plain = network(sizes), network(sizes)
     steps = []
     for net in (fast, plain):
@@ -126,7 +126,7 @@ def test_the_orders_of_sparse_compute_follow_either_way(pytorch: Run) -> None:
             assert not a.order.is_stale(a.places)
 
 
-# rows, columns, K; none is put in order anew
+# rows, columns, K; no tensor is small enough to be put in order anew
 LARGE_ORDERS: dict[str, Size] = {
     "many short lines": (15_000, 12_000, 10_000),
     "several in a line": (4_000, 5_000, 64 * 300),
@@ -138,7 +138,7 @@ LARGE_ORDERS: dict[str, Size] = {
 
 
 def assert_in_order(slots: Any) -> None:
-    """What sparse compute reads is what NumPy makes of the places and signs."""
+    """Check the order that sparse compute reads against NumPy's sort of the places and signs."""
     order, places, negative = slots.order, slots.places.numpy(), slots.signs.numpy() < 0
     base = order.buffer.data_ptr()
     starts = [(address - base) // 4 for address in order.addresses]
@@ -170,7 +170,7 @@ def test_the_orders_of_a_large_tensor_follow(size: Size) -> None:
 
 @pytest.mark.parametrize("name", ["last column", "square", "two clusters", "descending"])
 def test_the_orders_of_places_that_are_unevenly_spread(name: str) -> None:
-    """They are sorted by their leading bits first, which tell evenly spread places apart, and these not."""
+    """The sort begins with the leading bits. They tell evenly spread places apart, but not these."""
     side, count = 30_000, 9_000
     spread = np.random.default_rng(SEED).permutation(count)
     places = {
@@ -217,7 +217,7 @@ def test_a_connection_of_a_pretrained_network_comes_back_with_its_own_sign(
 
 
 def test_other_exceptions_are_followed_after_a_load() -> None:
-    """The kernel is given addresses: those of a tensor that a load has replaced would be of memory that is free."""
+    """The kernel gets addresses: the address of a tensor that a load has replaced would point to freed memory."""
     net, other = pretrained(1), pretrained(2)
     optimizer = optim.SGD(net.parameters(), lr=LR)
     DeepR(l1=0.0, seed=SEED, check_invariants=True).attach(net, optimizer)
@@ -303,7 +303,7 @@ def test_tensors_that_do_not_always_step_together(pytorch: Run) -> None:
 
 
 def test_a_callback_that_was_copied_leaves_the_first_network_alone() -> None:
-    """The tables of the kernels hold addresses: a copy has to make its own."""
+    """The tables of the kernels hold addresses: a copy has to make its own tables."""
     net = network([(30, 20, 100)])
     optimizer = optim.SGD(net.parameters(), lr=LR)
     rewiring = DeepR(l1=ALPHA, seed=SEED).attach(net, optimizer)
@@ -345,7 +345,7 @@ def test_what_is_not_finite_is_found_in_any_of_several_tensors() -> None:
         damaged = [value.clone() for value in values]
         damaged[i].view(-1)[-1] = float("nan")
         assert not kernels.all_finite(damaged)
-    # what no kernel can look at is not called finite: the caller looks again
+    # a tensor that no kernel can read is not called finite: the caller checks it
     assert not kernels.all_finite([torch.ones(4, dtype=torch.bfloat16)])
     assert not kernels.all_finite([torch.ones(8)[::2]]) and not kernels.all_finite([torch.ones(1).expand(100)])
 
@@ -384,7 +384,7 @@ def test_a_gradient_with_strides(make: Callable[[int], Tensor]) -> None:
 
 @pytest.mark.slow
 def test_the_oracle_is_met_without_kernels_too() -> None:
-    """The essential test of Algorithm 1 again, in a process in which the environment turns the kernels off."""
+    """A process whose environment turns the kernels off runs the essential test of Algorithm 1 again."""
     names = "odd or a_free_run"
     done = subprocess.run(
         [

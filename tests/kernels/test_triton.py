@@ -1,4 +1,7 @@
-"""The Triton kernels without a GPU: compiled for real ones, and run in Triton's interpreter (``tests/kernels/triton_interpreted.py``)."""
+"""The Triton kernels without a GPU: they are compiled for real GPUs, and they run in Triton's interpreter.
+
+``tests/kernels/triton_interpreted.py`` holds the tests that run in the interpreter.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def test_in_the_interpreter(marked: str) -> None:
     ],
 )
 def test_the_kernels_compile_for_gpus_that_are_not_here(targets: str, dtypes: str, tmp_path: Path) -> None:
-    """Down to machine code; what the interpreter takes is not always what the compiler takes."""
+    """They compile down to machine code. The compiler does not accept everything that the interpreter accepts."""
     said = run("-m", "tests.kernels.triton_compiled", targets, dtypes, TRITON_CACHE_DIR=str(tmp_path))
     made = [line.split() for line in said.splitlines()]
     assert len(made) == 8 * len(targets.split()) * len(dtypes.split())
@@ -80,7 +83,8 @@ optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 DeepR().attach(net, optimizer)
 net(torch.ones(2, 20)).sum().backward()
 optimizer.step()
-print(before, "triton" in sys.modules, [name for name in sys.modules if name.startswith("lightning_deepr.kernels.gpu.") and "gate" not in name])
+ours = [name for name in sys.modules if name.startswith("lightning_deepr.kernels.gpu.") and "gate" not in name]
+print(before, "triton" in sys.modules, ours)
 """
     before, after, ours = run("-c", code).split(" ", 2)
     assert before == after and ours.strip() == "[]"
@@ -102,9 +106,8 @@ def test_without_triton_or_with_kernels_turned_off_pytorch_rewires(monkeypatch: 
     monkeypatch.setitem(sys.modules, "triton", None)  # importing it raises
     for name in [name for name in sys.modules if name.startswith("lightning_deepr.kernels.gpu.") and name != gate.__name__]:
         monkeypatch.delitem(sys.modules, name)
-        monkeypatch.delattr(
-            kernels.gpu, name.rsplit(".", 1)[1], raising=False
-        )  # `from package import module` looks there first
+        # `from package import module` looks at the attribute first
+        monkeypatch.delattr(kernels.gpu, name.rsplit(".", 1)[1], raising=False)
     assert not gpu_check.rewires(torch.zeros(3), None)
 
 
@@ -124,7 +127,7 @@ def test_on_a_gpu_the_host_waits_for_nothing() -> None:
     callback = DeepR(l1=0.5)
     callback.attach(net, optimizer)
     x = torch.randn(8, 50, device="cuda")
-    for step in range(20):  # the first looks for values that are not finite, and checks the kernels
+    for step in range(20):  # the first step looks for values that are not finite, and checks the kernels
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
             optimizer.zero_grad()

@@ -1,6 +1,8 @@
-"""Compiles the Triton kernels for GPUs that need not be here: ``python -m tests.kernels.triton_compiled "cuda:80 cuda:90" "fp32 bf16"``.
+"""Compile the Triton kernels for GPUs that need not be here.
 
-Prints a line per kernel: target, type, name, bytes of machine code.
+    python -m tests.kernels.triton_compiled "cuda:80 cuda:90" "fp32 bf16"
+
+prints a line per kernel: target, type, name, bytes of machine code.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ TYPES = {
 
 
 def kernels(real: Any, wide: Any) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """Each kernel with the types of its arguments and its constants."""
+    """Yield each kernel with the types of its arguments and with its constants."""
     for kernel in (triton_rewire.shrink, triton_rewire.insert, triton_rewire.claim, triton_rewire.finish):
         constants = {"REAL": real, "WIDE": wide, "BLOCK": triton_step.BLOCK}
         constants = {name: constants[name] for name in kernel.arg_names if name in constants}

@@ -1,6 +1,7 @@
-"""The Triton kernels in Triton's interpreter, on CPU tensors: the same as PyTorch.
+"""The Triton kernels in Triton's interpreter, on CPU tensors, give the same results as PyTorch.
 
-``tests/kernels/test_triton.py`` runs this file in a process of its own, since the interpreter has to be chosen before Triton is imported:
+The interpreter has to be chosen before Triton is imported. ``tests/kernels/test_triton.py`` therefore runs this file in a
+process of its own:
 
     TRITON_INTERPRET=1 pytest tests/kernels/triton_interpreted.py
 """
@@ -39,7 +40,7 @@ from tests.helpers.kernel_steps import (
 from tests.helpers.regression import SEED, batches, loss_of, mlp
 from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by tests/kernels/test_triton.py, or with TRITON_INTERPRET=1"
+assert os.environ.get("TRITON_INTERPRET") == "1", "Run tests/kernels/test_triton.py, or set TRITON_INTERPRET=1."
 pytest.importorskip("triton")
 
 from lightning_deepr.compute import gpu_check as linear_check  # noqa: E402
@@ -52,14 +53,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*an int and means one single connection"),
     pytest.mark.filterwarnings("ignore:A backward pass reached"),
 ]
-ALPHA = 1 / 64  # times LR it is exact in every dtype
+ALPHA = 1 / 64  # LR * ALPHA is exact in every dtype
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors take the way of CUDA tensors, as if the kernels had passed their check."""
+    """Treat CPU tensors like CUDA tensors, as if the kernels had passed their check."""
     monkeypatch.setattr(gate, "DEVICE_TYPES", {"cpu"})
     monkeypatch.setattr(gate, "_verdicts", {("rewiring", CPU, dtype): True for dtype in DTYPES})
     gate._verdicts.update({("sparse linear layers", CPU, dtype): False for dtype in DTYPES})
@@ -67,7 +68,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pytorch(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a function without any kernels."""
+    """Return a function that runs another one without any kernels."""
 
     def run(function: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patch:
@@ -79,7 +80,7 @@ def pytorch(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_constants_are_those_of_the_lists() -> None:
-    """The kernels' names are written out, one by one: each stands for the word of that name."""
+    """The constants of the kernels are written out one by one: each must be the position of the word of its name."""
     words = {name: position for kind in (GpuHeader, Row, GpuRow, StateRow) for name, position in kind.__members__.items()}
     assert {name: getattr(triton_rewire, name).value for name in words} == words
     assert (triton_rewire.HEADER.value, triton_rewire.FIELDS.value) == (len(GpuHeader), GPU_ROW_WORDS)
@@ -92,7 +93,7 @@ def direct(function: Callable[[], Any]) -> Any:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Counts the steps that the kernels take; there have to be some."""
+    """Count the steps that the kernels take. There has to be at least one."""
     steps: list[int] = []
     step = triton_step.Table.step
 
@@ -106,7 +107,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def close(fast: nn.Module, plain: nn.Module, step: int, ulps: float) -> None:
-    """Integers and signs bit for bit, theta to some units in the last place; then plain takes fast's thetas."""
+    """Compare integers and signs exactly, and theta up to ``ulps`` units in the last place. Then give plain fast's thetas."""
     for a, b, theta, other in zip(all_slots(fast), all_slots(plain), thetas(fast), thetas(plain), strict=True):
         assert torch.equal(a.places, b.places) and torch.equal(a.born, b.born) and torch.equal(a.signs, b.signs)
         assert bool((theta >= 0).all()) and bool((theta[a.born == step] == 0).all())
@@ -140,7 +141,7 @@ def test_a_step_equals_pytorchs(temperature: float, pytorch: Run, launches: list
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "temperature"),
-    # the interpreter cuts bfloat16 off where GPUs and PyTorch round: with noise another slot may cross zero
+    # the interpreter truncates to bfloat16, but GPUs and PyTorch round: with noise another slot may cross zero
     [(dtype, t) for dtype in DTYPES for t in (0.0, 1e-3) if dtype != torch.bfloat16 or t == 0.0],
     ids=str,
 )
@@ -163,7 +164,10 @@ def test_steps_of_any_network(
 def test_the_order_of_the_programs_does_not_matter(
     sizes: Sequence[Size], block: int, pytorch: Run, launches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nearly half full and all reborn: slots draw again and again, and programs that come first hold places that aren't theirs."""
+    """The tensors are nearly half full, and all slots are reborn: they draw again and again.
+
+    A program that comes first then holds places that belong to the slots of other programs.
+    """
     monkeypatch.setattr(triton_step, "BLOCK", block)
     made = triton_step.Table.__init__
 
@@ -209,7 +213,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=SLOW) for n in OPTIMIZERS])
 def test_the_state_of_the_reborn_starts_anew(name: str, pytorch: Run, launches: list[int]) -> None:
-    """In the kernel, or in PyTorch where there are too many states, or such as the kernel can't write."""
+    """The kernel resets the states. PyTorch does if they are too many, or if the kernel can't write them."""
     sizes = [(30, 20, 100), (20, 10, 120), (7, 5, 10)]
     nets = [network(sizes), network(sizes)]
     made = []
@@ -249,7 +253,7 @@ def test_steps_that_do_not_rewire(options: dict[str, int], pytorch: Run, launche
 
 
 def test_tensors_that_do_not_always_step_together(pytorch: Run, launches: list[int]) -> None:
-    """Two optimizers, a tensor without a gradient, two dtypes."""
+    """There are two optimizers, a tensor without a gradient and two dtypes."""
     step_separately(pytorch, ALPHA, 4)
     assert set(launches) == {1, 2}
 
@@ -258,7 +262,7 @@ def test_tensors_that_do_not_always_step_together(pytorch: Run, launches: list[i
     ("compute", "steps"), [("dense", 15), pytest.param("sparse", 60, marks=pytest.mark.slow)], ids=["dense", "sparse"]
 )
 def test_a_training_equals_pytorchs(compute: str, steps: int, pytorch: Run, launches: list[int]) -> None:
-    """Adam, weights that matter to each other, and a learning rate on a schedule: bit for bit, step by step."""
+    """With Adam, dependent layers and a learning rate schedule, all states are equal bit for bit after each step."""
     nets = [mlp(0.3, compute=compute), mlp(0.3, compute=compute)]
     made, schedulers = [], []
     for net in nets:
@@ -276,11 +280,11 @@ def test_a_training_equals_pytorchs(compute: str, steps: int, pytorch: Run, laun
     assert sum(int((slots.born >= 0).sum()) for slots in all_slots(nets[0])) > 20
 
 
-# -- counts that nobody waits for ---------------------------------------------------------------------------------------------
+# -- counts that the host does not wait for -----------------------------------------------------------------------------------
 
 
 class Watch(TorchDispatchMode):
-    """Notes the operations for which the host would wait on a GPU: it needs their result, or the size of it."""
+    """A mode that notes the operations for which the host would wait on a GPU: it needs their result, or its size."""
 
     WAITING = (
         "_local_scalar_dense",
@@ -297,7 +301,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.waited: list[str] = []
         self.seen = 0
-        for name in ("tolist", "numpy"):  # these pass by the dispatcher
+        for name in ("tolist", "numpy"):  # these do not go through the dispatcher
             method = getattr(Tensor, name)
             monkeypatch.setattr(Tensor, name, lambda t, m=method, n=name: self.waited.append(n) or m(t))
 
@@ -312,7 +316,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("way", ["Triton", "PyTorch"])
 def test_the_host_waits_for_nothing(way: str, pytorch: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an ordinary step; the version in PyTorch shows that waiting would be seen."""
+    """The host does not wait in an ordinary step. The version in PyTorch shows that the test would see it."""
     net = network([(30, 20, 100), (20, 10, 120)])
     optimizer = OPTIMIZERS["double state"](net.parameters())
     callback = DeepR(l1=ALPHA, temperature=1e-4, seed=SEED)
@@ -365,7 +369,7 @@ def test_a_collapse_is_told_when_the_counts_are_looked_at(launches: list[int]) -
             let_die(net, 0.6, step)
             thetas(net)[1].grad.zero_()
             optimizer.step()
-            assert bool(caught) == (step >= 99), step  # it is looked every 50 steps
+            assert bool(caught) == (step >= 99), step  # the callback looks every 50 steps
     (warning,) = caught
     assert "`0.weight` has collapsed" in str(warning.message)
 
@@ -388,7 +392,7 @@ def test_averages_follow(pytorch: Run, launches: list[int]) -> None:
 
 
 def test_copies_and_other_addresses_are_followed(pytorch: Run, launches: list[int]) -> None:
-    """The kernels' table holds addresses: what is loaded, copied or put elsewhere has to be found there."""
+    """The kernels' table holds addresses: they have to follow when tensors are loaded, copied or moved."""
     nets = [network([(30, 20, 100), (20, 10, 120)]), network([(30, 20, 100), (20, 10, 120)])]
     record = copy.deepcopy(nets[0].state_dict())
     made, callbacks = [], []
@@ -418,7 +422,7 @@ def test_copies_and_other_addresses_are_followed(pytorch: Run, launches: list[in
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Without the CPU's kernels; counts the products that Triton's take. There have to be some."""
+    """Turn the CPU's kernels off, and count the products that Triton's kernels compute. There has to be at least one."""
     monkeypatch.setattr(kernels, "available", lambda: False)
     gate._verdicts.update({("sparse linear layers", CPU, dtype): True for dtype in DTYPES})
     batches_seen: list[int] = []
@@ -475,7 +479,7 @@ def test_a_sparse_layer_equals_the_dense_one(name: str, dtype: torch.dtype, prod
 
 @pytest.mark.parametrize("steps", [4, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_sparse_training_equals_the_dense_one(steps: int, products: list[int], launches: list[int]) -> None:
-    """The order of the connections follows a rewiring; connectivity is equal at every step."""
+    """The order of the connections follows a rewiring, and the connectivity is equal at every step."""
     nets = [mlp(0.3, compute=compute).double() for compute in ("sparse", "dense")]
     made = []
     for net in nets:
@@ -525,12 +529,12 @@ def test_the_check_is_passed(dtype: torch.dtype, sizes: int, monkeypatch: pytest
 
 
 def broken(name: str, patch: pytest.MonkeyPatch) -> str:
-    """Break the kernels in some way; returns what is to be said of it."""
+    """Break the kernels in one way, and return the text that the warning must contain."""
     if name == "other draws":
         patch.setattr(triton_step, "_birth_stream", lambda seed, step: 1)
         return "places differ"
     if name == "other signs":
-        patch.setattr(triton_step, "_signed", lambda word: 5)
+        patch.setattr(triton_step, "signed", lambda word: 5)
         return "differ"
     if name == "states forgotten":
         patch.setattr(triton_step, "_bits", lambda start, dtype: 1)

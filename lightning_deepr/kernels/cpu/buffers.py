@@ -1,7 +1,7 @@
 """Large transient buffers that go back to the operating system when they are freed.
 
-The C library keeps freed blocks of up to 32 MB for later, in pieces; a layer whose activations are of that size would make a process
-grow to twice of what it uses. A buffer that large is worth mapping pages of its own.
+The C library keeps freed blocks of up to 32 MB for later, in pieces. If the activations of a layer have that size, the process
+grows to twice the memory that it uses. Buffers of that size therefore map pages of their own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGE = 1 << 24  # bytes
-WIDE = 1 << 20  # rows and columns of a layer whose activations are that large
+LARGE = 1 << 24  # bytes of a buffer that maps its own pages
+WIDE = 1 << 20  # rows plus columns of a layer whose activations are that large
 
 
 def empty(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
-    """An uninitialized CPU tensor of a shape, with the dtype of another."""
+    """Make an uninitialized CPU tensor of a shape, with the dtype of ``like``."""
     count = 1
     for size in shape:
         count *= size
@@ -31,10 +31,10 @@ def empty(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
 
 
 def give_back() -> None:
-    """Return freed memory to the operating system, where the C library can (glibc).
+    """Return freed memory to the operating system, if the C library can (glibc).
 
-    Aligned blocks of tens of megabytes leave gaps in its heap that the next ones don't fit into, step after step. Called in the training
-    of layers as wide as that, for which it is a small part of a step.
+    Aligned blocks of tens of megabytes leave gaps in the heap, and the blocks of the next step do not fit into them.
+    In training, only steps with layers of such a width call this function, and it takes a small part of their time.
     """
     trim = _trim()
     if trim is not None:

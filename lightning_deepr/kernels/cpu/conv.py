@@ -1,18 +1,18 @@
-"""The sparse 2-d convolution on the CPU: its value, input gradient, theta gradient and bias gradient, from the K connections alone.
+"""The sparse 2-d convolution on the CPU: its value and the gradients of input, theta and bias, from the K connections alone.
 
-As in :mod:`lightning_deepr.kernels.cpu.linear` the batch is the inner dimension: an image [B, C, H, W] is laid out as planes
-[C, rows, columns, lanes] per tile of ``lanes`` batch elements, one vector register per pixel, with as many zeros around it that nothing has
-to check for borders. A connection (o; c, kh, kw) is then a shift: y[o] += w * x[c], moved by (kh, kw). A block of ``down`` x ``across``
-pixels of one plane stays in registers while all connections of the plane pass by, each with one load and one multiplication
-per pixel. The forward pass goes through the connections by output channel; the backward pass by input channel, and gets both gradients
-from one load of dy: dx[c] += w * dy[o], dw = dy[o] . x[c].
+As in :mod:`lightning_deepr.kernels.cpu.linear` the batch is the inner dimension. An image [B, C, H, W] is stored as planes
+[C, rows, columns, lanes] for each tile of ``lanes`` batch elements: one vector register per pixel. Each plane has a margin of
+zeros, so no loop has to check for borders. A connection (o; c, kh, kw) is then a shift: y[o] += w * x[c], moved by (kh, kw).
+A block of ``down`` x ``across`` pixels of one plane stays in registers while all connections of the plane pass by. Each
+connection takes one load and one multiplication per pixel. The forward pass visits the connections by output channel. The
+backward pass visits them by input channel and gets both gradients from one load of dy: dx[c] += w * dy[o], dw = dy[o] . x[c].
 
-With a stride s > 1, only every s-th row and column of x meets a given kernel position; the backward pass takes these s x s sets of
-pixels ("phases") one after the other, each with the connections that it meets.
+With a stride s > 1, only every s-th row and column of x meets a given kernel position. The backward pass takes these s x s sets
+of pixels ("phases") one after the other, each with the connections that it meets.
 
-Planes are computed in bands of rows, so that what a band reads of all channels stays in the second-level cache.
+Planes are computed in bands of rows: all values of x or dy that one band reads stay in the second-level cache.
 
-``slots`` entries hold the slot's number, with the top bit set where the connection's sign is negative.
+An entry of ``slots`` holds the number of the slot. Its top bit is set if the sign of the connection is negative.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from lightning_deepr.kernels.cpu.native import (
     transpose_edge,
 )
 
-CHUNK = 128  # connections that are prepared at a time
-BLOCK = 12  # pixels whose sums are held in registers: of 32 vector registers, 12 sums and 12 pixels of x in the backward pass
+CHUNK = 128  # connections that a kernel prepares at a time
+BLOCK = 12  # pixels of a block: the backward pass holds 12 sums and 12 pixels of x in 32 vector registers
 
 _INT64 = ir.IntType(64)
 
@@ -57,7 +57,7 @@ def _constant(value: int) -> Any:
 
 
 class _Block:
-    """``down`` x ``across`` pixels in registers; a pixel is one vector."""
+    """A block of ``down`` x ``across`` pixels in registers. A pixel is one vector."""
 
     def __init__(self, builder: Any, size: int, lanes: int, across: int, down: int) -> None:
         self.builder, self.across, self.down = builder, across, down
@@ -65,7 +65,13 @@ class _Block:
         self.bytes = size * lanes
 
     def places(self, address: Any, row: Any, step: Any) -> Any:
-        """The addresses of the pixels; ``row`` in bytes, ``step`` in bytes (a value) or pixels (an int, known to the compiler)."""
+        """Yield the addresses of the pixels.
+
+        Args:
+            address: the address of the first pixel.
+            row: the bytes from one row to the next.
+            step: the way from one pixel to the next: a value in bytes, or an int in pixels that the compiler knows.
+        """
         for _ in range(self.down):
             for i in range(self.across):
                 shift = _constant(i * step * self.bytes) if isinstance(step, int) else self.builder.mul(step, _constant(i))
@@ -86,7 +92,10 @@ def accumulate_block(
     typingctx: Any, sums: Any, sums_row: Any, sums_step: Any, count: Any, offsets: Any, values: Any, source: Any,
     source_row: Any, size: Any, lanes: Any, across: Any, down: Any, step: Any,
 ) -> Any:  # fmt: skip
-    """sums[block] += sum over i < count of values[i] * (source + offsets[i])[block]; rows and steps in bytes, ``step`` in pixels."""
+    """Add values[i] * (source + offsets[i])[block] to sums[block], for all i < count.
+
+    ``sums_row``, ``sums_step`` and ``source_row`` are in bytes, ``step`` is in pixels.
+    """
     shape = [literal.literal_value for literal in (size, lanes, across, down)]
     pixels = step.literal_value
 
@@ -114,9 +123,10 @@ def differentiate_block(
     typingctx: Any, sums: Any, sums_row: Any, own: Any, own_row: Any, step: Any, count: Any, offsets: Any, values: Any,
     dots: Any, source: Any, source_row: Any, size: Any, lanes: Any, across: Any, down: Any, need_x: Any, need_theta: Any,
 ) -> Any:  # fmt: skip
-    """As :func:`accumulate_block` where ``need_x``; where ``need_theta``, vectors dots[i] += (source + offsets[i])[block] * own[block].
+    """Add to the gradients of x (if ``need_x``) and of theta (if ``need_theta``) for one block.
 
-    ``step``, in bytes, is that of sums and own.
+    The gradient of x grows as in :func:`accumulate_block`. For the gradient of theta, the vector dots[i] grows by the sum of
+    (source + offsets[i])[block] * own[block] over the pixels. ``step`` is in bytes and holds for sums and own.
     """
     shape = [literal.literal_value for literal in (size, lanes, across, down)]
     adds, multiplies = need_x.literal_value, need_theta.literal_value
@@ -160,7 +170,7 @@ def differentiate_block(
 
 @intrinsic(prefer_literal=True)
 def move_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any, adds: Any) -> Any:
-    """Copy one vector, or (``adds``) add it to the one at the target."""
+    """Copy one vector to the target, or add it there if ``adds``."""
     shape = (size.literal_value, lanes.literal_value, 1)
     is_sum = adds.literal_value
 
@@ -175,7 +185,7 @@ def move_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any, ad
 
 @intrinsic(prefer_literal=True)
 def sum_of_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any) -> Any:
-    """The sum of one vector's lanes, stored as one float."""
+    """Add the lanes of one vector and store the sum as one float."""
     shape = (size.literal_value, lanes.literal_value, 1)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -194,10 +204,14 @@ def to_plane(
     image: int, features: int, first: int, height: int, width: int, plane: int, rows: int, columns: int, top: int,
     left: int, batch: int, start: int, block: int, total: int, size: int, lanes: int,
 ) -> None:  # fmt: skip
-    """One channel of ``lanes`` images, from ``start`` on, -> plane [rows, columns, lanes], its pixel (0, 0) at (top, left), 0 elsewhere.
+    """Copy one channel of ``lanes`` images, from image ``start`` on, to a plane [rows, columns, lanes].
 
-    ``image`` is [batch, features], the channel begins at feature ``first``. What doesn't fit in the plane is left out. The sum of
-    all pixels goes to the vector ``total`` where that is not 0. ``block`` is space for lanes x lanes floats.
+    Pixel (0, 0) goes to (top, left). Pixels that do not fit in the plane are left out, and the rest of the plane is 0.
+
+    Args:
+        image: the address of [batch, features]. The channel begins at feature ``first``.
+        total: the address of a vector for the sum of all pixels, or 0.
+        block: the address of space for lanes x lanes floats.
     """
     pixel = lanes * size
     for i in range(rows * columns):
@@ -227,7 +241,10 @@ def from_plane(
     plane: int, columns: int, image: int, features: int, first: int, width: int, count: int, batch: int, start: int,
     block: int, size: int, lanes: int,
 ) -> None:  # fmt: skip
-    """``count`` pixels of a plane, from its (0, 0) on in rows of ``width``, -> image [batch, features] from feature ``first`` on."""
+    """Copy ``count`` pixels of a plane to an image [batch, features], to the features from ``first`` on.
+
+    The pixels are taken from (0, 0) on, in rows of ``width``.
+    """
     pixel = lanes * size
     row, column = 0, 0
     for f in range(0, count, lanes):
@@ -249,7 +266,7 @@ def from_plane(
 
 @cache
 def forward_kernel(size: int, lanes: int, across: int, down: int, step: int) -> Kernel:
-    """y [B, O, H', W'] from x [B, C, H, W], by output channel; ``step`` is the stride across."""
+    """Make the kernel of y [B, O, H', W'] from x [B, C, H, W], by output channel. ``step`` is the stride across."""
     pixel = lanes * size
     block_bytes, values_bytes, offsets_bytes = lanes * pixel, CHUNK * size, CHUNK * 8
 
@@ -340,7 +357,10 @@ def forward_kernel(size: int, lanes: int, across: int, down: int, step: int) -> 
 
 @cache
 def backward_kernel(size: int, lanes: int, across: int, down: int, need_x: bool, need_theta: bool) -> Kernel:
-    """dx, dtheta, db (each where its address is not 0) from dy and the planes of x, by input channel."""
+    """Make the kernel of dx, dtheta and db from dy and the planes of x, by input channel.
+
+    ``need_x`` and ``need_theta`` ask for the first two. The kernel computes db if its address is not 0.
+    """
     pixel = lanes * size
     block_bytes, values_bytes, offsets_bytes, dots_bytes = lanes * pixel, CHUNK * size, CHUNK * 8, CHUNK * lanes * size
 
@@ -376,7 +396,8 @@ def backward_kernel(size: int, lanes: int, across: int, down: int, need_x: bool,
                 start = (task // outputs) * lanes
                 added = vector if dbias != 0 else 0
                 to_plane(
-                    dy, outputs * pixels, first, height, width, plane, rows, columns, top, left, batch, start, block, added, size, lanes
+                    dy, outputs * pixels, first, height, width, plane, rows, columns, top, left, batch, start, block, added,
+                    size, lanes
                 )  # fmt: skip
                 if dbias != 0:
                     sum_of_row(vector, partial_bias + task * size, size, lanes)

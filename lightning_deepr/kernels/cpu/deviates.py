@@ -1,7 +1,7 @@
-"""Standard normal deviates for kernels, a block at a time (``randomness.normal``).
+"""Standard normal deviates for kernels, one block at a time (``randomness.normal``).
 
-A logarithm and a cosine of the C library would be most of the time of a step with noise. Here both are polynomials, so that the loop is
-vectorized; they agree with the library's to a few units in the last place of a float64.
+The logarithm and the cosine of the C library would take most of the time of a step with noise. Here both are polynomials, and
+the compiler vectorizes the loop. They agree with the library's to a few units in the last place of a float64.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from numba.extending import intrinsic
 
 from lightning_deepr.kernels.cpu.hashing import bits
 
-BLOCK = 1 << 9  # deviates at a time
+BLOCK = 1 << 9  # deviates of a block
 
 
 @intrinsic
 def as_float(typingctx: Any, word: Any) -> Any:
-    """The float64 with these bits."""
+    """Return the float64 that has these bits."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.DoubleType())
@@ -31,7 +31,7 @@ def as_float(typingctx: Any, word: Any) -> Any:
 
 @intrinsic
 def as_word(typingctx: Any, value: Any) -> Any:
-    """The bits of a float64."""
+    """Return the bits of a float64."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(64))
@@ -42,20 +42,21 @@ def as_word(typingctx: Any, value: Any) -> Any:
 _EXPONENT_OF_2_52 = np.uint64(0x4330000000000000)
 _MANTISSA, _ONE = np.uint64(0xFFFFFFFFFFFFF), np.uint64(0x3FF0000000000000)
 _HALF_WORD = np.uint64(0xFFFFFFFF)
-# sin z = z - z^3 / 3! + ... for |z| <= pi / 2, and 2 atanh(s) = 2 s (1 + s^2 / 3 + ...) for |s| <= .172: the rest is below 1e-17
+# sin z = z - z^3 / 3! + ... for |z| <= pi / 2, and 2 atanh(s) = 2 s (1 + s^2 / 3 + ...) for |s| <= .172.
+# The remaining terms are below 1e-17.
 S3, S5, S7, S9, S11, S13, S15, S17, S19, S21 = (math.cos(math.pi * i) / math.factorial(2 * i + 1) for i in range(1, 11))
 L1, L3, L5, L7, L9, L11, L13, L15, L17, L19, L21 = (2.0 / (2 * i + 1) for i in range(11))
 
 
 @njit(inline="always")
 def small(word: np.uint64) -> float:
-    """An integer below 2**52 as a float64 (the conversion of a uint64 would not be vectorized)."""
+    """Convert an integer below 2**52 to a float64. (The compiler does not vectorize the conversion of a uint64.)"""
     return as_float(word | _EXPONENT_OF_2_52) - 2.0**52
 
 
 @njit(inline="always")
 def log(x: float) -> float:
-    """Of a positive, normal float64."""
+    """Compute the natural logarithm of a positive, normal float64."""
     word = as_word(x)
     mantissa, exponent = as_float((word & _MANTISSA) | _ONE), small(word >> np.uint64(52)) - 1023.0
     large = mantissa > 1.4142135623730951
@@ -69,7 +70,7 @@ def log(x: float) -> float:
 
 @njit(inline="always")
 def normal(word: np.uint64) -> float:
-    """A standard normal deviate from 64 bits (``randomness.normal``)."""
+    """Compute a standard normal deviate from 64 bits (``randomness.normal``)."""
     first = (small(word >> np.uint64(32)) + 0.5) * 2.0**-32
     turn = (small(word & _HALF_WORD) + 0.5) * 2.0**-32
     z = (abs(turn - 0.5) - 0.25) * (2.0 * math.pi)  # cos(2 pi t) = sin(2 pi (|t - 1/2| - 1/4))
@@ -81,7 +82,7 @@ def normal(word: np.uint64) -> float:
 
 @njit
 def deviates(key: np.uint64, counter: int, count: int, noise: np.ndarray) -> None:
-    """``noise[k]`` becomes the deviate of counter + k."""
+    """Set ``noise[k]`` to the deviate of counter + k, for k < count."""
     start = np.uint64(counter)
     for k in range(count):
         noise[k] = normal(bits(key, start + np.uint64(k)))

@@ -1,9 +1,11 @@
-"""Where compiled kernels are kept: one file per kernel, in a cache folder of the user, never in the package.
+"""The cache of compiled kernels: one file per kernel, in a cache folder of the user, never in the package.
 
-numba's own cache does not serve here. It lies beside the source, where pip leaves it behind; it looks at the file of the kernel alone,
-not at what the kernel calls in other files; and two processes that compile different kernels of one file at once can write the code of
-one under the name of the other. Here a file is named after everything that its content depends on, is written under another name first
-and states its own checksum. Whatever goes wrong with it, the kernel is compiled in memory and one line says why.
+numba's own cache does not serve here, for three reasons. It lies beside the source, and pip leaves it behind. It checks the
+file of the kernel alone, not the other files that the kernel calls. And two processes that compile different kernels of one
+file at the same time can write the code of one under the name of the other.
+
+Here the name of a file says what its content depends on. A process writes the file under another name first, and the file
+states its own checksum. If anything is wrong with a file, the kernel is compiled in memory and one log message says why.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ log = logging.getLogger("lightning_deepr")
 
 MAGIC = b"lightning_deepr kernel, format 1\n"
 KEPT_FOR = 30 * 24 * 3600
-"""Seconds after which a folder that nobody has used is removed: those of other versions, Pythons and CPUs."""
+"""The number of seconds after which an unused folder (of another version, Python or CPU) is removed."""
 AT_MOST = 20
-"""Folders that are kept; every change of the sources makes one."""
+"""The number of folders that are kept. Every change of the sources makes a new one."""
 
 _FOLDER = re.compile(r"[\w.+]+-[0-9a-f]{16}")
 _OPTIONS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "ENABLE_AVX", "ENABLE_PROFILING")
@@ -48,19 +50,19 @@ _gave_up = False
 
 
 def root() -> Path | None:
-    """The folder that holds one folder per version, Python and CPU; None where the user has no cache folder.
+    """Return the folder that holds one folder per version, Python and CPU, or None if the user has no cache folder.
 
-    ``$NUMBA_CACHE_DIR/lightning-deepr`` where that is set, else ``kernels`` in the user's cache folder.
+    It is ``$NUMBA_CACHE_DIR/lightning-deepr`` if that variable is set, else ``kernels`` in the user's cache folder.
     """
     given = os.environ.get("NUMBA_CACHE_DIR") or getattr(config, "CACHE_DIR", "")
     if given:
         return Path(given).absolute() / "lightning-deepr"
     path = Path(user_cache_dir("lightning-deepr", appauthor=False))
-    return path / "kernels" if path.is_absolute() else None  # without a home folder it begins with "~"
+    return path / "kernels" if path.is_absolute() else None  # without a home folder the path begins with "~"
 
 
 def digest_of_sources() -> str:
-    """Of all files that a kernel can be made from; empty where the sources are not there."""
+    """Return the digest of the source files in this package, which hold the kernels, or "" if there are none."""
     package = importlib.resources.files(__package__)
     sources = sorted((file for file in package.iterdir() if file.name.endswith(".py")), key=lambda file: file.name)
     digest = hashlib.sha256()
@@ -70,34 +72,34 @@ def digest_of_sources() -> str:
     return digest.hexdigest() if sources else ""
 
 
-_sources = digest_of_sources()  # now, when the modules are imported: a file that changes later is not what runs here
+_sources = digest_of_sources()  # taken at import: if a file changes later, its old code still runs here
 
 
 def environment(codegen: Any) -> tuple[Any, ...]:
-    """What all kernels of a process depend on: the sources, the compiler and the CPU that it compiles for."""
+    """Return what all kernels of a process depend on: the sources, the compiler and the CPU that it compiles for."""
     python = (sys.implementation.cache_tag, getattr(sys, "abiflags", ""))
     options = tuple(getattr(config, name, None) for name in _OPTIONS)
     return (__version__, _sources, numba.__version__, llvmlite.__version__, python, options, codegen.magic_tuple())
 
 
 def folder_name(codegen: Any) -> str:
-    """The name of the folder for the kernels of this process."""
+    """Return the name of the folder for the kernels of this process."""
     return f"{__version__}-{_sha256(repr(environment(codegen)).encode()).hex()[:16]}"
 
 
 class KernelCache:
-    """Loads and saves one kernel; takes the place of numba's cache in a ``CFunc``.
+    """The cache of one kernel. It loads and saves the kernel in place of numba's cache in a ``CFunc``.
 
     Args:
-        function: the kernel's, before it is compiled.
+        function: the Python function of the kernel.
     """
 
     def __init__(self, function: Callable[[Any], None]) -> None:
         self._function = function
 
     def load_overload(self, signature: Any, target_context: Any) -> CompileResult | None:
-        """The compiled kernel, or None where it has to be compiled."""
-        target_context.refresh()  # numba's own cache does so, too: it makes the context ready
+        """Return the compiled kernel, or None if it has to be compiled."""
+        target_context.refresh()  # makes the context ready, as numba's own cache does
         path = None
         try:
             path, key = self._place(signature, target_context.codegen())
@@ -112,9 +114,9 @@ class KernelCache:
         except OSError as error:
             _say("read", f"lightning_deepr cannot read the compiled kernels in {_folder_of(path)} ({error}): it compiles them.")
             return None
-        except Exception as error:  # whatever a damaged file leads to
+        except Exception as error:  # a damaged file can raise any error
             if path is None:
-                return None  # saving says why
+                return None  # save_overload says why
             reason = f"{type(error).__name__}: {error}"
             _say("damaged", f"The compiled kernel {path} is damaged ({reason}): lightning_deepr compiles it anew.")
             return None
@@ -122,7 +124,7 @@ class KernelCache:
         return compiled
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
-        """Keep a compiled kernel, if there is where."""
+        """Keep a compiled kernel, if there is a folder for it."""
         global _gave_up
         if _gave_up:
             return
@@ -137,15 +139,16 @@ class KernelCache:
                 )
                 return
             if compiled.library.has_dynamic_globals or not _sources or digest_of_sources() != _sources:
-                return  # addresses of this process, or sources that are no longer those that were compiled
+                return  # the code holds addresses of this process, or the sources have changed since the import
             _write(path, _pack(dumps(compiled._reduce()), key))
         except OSError as error:
             _gave_up = True
             _say(
                 "save",
-                f"lightning_deepr cannot keep compiled kernels in {_folder_of(path)} ({error}): each process compiles them. {_ADVICE}",
+                f"lightning_deepr cannot keep compiled kernels in {_folder_of(path)} ({error}): "
+                f"each process compiles them. {_ADVICE}",
             )
-        except Exception as error:  # a numba that packs its results in another way
+        except Exception as error:  # another version of numba may pack its results differently
             _gave_up = True
             _say(
                 "save",
@@ -153,7 +156,7 @@ class KernelCache:
             )
 
     def _place(self, signature: Any, codegen: Any) -> tuple[Path | None, bytes]:
-        """The kernel's file and the key that the file has to state."""
+        """Return the file of the kernel and the key that the file has to state."""
         folder = root()
         key = _sha256(repr((environment(codegen), str(signature), _facts(self._function))).encode())
         if folder is None:
@@ -166,7 +169,7 @@ _ADVICE = "NUMBA_CACHE_DIR names another folder."
 
 
 def said_why() -> bool:
-    """Whether a line has said that the kernels that are kept do not serve here, so that all are compiled."""
+    """Tell whether a log message has said that the kept kernels are of another version, Python or CPU."""
     return "others" in _said
 
 
@@ -181,7 +184,11 @@ def _look_for_others(own: Path) -> None:
 
 
 def _facts(value: Any) -> Any:
-    """What compiled code takes over from a value: code with its constants and closure, a type or a plain value."""
+    """Return what compiled code takes from a value: code with its constants and closure, a type or a plain value.
+
+    Raises:
+        TypeError: if the value is of another kind.
+    """
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return value
     if isinstance(value, tuple):
@@ -190,7 +197,7 @@ def _facts(value: Any) -> Any:
         return value.co_code.hex(), value.co_names, value.co_varnames, _facts(value.co_consts)
     if isinstance(value, type):
         return value.__module__, value.__qualname__
-    function = getattr(value, "py_func", value)  # of numba's compiled functions
+    function = getattr(value, "py_func", value)  # the Python function, if numba compiled the value
     if not isinstance(function, FunctionType):
         raise TypeError(f"it closes over a {type(value).__name__}")
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
@@ -208,7 +215,7 @@ def _pack(payload: bytes, key: bytes) -> bytes:
 def _unpack(content: bytes, key: bytes) -> bytes:
     head, payload = content[: len(MAGIC) + 64], content[len(MAGIC) + 64 :]
     if len(head) < len(MAGIC) + 64 or head[: len(MAGIC)] != MAGIC:
-        raise ValueError("it does not begin as such a file does")
+        raise ValueError("it does not begin like the file of a kernel")
     if head[len(MAGIC) : len(MAGIC) + 32] != key:
         raise ValueError("it is of another version, Python or CPU")
     if head[len(MAGIC) + 32 :] != _sha256(payload):
@@ -217,11 +224,11 @@ def _unpack(content: bytes, key: bytes) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Under another name first, so that no process ever sees a part of it."""
+    """Write a file under another name first, so that no process ever sees a part of it."""
     if not path.parent.is_dir():
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_unused(path.parent)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")  # (one of tempfile's only its owner may read)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")  # (only its owner could read a file of tempfile)
     try:
         with temporary.open("xb") as file:
             file.write(content)
@@ -230,19 +237,19 @@ def _write(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if os.name == "nt" and isinstance(error, PermissionError) and path.exists():
-            return  # another process reads the file that it has just written itself
+            return  # another process has just written the file and reads it
         raise
 
 
 def _mark_as_used(folder: Path) -> None:
-    """The folder's date says when it was used; once in a day is enough."""
+    """Set the date of a folder, which says when it was last used. Once a day is enough."""
     with contextlib.suppress(OSError):
         if time.time() - folder.stat().st_mtime > 24 * 3600:
             os.utime(folder)
 
 
 def _remove_unused(own: Path) -> None:
-    """Remove the folders of other versions, Pythons and CPUs that nobody has used for KEPT_FOR, and the oldest beyond AT_MOST."""
+    """Remove other folders that have not been used for KEPT_FOR seconds, and the oldest of more than AT_MOST folders."""
     with contextlib.suppress(OSError):
         folders = [one for one in own.parent.iterdir() if _FOLDER.fullmatch(one.name) and one.is_dir() and not one.is_symlink()]
         dates = {folder: folder.stat().st_mtime for folder in folders if folder != own}

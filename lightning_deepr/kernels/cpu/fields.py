@@ -1,8 +1,8 @@
-"""What the arguments and tables of the kernels hold: each list exists here, and both sides are made from it.
+"""The words of the kernels' arguments and tables. Each list is defined here, and kernels and callers both use it.
 
-A kernel is a C function of one argument, the address of an array of int64. A member of a class below is a word of such an array, and
-its value is its position: the kernel reads ``load_int64(a + 8 * LinearArguments.BATCH)``, where numba takes the member as a constant, and
-the caller writes ``BATCH=128``. Callers have to get by without numba, so it is not imported here.
+A kernel is a C function of one argument, the address of an array of int64. A member of a class below is a word of such an
+array, and its value is the position of the word. A kernel reads ``load_int64(a + 8 * LinearArguments.BATCH)``, where numba
+takes the member as a constant. A caller writes ``BATCH=128``. Callers work without numba, so this module does not import it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection
 from enum import IntEnum, auto
 from typing import Any
 
-MOST_STATES = 4  # state tensors of an optimizer that a kernel resets; more are reset in PyTorch
+MOST_STATES = 4  # the most state tensors that a kernel resets; for an optimizer with more, PyTorch resets all of them
 
 
 class Fields(IntEnum):
-    """The words of an array, in their order, counted from 0; a list that goes on behind another begins with its length."""
+    """The words of an array in their order, counted from 0. A list that follows another one begins with the other's length."""
 
     @staticmethod
     def _generate_next_value_(name: str, start: int, count: int, last_values: list[Any]) -> int:
@@ -28,43 +28,43 @@ class Fields(IntEnum):
 
 
 class StepArguments(Fields):
-    """Of the step (:mod:`.rewire`) and of the orders that follow it (:mod:`.orders`)."""
+    """The arguments of the step (:mod:`.rewire`) and of the orders that follow it (:mod:`.orders`)."""
 
     TASK = auto()
     TENSORS = auto()
-    TABLE = auto()  # address of a row per tensor: Row, CpuRow and the states
+    TABLE = auto()  # address of one row per tensor: Row, CpuRow and the states
     STEP = auto()
     SEED = auto()
     NEWBORN_SINCE = auto()  # a slot that was born in this step or later counts as a newborn
-    FINISHED = auto()  # tensors that are done
+    FINISHED = auto()  # the number of tensors that are done
 
 
 class Row(Fields):
-    """What every step knows of a tensor, here and in Triton. An address is 0 where there is nothing."""
+    """The words of a tensor that every step reads, on the CPU and in Triton. An address is 0 if there is nothing."""
 
     THETA = auto()
     PLACES = auto()
     BORN = auto()
     SIGNS = auto()
-    EXCEPTIONS = auto()  # places whose sign is not the hashed one, ascending
+    EXCEPTIONS = auto()  # address of the places whose sign is not the hashed one, ascending
     EXCEPTION_COUNT = auto()
-    COUNTER = auto()  # of slot 0
+    COUNTER = auto()  # the counter of slot 0
     SIGN_SEED = auto()
     COUNT = auto()  # K
     TOTAL = auto()  # N
     DECREMENT = auto()  # eta * alpha, float64
     SCALE = auto()  # sqrt(2 * eta * T), float64
     REWIRES = auto()
-    STATES = auto()  # how many state tensors follow
+    STATES = auto()  # the number of state tensors that follow
 
 
 class CpuRow(Fields):
-    """What the step on the CPU has behind that."""
+    """The words of a tensor that follow Row in the step on the CPU."""
 
-    REBORN = len(Row)  # address of the numbers of the slots that were reborn
+    REBORN = len(Row)  # address of the numbers of the reborn slots
     REBORN_COUNT = auto()
     NEWBORN_DEATHS = auto()
-    SIZE = auto()  # bytes of theta's floats
+    SIZE = auto()  # bytes of a float of theta
     ROWS = auto()
     COLUMNS = auto()
     ROW_START = auto()
@@ -73,7 +73,7 @@ class CpuRow(Fields):
     COLUMN_START = auto()
     COLUMN_ROW = auto()
     COLUMN_SLOT = auto()
-    # a pass over the places of a large tensor, in which threads without a tensor help
+    # a pass over the places of a large tensor; threads without a tensor of their own help
     PASS_OPEN = auto()
     PASS_CHUNK = auto()
     PASS_BUSY = auto()
@@ -90,7 +90,7 @@ class StateRow(Fields):
 
     ADDRESS = auto()
     SIZE = auto()  # bytes of an entry
-    START = auto()  # the optimizer's starting value: a float64, or in Triton its bits in the tensor's own type
+    START = auto()  # the optimizer's starting value: a float64, or in Triton its bits in the type of the tensor
 
 
 STATE_WORDS = len(StateRow)
@@ -99,20 +99,20 @@ ORDER = slice(CpuRow.ROW_START, CpuRow.COLUMN_SLOT + 1)
 
 
 class GpuHeader(Fields):
-    """In Triton, what holds for all tensors."""
+    """The words of the table in Triton that hold for all tensors."""
 
     STEP = auto()
     NEWBORN_SINCE = auto()
-    BIRTH_STREAM = auto()  # the key of the step's births but for the attempt
+    BIRTH_STREAM = auto()  # the key of the step's births without the attempt
     NOISE_KEY = auto()
 
 
 class GpuRow(Fields):
-    """What the step in Triton has behind Row."""
+    """The words of a tensor that follow Row in the step in Triton."""
 
-    LIMIT = len(Row)  # a draw beyond it is repeated
-    SLOT_START = auto()  # the tensor's first slot among those of all
-    LISTED = auto()  # more than half full: its dormant places are listed, by PyTorch
+    LIMIT = len(Row)  # a draw above it is repeated
+    SLOT_START = auto()  # the position of the tensor's first slot among the slots of all tensors
+    LISTED = auto()  # 1 if the tensor is more than half full: PyTorch then lists its dormant places
     FIRST_STATE = auto()  # MOST_STATES times StateRow
 
 
@@ -121,25 +121,25 @@ GPU_ROW_WORDS = GpuRow.FIRST_STATE + MOST_STATES * STATE_WORDS
 
 
 class StartArguments(Fields):
-    """Of the draw of the places that a tensor starts with."""
+    """The arguments of the draw of the places that a tensor starts with."""
 
     RESULT = auto()  # address of int64 [K]
     COUNT = auto()  # K
     SEED = auto()
     TOTAL = auto()  # N
-    COUNTER = auto()  # of slot 0
+    COUNTER = auto()  # the counter of slot 0
 
 
 class FiniteArguments(Fields):
-    """Of the look for values that are not finite."""
+    """The arguments of the search for values that are not finite."""
 
     FINITE = auto()  # the answer: 1 or 0
     NUMBER = auto()
-    TABLE = auto()  # address of NUMBER times ValuesRow
+    TABLE = auto()  # address of NUMBER rows, each a ValuesRow
 
 
 class ValuesRow(Fields):
-    """A tensor to look at."""
+    """The words of a tensor to check."""
 
     ADDRESS = auto()
     COUNT = auto()
@@ -153,7 +153,7 @@ VALUES_WORDS = len(ValuesRow)
 
 
 class SharedArguments(Fields):
-    """Of a rewiring with one K for all layers."""
+    """The arguments of a rewiring with one K for all layers."""
 
     COUNT = auto()  # K
     LAYERS = auto()
@@ -169,16 +169,16 @@ class SharedArguments(Fields):
     NEW_BORN = auto()
     STATES = auto()  # address of STATE_COUNT times StateRow
     STATE_COUNT = auto()
-    BIRTHS = auto()  # the answer: how many connections were reborn
+    BIRTHS = auto()  # the answer: the number of reborn connections
 
 
 class LayerRow(Fields):
-    """A layer of the network."""
+    """The words of a layer of the network."""
 
-    KEPT = auto()  # its connections before the step
+    KEPT = auto()  # the number of its connections before the step
     TOTAL = auto()
     COUNTER = auto()
-    START = auto()  # its first place among those of all layers
+    START = auto()  # its first place among the places of all layers
     BUDGET = auto()
     PLACES = auto()
     BORN = auto()
@@ -187,14 +187,14 @@ class LayerRow(Fields):
     EXCEPTIONS = auto()
     EXCEPTION_COUNT = auto()
     # answers
-    AFTER = auto()  # its connections after the step
+    AFTER = auto()  # the number of its connections after the step
     BIRTHS = auto()
     DEATHS = auto()
     NEWBORN_DEATHS = auto()
-    # the kernel's own
+    # for the kernel alone
     ALIVE = auto()
     ROOM = auto()
-    MOVED = auto()  # where the layer's piece begins now
+    MOVED = auto()  # the position where the connections of the layer begin after the step
 
 
 LAYER_WORDS = len(LayerRow)
@@ -204,7 +204,7 @@ LAYER_WORDS = len(LayerRow)
 
 
 class ScatterArguments(Fields):
-    """Of K values on the way to their places, or back (:mod:`.scatter`)."""
+    """The arguments of moving K values to their places, or back (:mod:`.scatter`)."""
 
     TASK = auto()
     OWN = auto()  # address of theta, or of its gradient
@@ -215,7 +215,7 @@ class ScatterArguments(Fields):
 
 
 class SoftArguments(Fields):
-    """Of a step of soft-DEEP R (:mod:`.soft`)."""
+    """The arguments of a step of soft-DEEP R (:mod:`.soft`)."""
 
     TASK = auto()
     THETA = auto()
@@ -225,8 +225,8 @@ class SoftArguments(Fields):
     SCALE = auto()  # sqrt(2 * eta * T), float64
     BOUND = auto()  # theta_min, float64
     REWIRES = auto()
-    COUNTER = auto()  # of place 0
-    KEY = auto()  # of the step's noise
+    COUNTER = auto()  # the counter of place 0
+    KEY = auto()  # the key of the step's noise
     BIRTHS = auto()
     DEATHS = auto()
 
@@ -235,7 +235,7 @@ class SoftArguments(Fields):
 
 
 class LinearArguments(Fields):
-    """Of a linear layer, forward and backward (:mod:`.linear`)."""
+    """The arguments of a linear layer, forward and backward (:mod:`.linear`)."""
 
     TASK = auto()
     PHASE = auto()
@@ -258,12 +258,12 @@ class LinearArguments(Fields):
     DX = auto()
     DTHETA = auto()
     DBIAS = auto()
-    PARTS = auto()  # vectors of a tile, where a constant would only make the compiler unroll what need not be unrolled
-    TILE = auto()  # backward: the tile to multiply (the first of all, for one thread)
+    PARTS = auto()  # vectors of a tile, for loops that the compiler would unroll in vain if this were a constant
+    TILE = auto()  # backward: the tile to multiply (with one thread, the first tile)
 
 
 class LinearPhase(Fields):
-    """What a call does of a linear layer."""
+    """The part of a linear layer that a call computes."""
 
     ALL = auto()  # one thread does everything in one call
     TRANSPOSE = auto()
@@ -271,7 +271,7 @@ class LinearPhase(Fields):
 
 
 class ConvArguments(Fields):
-    """Of a convolution, forward and backward (:mod:`.conv`). "In" is x's side, "out" is y's."""
+    """The arguments of a convolution, forward and backward (:mod:`.conv`). "In" is the side of x, "out" the side of y."""
 
     TASK = auto()
     WORKER = auto()
@@ -296,14 +296,14 @@ class ConvArguments(Fields):
     DX = auto()
     DTHETA = auto()
     DBIAS = auto()
-    # x, its planes, and where it begins in them
+    # the size of x, the size of its planes, and the pixel of a plane at which x begins
     HEIGHT = auto()
     WIDTH = auto()
     X_ROWS = auto()
     X_COLUMNS = auto()
     TOP = auto()
     LEFT = auto()
-    # the same of dy
+    # the same for dy
     OUT_HEIGHT = auto()
     OUT_WIDTH = auto()
     Y_ROWS = auto()
@@ -313,21 +313,21 @@ class ConvArguments(Fields):
     KERNEL = auto()  # positions of the kernel
     STRIDE_DOWN = auto()
     STRIDE_ACROSS = auto()
-    # a worker's sums of one band, before they are transposed
+    # the sums of a worker for one band, before they are transposed
     SCRATCH = auto()
     SCRATCH_COLUMNS = auto()
     SCRATCH_BYTES = auto()
-    LAST_ROW = auto()  # rows to compute, a multiple of a block's
+    LAST_ROW = auto()  # rows to compute, a multiple of the rows of a block
     BAND = auto()  # rows of a band
     BANDS = auto()
     SHIFT = auto()  # address of the shift of each kernel position (see compute/conv.py)
     MEETS = auto()  # address of the set of pixels that each kernel position meets
-    PARTIAL = auto()  # sums of each tile and band for dtheta
-    PARTIAL_BIAS = auto()  # sums of each tile for db
+    PARTIAL = auto()  # address of the sums of each tile and band for dtheta
+    PARTIAL_BIAS = auto()  # address of the sums of each tile for db
 
 
 class ConvPhase(Fields):
-    """What a call does of a convolution."""
+    """The part of a convolution that a call computes."""
 
     LAYOUT = auto()
     MULTIPLY = auto()
@@ -335,11 +335,11 @@ class ConvPhase(Fields):
 
 
 class ProductArguments(Fields):
-    """Of the products of a recurrent layer (:mod:`.products`)."""
+    """The arguments of the products of a recurrent layer (:mod:`.products`)."""
 
     TASK = auto()
     PHASE = auto()
-    COUNT = auto()  # rows of x; where values are gathered, connections
+    COUNT = auto()  # rows of x
     TILES = auto()
     SHARES = auto()
     ROWS = auto()
@@ -361,14 +361,14 @@ class ProductArguments(Fields):
 
 
 class ProductPhase(Fields):
-    """What a call does of a product."""
+    """The part of a product that a call computes."""
 
     TRANSPOSE = auto()
     MULTIPLY = auto()
 
 
 class RecurrentArguments(Fields):
-    """Of the steps of a recurrent layer (:mod:`.recurrent`)."""
+    """The arguments of the steps of a recurrent layer (:mod:`.recurrent`)."""
 
     TASK = auto()
     THETA = auto()
@@ -383,11 +383,11 @@ class RecurrentArguments(Fields):
     PARTS = auto()
     HIDDEN = auto()
     REVERSE = auto()
-    V = auto()  # of the tiles
-    VECTORS = auto()  # of the parts
+    V = auto()  # rows of a tile
+    VECTORS = auto()  # vectors of a part
     GATES = auto()
     CELLS = auto()
-    CELL_STEP = auto()  # bytes from one step's cell states to the next, 0 where nobody needs the past
+    CELL_STEP = auto()  # bytes from the cell states of one step to those of the next, or 0 if the past is not needed
     SCRATCH = auto()
     H_FIRST = auto()
     C_FIRST = auto()
@@ -406,29 +406,32 @@ _ORDER_BYTES = 8 * len(ORDER_NAMES)
 
 
 def packer(fields: type[Fields], floats: Collection[str] = ()) -> Callable[..., bytes]:
-    """A function that packs words which are given by name; 0 where none is given.
+    """Make a function that packs words given by name. A word that is not given is 0.
 
-    A list that has the addresses of an order takes them together and packed, ``order=pack_order(*addresses)``.
+    A list with the addresses of an order takes them together and packed, ``order=pack_order(*addresses)``.
 
     Args:
-        fields: the list.
-        floats: names of the words that are float64.
+        fields: the list of the words.
+        floats: the names of the words that are float64.
     """
     return _by_name(fields, floats, "pack({})")
 
 
 def filler(fields: type[Fields], floats: Collection[str] = ()) -> Callable[..., ctypes.Array[ctypes.c_int64]]:
-    """As :func:`packer`: a function that makes an array to which a kernel may write."""
+    """Make a function that takes the same words as that of :func:`packer` and fills an array to which a kernel may write."""
     return _by_name(fields, floats, "copy(pack({}))")
 
 
 def writable(packed: bytes) -> ctypes.Array[ctypes.c_int64]:
-    """Packed words as an array to which a kernel may write."""
+    """Copy packed words to an array to which a kernel may write."""
     return (ctypes.c_int64 * (len(packed) // 8)).from_buffer_copy(packed)
 
 
 def _by_name(fields: type[Fields], floats: Collection[str], body: str) -> Callable[..., Any]:
-    """A function of a list's names. It is written out, as ``namedtuple`` does it: a loop over names takes microseconds."""
+    """Make a function whose parameters are the names of a list.
+
+    Its source is written out, as ``namedtuple`` does it: a loop over the names would take microseconds.
+    """
     names = [field.name for field in fields]
     formats = ["d" if name in floats else "q" for name in names]
     given = [f"{name}=0" for name in names]
@@ -444,5 +447,5 @@ def _by_name(fields: type[Fields], floats: Collection[str], body: str) -> Callab
 
 
 def signed(word: int) -> int:
-    """64 bits as the int64 that has them."""
+    """Return the int64 that has these 64 bits."""
     return word - (1 << 64) if word >> 63 else word

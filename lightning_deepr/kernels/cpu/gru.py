@@ -1,7 +1,7 @@
 """The cell of a GRU: one unit of W = lanes * vectors batch elements at one step, and its gradients.
 
-r and z are the sigmoids of their sums, n = tanh(a + r b), and h' = (1 - z) n + z h, where a is what the input adds to the sum of n, b what
-the hidden state adds: a reset gate that works behind the product (as in PyTorch and cuDNN) needs the two apart.
+r and z are the sigmoids of their sums, n = tanh(a + r b) and h' = (1 - z) n + z h. The input contributes a to the sum of n, and
+the hidden state contributes b. The reset gate r acts after the product, as in PyTorch and cuDNN, and so needs the two apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from lightning_deepr.kernels.cpu.native import _Tile
 def gru_cell(
     typingctx: Any, gates: Any, stride: Any, h: Any, new_h: Any, kept_h: Any, size: Any, lanes: Any, vectors: Any,
 ) -> Any:  # fmt: skip
-    """r, z and n (``stride`` bytes apart) from their sums, in place, b is behind them; the new hidden state, to two places."""
+    """Compute r, z and n of one unit in place, and write the new hidden state to two addresses.
+
+    The sums of r and z, a and b are ``stride`` bytes apart. n replaces a, and b stays.
+    """
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -44,9 +47,10 @@ def gru_gradient(
     typingctx: Any, gates: Any, stride: Any, h: Any, dy: Any, dh: Any, dgates: Any, dstride: Any, kept: Any, size: Any,
     lanes: Any, vectors: Any,
 ) -> Any:  # fmt: skip
-    """The gradients of one unit's sums: those of r, z and b to ``dgates`` (``dstride`` bytes apart), of r, z, a and b to ``kept``.
+    """Compute the gradients of the sums of one unit.
 
-    dh becomes what reaches the hidden state ``h`` of the step before past the gates.
+    Those of r, z and b go to ``dgates`` (``dstride`` bytes apart), those of r, z, a and b to ``kept``. dh becomes the part of
+    the gradient of the previous hidden state ``h`` that does not pass through the gates.
     """
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 

@@ -1,4 +1,4 @@
-"""The hash of :mod:`lightning_deepr.algorithm.randomness` for kernels: the same integers."""
+"""The hash of :mod:`lightning_deepr.algorithm.randomness` for kernels. It gives the same integers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mix(word: np.uint64) -> np.uint64:
 
 @njit(inline="always")
 def extend(state: np.uint64, coordinate: np.uint64) -> np.uint64:
-    """One more coordinate of a key. ``randomness.key`` starts with the number of coordinates."""
+    """Add a coordinate to a key. ``randomness.key`` starts with the number of coordinates."""
     return mix(state + GOLDEN + mix(coordinate))
 
 

@@ -1,11 +1,11 @@
-"""The sparse linear layer on the CPU: y = x W^T + b, its input gradient and its theta gradient, from the K connections alone.
+"""The sparse linear layer on the CPU: y = x W^T + b and the gradients of x, theta and b, from the K connections alone.
 
-The batch is the inner dimension. x [B, in] is laid out as tiles [in, W] of W batch elements (W = lanes * vectors, padded with 0), so that
-a connection (row, column) is one multiplication of W floats with a scalar. The forward pass goes through the connections by row:
-the sums of a row stay in registers, and blocks of finished rows are transposed into y on their way out. The backward pass goes
-through them by column, and gets both gradients from one look at each: dx[column] += w * dy[row], dw = dy[row] . x[column].
+The batch is the inner dimension. x [B, in] is stored as tiles [in, W] of W batch elements (W = lanes * vectors, padded with 0).
+A connection (row, column) is then one multiplication of W floats with a scalar. The forward pass visits the connections by row:
+the sums of a row stay in registers, and blocks of finished rows are transposed into y. The backward pass visits the connections
+by column and gets both gradients from one load of dy: dx[column] += w * dy[row], dw = dy[row] . x[column].
 
-``slots`` entries hold the slot's number, with the top bit set where the connection's sign is negative.
+An entry of ``slots`` holds the number of the slot. Its top bit is set if the sign of the connection is negative.
 """
 
 from __future__ import annotations
@@ -36,14 +36,17 @@ from lightning_deepr.kernels.cpu.native import (
 
 CHUNK = 256  # connections whose values are gathered at a time
 SLOT = 0x7FFFFFFF
-CACHE = 3 << 19  # bytes
+CACHE = 3 << 19  # the most bytes of a tile of more than 4 vectors: it has to fit into a core's own cache
 
 
 @njit(inline="never")
 def to_tiles(
     x: int, tiled: int, batch: int, features: int, first: int, last: int, tile: int, vectors: int, size: int, lanes: int,
 ) -> None:  # fmt: skip
-    """Columns first ... last of one batch tile of x [batch, features] -> tiled [features, W], 0 beyond the batch."""
+    """Copy the columns from ``first`` to before ``last`` of one batch tile of x [batch, features] to tiled [features, W].
+
+    Values beyond the batch are 0.
+    """
     width = lanes * vectors
     start = tile * width
     for column in range(first, last, lanes):
@@ -62,7 +65,7 @@ def to_tiles(
 def from_block(
     block: int, y: int, batch: int, features: int, first: int, count: int, tile: int, vectors: int, size: int, lanes: int,
 ) -> None:  # fmt: skip
-    """``count`` finished rows of W floats -> y [batch, features], columns first ... first + count."""
+    """Copy ``count`` finished rows of W floats to y [batch, features], to the columns from ``first`` on."""
     width = lanes * vectors
     for part in range(vectors):
         b = tile * width + part * lanes
@@ -107,7 +110,7 @@ def scatter_dots(dtheta: int, slots: int, count: int, dots: int, add: bool, size
 
 @cache
 def forward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
-    """y [B, rows] = x [B, columns] W^T + b, by row."""
+    """Make the kernel of y [B, rows] = x [B, columns] W^T + b, by row."""
     width = lanes * vectors
     block_bytes, chunk_bytes = lanes * width * size, CHUNK * size
 
@@ -121,7 +124,7 @@ def forward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
             load_int64(a + 8 * A.BIAS),
         )
         counter = a + 8 * A.TASK
-        if phase == LinearPhase.ALL:  # the caller is alone, and its arguments may be constants
+        if phase == LinearPhase.ALL:  # one thread does everything, and its arguments may be read-only
             counter = stack_space(8)
             store_int64(counter, 0)
         if phase != LinearPhase.MULTIPLY:
@@ -173,7 +176,7 @@ def dots_by_row(
     a: int, counter: int, batch: int, tiles: int, rows: int, columns: int, parts: int, xt: int, dy: int, dtheta: int,
     dbias: int, block: int, dots: int, size: int, lanes: int, vectors: int,
 ) -> None:  # fmt: skip
-    """Only dtheta and db, by row: a block of dy at a time is transposed on the stack, and never all of it."""
+    """Compute dtheta and db only, by row. One block of dy at a time is transposed, on the stack."""
     row_start, row_column, row_slot = (
         load_int64(a + 8 * A.ROW_START),
         load_int64(a + 8 * A.ROW_COLUMN),
@@ -190,7 +193,7 @@ def dots_by_row(
             count = min(lanes, rows - first)
             for tile in range(tiles):
                 source = xt + tile * columns * width * size
-                # (an address from which these columns' tiles begin at the block)
+                # the address is shifted so that the tiles of these columns begin at ``block``
                 to_tiles(
                     dy,
                     block - (tile * rows + first) * width * size,
@@ -221,9 +224,10 @@ def dots_by_row(
 
 @cache
 def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
-    """dx [B, columns] = dy W, dtheta [K] = s * (dy^T x) at the places, db [rows] = sum of dy; each where its address is not 0.
+    """Make the kernel of dx [B, columns] = dy W, dtheta [K] = s * (dy^T x) at the places, and db [rows] = sum of dy.
 
-    xt is made from x where x is not 0. Where no dx is asked for, the connections are taken by row.
+    It computes each of them if its address is not 0. It makes xt from x if the address of x is not 0. Without dx, it visits the
+    connections by row.
     """
     width = lanes * vectors
     block_bytes, chunk_bytes = lanes * width * size, CHUNK * size
@@ -273,7 +277,7 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
         column_start, column_row = load_int64(a + 8 * A.COLUMN_START), load_int64(a + 8 * A.COLUMN_ROW)
         column_slot = load_int64(a + 8 * A.COLUMN_SLOT)
         groups = (columns + lanes - 1) // lanes
-        # One tile after the other: a tile of dy fits a nearer cache than all, and no two threads add to one dtheta.
+        # One tile after the other: one tile of dy fits into a nearer cache than all, and no two threads add to the same dtheta.
         for tile in range(load_int64(a + 8 * A.TILE), tiles if phase == LinearPhase.ALL else load_int64(a + 8 * A.TILE) + 1):
             if phase == LinearPhase.ALL:
                 store_int64(counter, 0)
@@ -307,12 +311,12 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
 
 
 def tile_of(batch: int, size: int, features: int = 0) -> tuple[int, int]:
-    """(lanes, vectors) of the tile for a batch: the smallest that holds it, at most 8 vectors of 64 bytes.
+    """Choose (lanes, vectors) of the tile for a batch: the smallest tile that holds it, of at most 8 vectors of 64 bytes.
 
     Args:
-        batch: number of rows of x.
-        size: of a float in bytes.
-        features: the larger of rows and columns. Where a tile would take more than a core's own cache, its half is better.
+        batch: the number of rows of x.
+        size: the bytes of a float.
+        features: the larger of rows and columns. If a tile would exceed a core's own cache, half a tile is faster.
     """
     lanes = 64 // size
     if batch <= lanes // 2:

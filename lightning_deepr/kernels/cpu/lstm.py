@@ -15,7 +15,10 @@ from lightning_deepr.kernels.cpu.native import _Tile
 def lstm_cell(
     typingctx: Any, gates: Any, stride: Any, c: Any, new_c: Any, h: Any, kept_h: Any, size: Any, lanes: Any, vectors: Any,
 ) -> Any:  # fmt: skip
-    """One unit of W batch elements: its four gates (``stride`` bytes apart) from their sums, in place; the new cell and hidden state."""
+    """Compute the four gates of one unit in place (``stride`` bytes apart), and its new cell state and hidden state.
+
+    The hidden state goes to two addresses.
+    """
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -40,7 +43,10 @@ def lstm_gradient(
     typingctx: Any, gates: Any, stride: Any, c: Any, new_c: Any, dy: Any, dh: Any, dc: Any, dgates: Any, dstride: Any,
     kept: Any, size: Any, lanes: Any, vectors: Any,
 ) -> Any:  # fmt: skip
-    """The gradients of one unit's sums, to ``dgates`` (``dstride`` bytes apart) and ``kept``; dc becomes that of the step before."""
+    """Compute the gradients of the sums of one unit. dc becomes the gradient of the previous cell state.
+
+    The gradients go to ``dgates`` (``dstride`` bytes apart) and to ``kept``.
+    """
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

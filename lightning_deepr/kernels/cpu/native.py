@@ -1,9 +1,10 @@
-"""What lets numba kernels be called in a fraction of a microsecond, on PyTorch's own threads, with vectors held in registers.
+"""Fast calls of numba kernels on PyTorch's own threads, and the operations of kernels on addresses and on vectors in registers.
 
-A kernel is a C function of one argument: the address of an array of int64 that holds its arguments, addresses of tensors and sizes
-(:mod:`lightning_deepr.kernels.cpu.fields` lists them). numba compiles it with the LLVM that it brings, so that no compiler has to be
-installed, and keeps the result on disk. The calls go through ctypes, which releases Python's lock. A second pool of threads beside
-PyTorch's would fight with it for the cores; so a kernel that is worth several threads runs on the OpenMP runtime that PyTorch has loaded.
+A kernel is a C function of one argument: the address of an array of int64 with its arguments, which are addresses of tensors
+and sizes (:mod:`lightning_deepr.kernels.cpu.fields` lists them). numba compiles it with its own LLVM, so nobody has to install
+a compiler, and the result is kept on disk. Calls go through ctypes, which releases Python's lock, and take a fraction of a
+microsecond. A second pool of threads would compete with PyTorch's for the cores. A kernel with work for several threads
+therefore runs on the OpenMP runtime that PyTorch has loaded.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Kernel:
     """A compiled kernel.
 
     Args:
-        function: takes the address of its arguments; nopython code, in which a task is had with ``fetch_add`` on argument 0.
+        function: nopython code that takes the address of its arguments. It gets its next task by ``fetch_add`` on argument 0.
     """
 
     def __init__(self, function: Callable[[Any], None]) -> None:
@@ -78,12 +79,12 @@ def _announce() -> None:
 
 
 def _openmp() -> Any:
-    """PyTorch's OpenMP runtime: ``GOMP_parallel(function, argument, threads, flags)``, or None where it has another one."""
+    """Return ``GOMP_parallel(function, argument, threads, flags)`` of PyTorch's OpenMP runtime, or None if it has none."""
     folder = os.path.join(os.path.dirname(torch.__file__), "lib")
     names = [name for name in os.listdir(folder) if name.startswith(("libgomp", "libomp"))] if os.path.isdir(folder) else []
     for name in sorted(names):
         try:
-            # only one that is loaded already: another copy would be a second pool of threads
+            # RTLD_NOLOAD: another copy of the runtime would be a second pool of threads
             function = ctypes.CDLL(os.path.join(folder, name), mode=getattr(os, "RTLD_NOLOAD", 4)).GOMP_parallel
         except (OSError, AttributeError):
             continue
@@ -97,14 +98,14 @@ _parallel = _openmp()
 
 
 def threads_for(work: int, grain: int = 1 << 17) -> int:
-    """How many threads a piece of work is worth: one below ``grain`` operations (a parallel region takes microseconds)."""
+    """Choose the number of threads for some work: one below ``grain`` operations (a parallel region takes microseconds)."""
     if work < grain or _parallel is None:
         return 1
     return min(torch.get_num_threads(), 1 + work // grain)
 
 
 # -- addresses ------------------------------------------------------------------------------------------------------------
-# Kernels compute with addresses, as C does: numba's arrays check for negative indices, which keeps loops from being vectorized.
+# Kernels compute with addresses, as C does. numba's arrays check for negative indices, and then loops are not vectorized.
 
 _INT32, _INT64, _FLOAT, _DOUBLE = ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
 
@@ -143,7 +144,7 @@ def _scalar(size: int) -> tuple[Any, Any]:
 
 @intrinsic(prefer_literal=True)
 def load_float(typingctx: Any, address: Any, size: Any) -> Any:
-    """The float of ``size`` bytes (a literal, 4 or 8) at an address."""
+    """Load the float of ``size`` bytes (a literal, 4 or 8) at an address."""
     value_type, kind = _scalar(size.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -154,7 +155,7 @@ def load_float(typingctx: Any, address: Any, size: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def store_float(typingctx: Any, address: Any, value: Any, size: Any) -> Any:
-    """Store a float of ``size`` bytes (a literal) at an address."""
+    """Store a float of ``size`` bytes (a literal, 4 or 8) at an address."""
     value_type, kind = _scalar(size.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -166,7 +167,7 @@ def store_float(typingctx: Any, address: Any, value: Any, size: Any) -> Any:
 
 @intrinsic
 def pointer(typingctx: Any, address: Any) -> Any:
-    """An address as what ``numba.carray`` takes."""
+    """Convert an address to the pointer that ``numba.carray`` takes."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], cgutils.voidptr_t)
@@ -176,7 +177,7 @@ def pointer(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def fetch_add(typingctx: Any, address: Any, value: Any) -> Any:
-    """Add to the int64 at an address in one indivisible step; the value before. It hands out tasks to threads."""
+    """Add to the int64 at an address in one indivisible step, and return the value before. Threads get their tasks this way."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", builder.inttoptr(args[0], _INT64.as_pointer()), args[1], "seq_cst")
@@ -189,7 +190,7 @@ if sys.platform.startswith("linux"):
 
     @njit
     def advise_huge_pages(address: int, size: int) -> None:
-        """Large pages for a large array that is about to be accessed at random: most of its cost is looking pages up."""
+        """Ask for large pages for a large array. Random access to it would spend most of its time on looking up pages."""
         if size >= 1 << 22:
             start = (address + 4095) & ~np.int64(4095)
             _madvise(start, address + size - start, 14)  # MADV_HUGEPAGE
@@ -201,7 +202,7 @@ else:
         pass
 
 
-AHEAD = 4  # connections: how far ahead the row of a later one is asked for
+AHEAD = 4  # loops over connections prefetch the row of the connection that comes this many later
 
 
 def _prefetch(builder: Any, address: Any) -> None:
@@ -213,7 +214,7 @@ def _prefetch(builder: Any, address: Any) -> None:
 
 @intrinsic
 def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at an address."""
+    """Prefetch the cache line at an address."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _prefetch(builder, args[0])
@@ -224,7 +225,7 @@ def prefetch(typingctx: Any, address: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def stack_space(typingctx: Any, size: Any) -> Any:
-    """The address of ``size`` bytes (a literal) on the stack, aligned to a cache line; valid until the function returns."""
+    """Reserve ``size`` bytes (a literal) on the stack until the function returns. Their address is that of a cache line."""
     count = size.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -237,8 +238,8 @@ def stack_space(typingctx: Any, size: Any) -> Any:
 
 
 # -- vectors --------------------------------------------------------------------------------------------------------------
-# W = lanes * vectors floats of a batch tile stay in registers while a list of connections passes by. `size` is that of the float in
-# bytes; lanes * size is one vector (64 bytes; 32 for the smallest tiles). All three are literals.
+# W = lanes * vectors floats of a batch tile stay in registers while a list of connections passes by. A float has `size` bytes,
+# and a vector has lanes * size bytes (64, or 32 for the smallest tiles). `size`, `lanes` and `vectors` are literals.
 
 
 class _Tile:
@@ -261,13 +262,13 @@ class _Tile:
         return self.builder.shuffle_vector(one, ir.Constant(self.vector, ir.Undefined), mask)
 
     def multiply_add(self, a: Any, b: Any, c: Any) -> Any:
-        """a * b + c; None counts as 0."""
+        """Compute a * b + c. If c is None, it counts as 0."""
         if c is None:
             return self.builder.fmul(a, b, flags=("fast",))
         return self.builder.fadd(self.builder.fmul(a, b, flags=("fast",)), c, flags=("fast",))
 
     def sum(self, value: Any) -> Any:
-        """The sum of a vector's lanes, by halves."""
+        """Add the lanes of a vector, by halves."""
         width = self.lanes
         while width > 1:
             width //= 2
@@ -286,7 +287,7 @@ class _Tile:
 def accumulate_rows(
     typingctx: Any, sums: Any, count: Any, indices: Any, values: Any, source: Any, size: Any, lanes: Any, vectors: Any,
 ) -> Any:  # fmt: skip
-    """sums[:] += sum over i < count of values[i] * source[indices[i], :], rows of W floats."""
+    """Add values[i] * source[indices[i], :] to sums[:], for all i < count. Rows have W floats."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -310,7 +311,7 @@ def accumulate_and_dot(
     typingctx: Any, sums: Any, count: Any, indices: Any, values: Any, source: Any, own: Any, dots: Any, size: Any,
     lanes: Any, vectors: Any,
 ) -> Any:  # fmt: skip
-    """As :func:`accumulate_rows`, and dots[i] = source[indices[i], :] . own[:] in the same pass."""
+    """Do the work of :func:`accumulate_rows`, and set dots[i] = source[indices[i], :] . own[:] in the same pass."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -345,7 +346,7 @@ def accumulate_and_dot(
 def dot_rows(
     typingctx: Any, count: Any, indices: Any, source: Any, own: Any, dots: Any, size: Any, lanes: Any, vectors: Any,
 ) -> Any:  # fmt: skip
-    """dots[i] = source[indices[i], :] . own[:] for i < count."""
+    """Set dots[i] = source[indices[i], :] . own[:], for all i < count."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -373,7 +374,7 @@ def _int64(value: int) -> Any:
 
 
 def _by_fours(builder: Any, number: Any, visit: Callable[[Any, int], None]) -> None:
-    """``visit(first, 4)`` for each four of ``number`` entries, then ``visit(i, 1)`` for each that is left."""
+    """Call ``visit(first, 4)`` for each four of ``number`` entries, then ``visit(i, 1)`` for each that is left."""
     fours = builder.lshr(number, _int64(2))
     with cgutils.for_range(builder, fours) as loop:
         visit(builder.shl(loop.index, _int64(2)), 4)
@@ -383,14 +384,14 @@ def _by_fours(builder: Any, number: Any, visit: Callable[[Any, int], None]) -> N
 
 
 def _store_dots(builder: Any, tile: _Tile, partial: list[Any], products: Any, first: Any) -> None:
-    """The sums of one vector's lanes, or of four vectors' together, which takes half of the instructions for each."""
+    """Store the sum of the lanes of one vector, or of four vectors together. Together each takes half of the instructions."""
     where = builder.add(products, builder.mul(first, _int64(tile.size)))
     if len(partial) == 1:
         builder.store(tile.sum(partial[0]), builder.inttoptr(where, tile.scalar.as_pointer()))
         return
     masks = _interleaving(tile.lanes)
 
-    def both(a: Any, b: Any) -> Any:  # a's and b's partial sums in turn
+    def both(a: Any, b: Any) -> Any:  # partial sums of a and of b in turn
         return builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks), flags=("fast",))
 
     together = both(both(partial[0], partial[2]), both(partial[1], partial[3]))  # 0 1 2 3 0 1 2 3 ...
@@ -407,7 +408,7 @@ def _store_dots(builder: Any, tile: _Tile, partial: list[Any], products: Any, fi
 
 
 def _entry(builder: Any, tile: _Tile, i: Any, index: Any, value: Any, origin: Any) -> tuple[Any, Any]:
-    """The address of the i-th listed row, and its factor in all lanes."""
+    """Return the address of the i-th listed row, and its factor in all lanes."""
     i = builder.sext(i, _INT64) if i.type != _INT64 else i
     where = builder.add(index, builder.mul(i, ir.Constant(_INT64, 4)))
     width = tile.size * tile.lanes * tile.vectors
@@ -426,7 +427,7 @@ def _entry(builder: Any, tile: _Tile, i: Any, index: Any, value: Any, origin: An
 
 @intrinsic(prefer_literal=True)
 def fill_row(typingctx: Any, address: Any, value: Any, size: Any, lanes: Any, vectors: Any) -> Any:
-    """W floats at an address become ``value``."""
+    """Set W floats at an address to ``value``."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -441,7 +442,7 @@ def fill_row(typingctx: Any, address: Any, value: Any, size: Any, lanes: Any, ve
 
 @intrinsic(prefer_literal=True)
 def sum_row(typingctx: Any, address: Any, size: Any, lanes: Any, vectors: Any) -> Any:
-    """The sum of the W floats at an address."""
+    """Add the W floats at an address."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -455,13 +456,13 @@ def sum_row(typingctx: Any, address: Any, size: Any, lanes: Any, vectors: Any) -
 
 
 def _interleaving(count: int) -> list[Any]:
-    """The shuffles that interleave the lower, and the upper, halves of two vectors."""
+    """Return the two shuffles that interleave the lower halves and the upper halves of two vectors."""
     low = [position for i in range(count // 2) for position in (i, i + count)]
     return [ir.Constant(ir.VectorType(_INT32, count), mask) for mask in (low, [position + count // 2 for position in low])]
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    # Interleaving row i with row i + L/2 moves one bit of the row number into the column number; log2(L) times moves all.
+    # Interleaving row i with row i + L/2 moves one bit of the row number into the column number. log2(L) rounds move all bits.
     count = len(rows)
     masks = _interleaving(count)
     for _ in range(count.bit_length() - 1):
@@ -473,7 +474,7 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
 def transpose_block(
     typingctx: Any, source: Any, source_stride: Any, target: Any, target_stride: Any, size: Any, lanes: Any,
 ) -> Any:  # fmt: skip
-    """Transpose a block of lanes x lanes floats; strides between rows in bytes. The block is in registers in between."""
+    """Transpose a block of lanes x lanes floats in registers. The strides between rows are in bytes."""
     shape = (size.literal_value, lanes.literal_value, 1)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -496,7 +497,7 @@ def transpose_edge(
     typingctx: Any, source: Any, source_stride: Any, rows_in: Any, columns_in: Any, target: Any, target_stride: Any,
     rows_out: Any, columns_out: Any, size: Any, lanes: Any,
 ) -> Any:  # fmt: skip
-    """As :func:`transpose_block` at an edge: reads rows_in x columns_in floats (0 beyond them), writes rows_out x columns_out."""
+    """Transpose a block at an edge: read rows_in x columns_in floats (0 beyond them) and write rows_out x columns_out."""
     shape = (size.literal_value, lanes.literal_value, 1)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

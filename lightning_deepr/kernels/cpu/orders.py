@@ -1,14 +1,15 @@
-"""The orders by rows and by columns (``lightning_deepr.compute.order``) follow a rewiring.
+"""The update of the orders by rows and by columns (``lightning_deepr.compute.order``) after a rewiring.
 
-A small tensor with many births is put in order anew. In any other, each side is brought up to date in place, at a cost that hardly
-depends on how many lines (rows, or columns) the connections are spread over: most lines of a very large layer hold one connection or
-none, and a loop over a line's connections would cost a wrongly predicted branch for each. So everything passes over connections, or
-over lines, never over the connections of each line:
+A small tensor with many births is put in order anew. In any other tensor, each of the two orders is updated in place. The cost
+hardly depends on the number of lines (rows or columns). Most lines of a very large layer hold one connection or none, and a
+loop over the connections of each line would cost one wrongly predicted branch per line. The code therefore loops over all
+connections or over all lines, never over the connections of each line:
 
-1. the births are sorted;
-2. one pass over the connections drops the dead, and keeps for each 64 of them which have stayed;
-3. one pass over the lines: a line begins where its first connection has moved to, by a count of bits, plus the births in lines before it;
-4. each birth looks up its position in its line, and what lies between two births moves as a whole, from the end.
+1. The births are sorted.
+2. A pass over the connections drops the dead ones and records for each 64 connections which have stayed.
+3. A pass over the lines finds where each line begins: at the new position of its first connection (from a count of bits), plus
+   the births in the lines before it.
+4. Each birth finds its position in its line. The connections between two births move as a whole, the last ones first.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _INT32 = ir.IntType(32)
 
 @intrinsic
 def count_bits(typingctx: Any, word: Any) -> Any:
-    """How many bits of an int64 are set."""
+    """Count the bits of an int64 that are set."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.ctpop(args[0])
@@ -44,7 +45,7 @@ def count_bits(typingctx: Any, word: Any) -> Any:
 
 @intrinsic
 def move_block(typingctx: Any, source: Any, shift: Any) -> Any:
-    """Copy ``BLOCK`` int32 to ``shift`` bytes behind; all are read before one is written."""
+    """Copy ``BLOCK`` int32 values to the address ``shift`` bytes further on. All are read before the first is written."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _move(builder, args[0], args[1])
@@ -55,7 +56,7 @@ def move_block(typingctx: Any, source: Any, shift: Any) -> Any:
 
 @intrinsic
 def move_and_compare(typingctx: Any, source: Any, shift: Any, bound: Any) -> Any:
-    """As :func:`move_block`; how many come after the last that is not above a bound."""
+    """Do the work of :func:`move_block`, and return how many values come after the last one that is at most ``bound``."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values = _move(builder, args[0], args[1])
@@ -64,7 +65,7 @@ def move_and_compare(typingctx: Any, source: Any, shift: Any, bound: Any) -> Any
         bounds = builder.shuffle_vector(one, undefined, ir.Constant(values.type, [0] * BLOCK))
         not_above = builder.bitcast(builder.icmp_signed("<=", values, bounds), ir.IntType(BLOCK))
         bits = builder.shl(builder.zext(not_above, _INT32), ir.Constant(_INT32, 32 - BLOCK))
-        bits = builder.or_(bits, ir.Constant(_INT32, 1 << (31 - BLOCK)))  # so that there is one
+        bits = builder.or_(bits, ir.Constant(_INT32, 1 << (31 - BLOCK)))  # at least one bit is set
         return builder.zext(builder.ctlz(bits, ir.Constant(ir.IntType(1), 1)), ir.IntType(64))
 
     return types.int64(types.int64, types.int64, types.int32), codegen
@@ -79,13 +80,16 @@ def _move(builder: Any, source: Any, shift: Any) -> Any:
 
 @njit
 def drop_dead(other: int, slots: int, count: int, reborn: int, stayed: int, before: int) -> int:
-    """The connections that have stayed move together.
+    """Close the gaps between the connections that have stayed, and return their number.
+
+    The results ``stayed`` and ``before`` have an entry for each 64 connections, and one for an empty piece at the end.
 
     Args:
-        other, slots: addresses of the order.
-        reborn: address of a bit per slot.
-        stayed, before: addresses of the results for each 64 connections (and for an empty piece at the end): a bit for each that has stayed,
-            int64, and how many have stayed before them, int32.
+        other, slots: the addresses of the order.
+        count: K.
+        reborn: the address of a bit per slot.
+        stayed: the address of int64 results: a bit for each connection that has stayed.
+        before: the address of int32 results: the number of earlier connections that have stayed.
     """
     written = 0
     for piece in range((count >> 6) + 1):
@@ -106,10 +110,14 @@ def drop_dead(other: int, slots: int, count: int, reborn: int, stayed: int, befo
 
 @njit
 def move_starts(start: int, lines: int, stayed: int, before: int, births_before: int) -> None:
-    """Where each line begins.
+    """Compute where each line begins.
 
     Args:
-        births_before: address of an int32 for each line and one more: in, births in the line before; out, in all lines before.
+        start: the address of the begins, which change in place.
+        lines: the number of lines.
+        stayed, before: the addresses of the results of :func:`drop_dead`.
+        births_before: the address of an int32 for each line and one more. It holds the births in the previous line, and then
+            the births in all previous lines.
     """
     births = np.int32(0)
     for line in range(1, lines + 1):
@@ -125,23 +133,26 @@ def move_starts(start: int, lines: int, stayed: int, before: int, births_before:
 def insert(
     start: int, other: int, slots: int, births_before: int, stayed: int, lines_across: int, born_slots: int, births: int,
 ) -> None:  # fmt: skip
-    """The births take their positions; from the end, so that nothing is overwritten before it has moved.
+    """Put the births at their positions, the last ones first: so nothing is overwritten before it has moved.
 
     Args:
+        start, other, slots: the addresses of the order.
+        births_before: the address of the births in all previous lines, of each line and one more.
         stayed: the number of connections that have stayed.
-        lines_across: address of an int64 for each birth: its line, and in the lower half its place across; sorted.
-        born_slots: address of the slots that belong to them.
+        lines_across: the address of an int64 for each birth, sorted: its line in the upper half, the place across in the lower.
+        born_slots: the address of the slots of the births, in the same order.
+        births: the number of births.
     """
-    end = stayed  # those from here on have moved
+    end = stayed  # the connections from here on have moved
     for i in range(births - 1, -1, -1):
         key, shift = load_int64(lines_across + 8 * i), 4 * (i + 1)
         across, at, ahead = np.int32(key), start + 4 * (key >> 32), births_before + 4 * (key >> 32)
-        # where the line's connections are now
+        # the connections of the line are now from line_begin to line_end
         line_begin = np.int64(load_int32(at) - load_int32(ahead))
         line_end = np.int64(load_int32(at + 4) - load_int32(ahead + 4))
         if i + 1 >= BLOCK:
-            # Whole blocks: what is moved too early, from before the line's end or the birth's position, doesn't reach what has yet to move,
-            # and is overwritten by what belongs there.
+            # Whole blocks move. They also copy values from before the line's end or the birth's position. These copies do not
+            # reach the values that have yet to move, and the right values overwrite them later.
             if end > line_end:
                 while end > line_end:
                     end -= BLOCK
@@ -165,7 +176,7 @@ def insert(
 
 @njit
 def follow(t: int, side: int) -> None:
-    """One order (side 0: by rows, 1: by columns) of a tensor follows its rewiring."""
+    """Update one order of a tensor (side 0: by rows, 1: by columns) after its rewiring."""
     count, places = load_int64(t + 8 * Row.COUNT), load_int64(t + 8 * Row.PLACES)
     births, reborn = load_int64(t + 8 * CpuRow.REBORN_COUNT), load_int64(t + 8 * CpuRow.REBORN)
     rows, columns = load_int64(t + 8 * CpuRow.ROWS), load_int64(t + 8 * CpuRow.COLUMNS)
@@ -205,14 +216,14 @@ def follow(t: int, side: int) -> None:
     number = drop_dead(other, slots, count, np.int64(flags.ctypes.data), stayed_at, before_at)
     move_starts(start, lines, stayed_at, before_at, births_at)
     insert(start, other, slots, births_at, number, np.int64(keys.ctypes.data), np.int64(born_slots.ctypes.data), births)
-    # (numba frees an array after its last mention)
+    # numba frees an array after its last mention: these are mentioned so that they last until here
     flags[0] = stayed[0] = before[0] = births_before[0] = born_slots[0] = 0
     keys[0] = np.uint64(0)
 
 
 @njit(inline="always")
 def row_of(place: int, columns: int, inverse: float) -> int:
-    """place // columns: a multiplication, which is off by one at most, instead of a division."""
+    """Compute place // columns by a multiplication, which is off by one at most, instead of a division."""
     row = np.int64(np.float64(place) * inverse)
     across = place - row * columns
     return row + np.int64(across >= columns) - np.int64(across < 0)
@@ -220,13 +231,16 @@ def row_of(place: int, columns: int, inverse: float) -> int:
 
 @njit
 def order_anew(t: int) -> None:
-    """Both orders of a small tensor, or of one that is new altogether, from its places: three stable counting sorts, none of which has to guess where a line ends."""
+    """Make both orders of a small or entirely new tensor from its places, by three stable counting sorts.
+
+    No branch of these sorts depends on where a line ends.
+    """
     count, rows, columns = load_int64(t + 8 * Row.COUNT), load_int64(t + 8 * CpuRow.ROWS), load_int64(t + 8 * CpuRow.COLUMNS)
     signs, size = load_int64(t + 8 * Row.SIGNS), load_int64(t + 8 * CpuRow.SIZE)
     places = carray(pointer(load_int64(t + 8 * Row.PLACES)), count, np.int64)
     row_of, column_of, by_column = np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, np.int32)
     inverse = 1.0 / columns
-    for k in range(count):  # a division, by a multiplication that is off by one at most
+    for k in range(count):  # a multiplication, which is off by one at most, instead of a division
         row = np.int64(np.float64(places[k]) * inverse)
         across = places[k] - row * columns
         row += np.int64(across >= columns) - np.int64(across < 0)
@@ -277,7 +291,7 @@ def take_next(counters: int, line: int) -> int:
 
 @cache
 def update_kernel() -> Kernel:
-    """The orders of all tensors in the table follow their rewiring; a task is one side of one tensor."""
+    """Make the kernel that updates the orders of all tensors in the table. A task is one order of one tensor."""
 
     def update(a: int) -> None:
         tensors, table = load_int64(a + 8 * A.TENSORS), load_int64(a + 8 * A.TABLE)

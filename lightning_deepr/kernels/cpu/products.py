@@ -1,9 +1,12 @@
-"""The products of a recurrent layer that don't wait for its steps: with the input, before them, and for all gradients but that
-of the hidden state, after them; each over all steps at once, from the connections alone.
+"""The products of a recurrent layer that do not depend on its steps. Each covers all steps, from the connections alone.
 
-Matrices have one row per step and element of the batch (:mod:`.recurrent`) and are laid out in tiles [features, V], as for the linear
-layer (:mod:`.linear`). The sums of the gates stay in such tiles of ROWS features; the weight has a row for each but SKIPPED ones. A GRU's
-fourth block of sums has no rows in the weight of the input (there SKIP is the number of its rows), its third none in that of the hidden state.
+The product with the input comes before the steps. The products for all gradients except that of the hidden state come after
+them.
+
+Matrices have one row per step and batch element (:mod:`.recurrent`) and are stored in tiles [features, V], as for the linear
+layer (:mod:`.linear`). The sums of the gates stay in such tiles of ROWS features. The weight has a row for each sum except
+SKIPPED ones, which begin at SKIP. In a GRU, the weight of the input has no rows for the fourth block of sums (SKIP is then the
+number of its rows), and the weight of the hidden state has none for the third block.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ from lightning_deepr.kernels.cpu.native import (
 
 @cache
 def product_kernel(size: int, lanes: int, vectors: int) -> Kernel:
-    """x W^T + b by row, for x [COUNT, COLUMNS]; x and the result stay in tiles of V = lanes * vectors rows."""
+    """Make the kernel of x W^T + b by row, for x [COUNT, COLUMNS].
+
+    The kernel leaves both x and the result in tiles of V = lanes * vectors rows.
+    """
     row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
 
     def product(a: int) -> None:
@@ -85,13 +91,16 @@ def add_sum(row: int, where: int, add: bool, size: int, lanes: int, vectors: int
     store_float(where, total + load_float(where, size) if add else total, size)
 
 
-# Each of SHARES tasks has its rows or columns, and takes one tile after the other: the tile stays in a near cache, and nobody
-# else adds to the same gradients.
+# Each of SHARES tasks has its own rows or columns and takes one tile after the other. The tile stays in a near cache, and no
+# other task adds to the same gradients.
 
 
 @cache
 def theta_kernel(size: int, lanes: int, vectors: int) -> Kernel:
-    """dtheta = s * (dy^T x) at the places and, where asked for, db = sum of dy, both in tiles; by row."""
+    """Make the kernel of dtheta = s * (dy^T x) at the places and of db = sum of dy, by row, for x and dy in tiles.
+
+    It computes each of them if its address is not 0.
+    """
     row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
 
     def of_theta(a: int) -> None:
@@ -113,7 +122,7 @@ def theta_kernel(size: int, lanes: int, vectors: int) -> Kernel:
                     own = yt + (tile * rows + r) * row_bytes
                     if dbias != 0:
                         add_sum(own, dbias + r * size, tile != 0, size, lanes, vectors)
-                        if r != row:  # one of the sums that this weight has no row for
+                        if r != row:  # this weight has no row for the sum `row`
                             add_sum(yt + (tile * rows + row) * row_bytes, dbias + row * size, tile != 0, size, lanes, vectors)
                     begin, end = load_int32(start + row * 4), load_int32(start + row * 4 + 4)
                     while begin < end and dtheta != 0:
@@ -127,7 +136,10 @@ def theta_kernel(size: int, lanes: int, vectors: int) -> Kernel:
 
 @cache
 def input_kernel(size: int, lanes: int, vectors: int) -> Kernel:
-    """dx [COUNT, COLUMNS] = dy W for dy in tiles and, where asked for, dtheta in the same pass; by column."""
+    """Make the kernel of dx [COUNT, COLUMNS] = dy W by column, for dy in tiles.
+
+    It computes dtheta in the same pass if the address of dtheta is not 0.
+    """
     row_bytes, chunk_bytes = lanes * vectors * size, CHUNK * size
     block_bytes = lanes * row_bytes
 

@@ -1,12 +1,14 @@
-"""The steps of an LSTM or GRU layer in one direction, on the CPU: all of them in one call, from the connections alone.
+"""The steps of an LSTM or GRU layer in one direction, on the CPU: all steps in one call, from the connections alone.
 
-Step t of batch element b is row n = t * P + b of matrices with one row per step and element, where P is the batch size, padded to whole
-parts of W elements. Such a matrix is laid out in tiles [features, V] of V rows, V a multiple of W: so the input product is one product over
-all steps, and the gradients of both weights are one pass at the end, with long vectors (:mod:`.products`). A part of the batch
-never needs another: each thread takes a part through the whole sequence, without waiting for others.
+Step t of batch element b is row n = t * P + b of matrices with one row per step and element. P is the batch size, padded to
+whole parts of W elements. Such a matrix is stored in tiles [features, V] of V rows, and V is a multiple of W. The input
+product is then one product over all steps, and the gradients of both weights are one pass at the end, with long vectors
+(:mod:`.products`). A part of the batch never needs another part: each thread takes a part through the whole sequence and waits
+for no other thread.
 
-Before the steps, ``gates`` holds input product and biases, in 4 blocks of hidden-size rows; a step adds the recurrent product, and leaves the
-gates in its place. The hidden state and the gates' gradients of the step at work are also kept in [features, W], close together.
+Before the steps, ``gates`` holds the input product and the biases, in 4 blocks of hidden-size rows. A step adds the recurrent
+product and replaces the sums by the gates. The hidden state and the gradients of the gates of the current step are also kept in
+[features, W], close together.
 """
 
 from __future__ import annotations
@@ -30,8 +32,11 @@ from lightning_deepr.kernels.cpu.native import Kernel, _Tile, fetch_add, fill_ro
 def accumulate_near(
     typingctx: Any, sums: Any, count: Any, indices: Any, values: Any, source: Any, size: Any, lanes: Any, vectors: Any,
 ) -> Any:  # fmt: skip
-    """As :func:`.native.accumulate_rows` for a source in a near cache: nothing is asked for ahead (which takes as many loads as
-    the work itself), and every other connection goes to a second sum (a multiplication need not wait for the one before)."""
+    """Do the work of :func:`.native.accumulate_rows` for a source in a near cache.
+
+    Nothing is prefetched: that would take as many loads as the work itself. Every other connection goes to a second sum, so a
+    multiplication does not wait for the one before.
+    """
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -69,7 +74,7 @@ def accumulate_near(
 
 @intrinsic(prefer_literal=True)
 def copy_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any, vectors: Any) -> Any:
-    """W floats from one address to another."""
+    """Copy W floats from one address to another."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -81,12 +86,12 @@ def copy_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any, ve
     return types.void(types.int64, types.int64, size, lanes, vectors), codegen
 
 
-LSTM, GRU = 4, 3  # kinds: the blocks of rows of their weights
+LSTM, GRU = 4, 3  # the kinds of layers: each is the number of blocks of rows in its weights
 
 
 @cache
 def gather_kernel(size: int) -> Kernel:
-    """Signed values in the order of rows or columns, 4096 at a task: every step reads them."""
+    """Make the kernel that gathers the signed values in the order of rows or columns, 4096 per task. Every step reads them."""
 
     def gather(a: int) -> None:
         theta, slots, count = load_int64(a + 8 * A.THETA), load_int64(a + 8 * A.SLOTS), load_int64(a + 8 * A.COUNT)
@@ -112,13 +117,13 @@ def common_arguments(a: int) -> tuple[int, ...]:
 
 @njit(inline="always")
 def in_tiles(n: int, features: int, wide: int) -> int:
-    """Where row n begins in tiles [features, V], in floats."""
+    """Compute where row n begins in tiles [features, V], in floats."""
     return (n // wide) * features * wide + n % wide
 
 
 @njit(inline="never")
 def read_part(x: int, part: int, tiled: int, batch: int, features: int, vectors: int, size: int, lanes: int) -> None:
-    """One part of x [batch, features] -> [features, W]; zeros where there is no x."""
+    """Copy one part of x [batch, features] to [features, W], or zeros if there is no x."""
     width = lanes * vectors
     if x != 0:
         to_tiles(x, tiled - part * features * width * size, batch, features, 0, features, part, vectors, size, lanes)
@@ -129,7 +134,7 @@ def read_part(x: int, part: int, tiled: int, batch: int, features: int, vectors:
 
 @njit(inline="never")
 def write_part(tiled: int, part: int, y: int, batch: int, features: int, vectors: int, size: int, lanes: int) -> None:
-    """The opposite; nowhere where there is no y."""
+    """Copy [features, W] to one part of y [batch, features], if there is a y."""
     if y != 0:
         for first in range(0, features, lanes):
             block = tiled + first * lanes * vectors * size
@@ -138,10 +143,11 @@ def write_part(tiled: int, part: int, y: int, batch: int, features: int, vectors
 
 @cache
 def forward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
-    """Gates, cell states (of an LSTM) and y of all steps; h before each step to KEPT, in tiles, where somebody needs it. CELL_STEP: bytes
-    from one step's cell states to the next, 0 where nobody needs the past.
+    """Make the kernel of the gates, the cell states (of an LSTM) and y of all steps.
 
-    START, INDEX and VALUES are by row; FIRST is before the first step, LAST after the last. SCRATCH: [PARTS, 2, hidden, W].
+    If KEPT is not 0, h before each step goes there, in tiles. CELL_STEP is the number of bytes from the cell states of one
+    step to those of the next, or 0 if the past is not needed. START, INDEX and VALUES are by row. H_FIRST and C_FIRST are the
+    states before the first step, H_LAST and C_LAST those after the last. SCRATCH is [PARTS, 2, hidden, W].
     """
     row_bytes = lanes * vectors * size
 
@@ -207,10 +213,10 @@ def forward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
 
 @cache
 def backward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
-    """The gradients of the gates' sums to KEPT, in tiles, and of the first states.
+    """Make the kernel of the gradients of the gates' sums and of the first states.
 
-    Y is dy; FIRST and LAST are gradients; START, INDEX and VALUES are by column; CELLS, of a GRU: h before each step, in tiles.
-    SCRATCH: [PARTS, 7, hidden, W].
+    The gradients of the sums go to KEPT, in tiles. Y is dy, and H_FIRST, C_FIRST, H_LAST and C_LAST are gradients. START,
+    INDEX and VALUES are by column. For a GRU, CELLS is h before each step, in tiles. SCRATCH is [PARTS, 7, hidden, W].
     """
     row_bytes = lanes * vectors * size
 
@@ -265,7 +271,7 @@ def backward_kernel(kind: int, size: int, lanes: int, vectors: int) -> Kernel:
 
 
 def parts_of(batch: int, threads: int, size: int) -> tuple[int, int, int]:
-    """(parts, lanes, vectors): how a batch is shared out among threads, in parts of W = lanes * vectors elements."""
+    """Divide a batch among threads: return (parts, lanes, vectors). A part has W = lanes * vectors elements."""
     lanes, each = 64 // size, -(-batch // threads)
     if each <= lanes // 2:
         lanes, vectors = lanes // 2, 1

@@ -1,15 +1,15 @@
-"""Algorithm 1 after the gradient step, for all tensors of a network in one call (see :mod:`lightning_deepr.algorithm.rewiring`).
+"""Algorithm 1 after the gradient step, for all tensors in one call (see :mod:`lightning_deepr.algorithm.rewiring`).
 
-Draws are the same integers, judged in the same order, as in the PyTorch version: the result is the same. For one tensor of K slots,
-R of which go dormant:
+The draws are the same integers as in the PyTorch version and are judged in the same order, so the result is the same. If R of
+the K slots of a tensor go dormant:
 
-1. one pass over the slots: L1, noise, and the list of those with theta < 0;
-2. the R draws go into a hash table, and one more pass over the places of the active connections marks the draws that are taken.
-   Thus nothing is kept between steps, and nothing can go stale. Slots without a place draw again, several attempts ahead, so that two
-   passes nearly always suffice;
-3. the reborn slots get theta 0, place, sign, birth and the optimizer's starting state.
+1. One pass over the slots applies L1 and noise and lists the slots with theta < 0.
+2. The R draws go into a hash table, and one more pass over the places of the active connections marks the draws that are taken.
+   Nothing is kept between steps, so nothing can go stale. Slots without a place draw again, several attempts ahead: two passes
+   nearly always suffice.
+3. The reborn slots get theta 0, a place, a sign, a birth and the optimizer's starting state.
 
-:mod:`lightning_deepr.kernels.cpu.orders` then lets the orders by rows and by columns follow.
+:mod:`lightning_deepr.kernels.cpu.orders` then updates the orders by rows and by columns.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ BIRTH, NOISE_STREAM = np.uint64(randomness.BIRTH), np.uint64(randomness.NOISE)
 START_PLACES = np.uint64(randomness.START_PLACES)
 SLOT = 0x7FFFFFFF
 SIGN_BIT = np.uint64(1 << 63)
-BATCH = 32  # draws whose cells are asked for before they are looked at
+BATCH = 32  # draws whose cells are prefetched together
 
 
 @njit
 def birth_stream(seed: int, step: int) -> np.uint64:
-    """The key of a step's births but for its last coordinate, the attempt."""
+    """Compute the key of a step's births without its last coordinate, the attempt."""
     return extend(extend(extend(np.uint64(4), np.uint64(seed)), BIRTH), np.uint64(step))
 
 
 @njit(inline="always")
 def find(table: int, mask: int, shift: np.uint64, place: int) -> int:
-    """The cell of a place in the table, or the empty one where it belongs."""
+    """Find the cell of a place in the table, or the empty cell where the place belongs."""
     cell = np.int64((np.uint64(place) * GOLDEN) >> shift)
     while load_int64(table + cell * 8) != -1 and load_int64(table + cell * 8) != place:
         cell = (cell + 1) & mask
@@ -76,7 +76,7 @@ def find(table: int, mask: int, shift: np.uint64, place: int) -> int:
 
 @njit
 def look_for_active(t: int, size: int) -> None:
-    """Mark the draws in a tensor's hash table that active connections have; a task is a piece of its places."""
+    """Mark the draws in a tensor's hash table that active connections have. A task is a piece of the tensor's places."""
     count, places, theta = load_int64(t + 8 * Row.COUNT), load_int64(t + 8 * Row.PLACES), load_int64(t + 8 * Row.THETA)
     table, status, filter_at = (
         load_int64(t + 8 * CpuRow.PASS_CELLS),
@@ -86,9 +86,7 @@ def look_for_active(t: int, size: int) -> None:
     bits_of_table = load_int64(t + 8 * CpuRow.PASS_BITS)
     mask, shift = (np.int64(1) << bits_of_table) - 1, np.uint64(64 - bits_of_table)
     filter_shift = np.uint64(64 - load_int64(t + 8 * CpuRow.PASS_FILTER_BITS))
-    drawn = np.empty(
-        BATCH, np.int64
-    )  # of active connections that pass the filter: their cells are asked for before they are looked at
+    drawn = np.empty(BATCH, np.int64)  # places of active connections that pass the filter: their cells are prefetched
     while True:
         first = fetch_add(t + 8 * CpuRow.PASS_CHUNK, PASS_SIZE)
         if first >= count:
@@ -118,13 +116,14 @@ def mark_active(table: int, mask: int, shift: np.uint64, places: np.ndarray, cou
 
 @njit
 def help_others(a: int, size: int) -> None:
-    """A thread without a tensor takes part in the passes of the others until all are done."""
+    """Help other threads in their passes until all tensors are done. A thread that finds no more tensor calls this."""
     tensors, table = load_int64(a + 8 * A.TENSORS), load_int64(a + 8 * A.TABLE)
     while fetch_add(a + 8 * A.FINISHED, 0) < tensors:
         for task in range(tensors):
             t = table + task * ROW_WORDS * 8
             if fetch_add(t + 8 * CpuRow.PASS_OPEN, 0) > 0:
-                # first counted, then looked again: whoever opened the pass closes it, and then waits for those that are counted
+                # Count this thread, then check again: the thread that opened the pass closes it and then waits for counted
+                # threads.
                 fetch_add(t + 8 * CpuRow.PASS_BUSY, 1)
                 if fetch_add(t + 8 * CpuRow.PASS_OPEN, 0) > 0:
                     look_for_active(t, size)
@@ -133,7 +132,7 @@ def help_others(a: int, size: int) -> None:
 
 @njit
 def is_active(place: int, columns: int, order: int, row_column: int, row_slot: int, theta: int, size: int) -> bool:
-    """Whether an active connection is at a place, by the order of the rows from before the step."""
+    """Tell whether a place has an active connection, by the order of the rows from before the step."""
     row = np.int64(np.uint64(place) // np.uint64(columns))
     across = place - row * columns
     low, high = np.int64(load_int32(order + 4 * row)), np.int64(load_int32(order + 4 * (row + 1)))
@@ -154,15 +153,18 @@ def draw_by_rejection(
     theta: int, size: int, places: int, count: int, total: int, dormant: np.ndarray, reborn: int, counter: int,
     stream: np.uint64, chosen: np.ndarray, t: int,
 ) -> None:  # fmt: skip
-    """New places for the dormant slots of a tensor that is at most half full; see ``rewiring.first_free`` for the rule.
+    """Draw new places for the dormant slots of a tensor that is at most half full (``rewiring.first_free`` has the rule).
 
     Args:
-        theta, places: addresses; theta < 0 marks the slots that have gone dormant.
-        dormant: array of ``reborn`` slots, ascending.
-        stream: the key of the draws but for the attempt.
-        chosen: array [reborn], the result.
-        t: address of the tensor's fields. Where its connections are kept in order, a few draws are looked up there: cheaper than
-            another pass over all places.
+        theta, places: addresses. theta < 0 marks the slots that have gone dormant.
+        size: the bytes of a float of theta.
+        count, total: K and N.
+        dormant: the array of the ``reborn`` dormant slots, ascending.
+        counter: the counter of slot 0.
+        stream: the key of the draws without the attempt.
+        chosen: the result, an array [reborn].
+        t: the address of the tensor's words. If its connections are kept in order, a few draws are looked up there. That is
+            cheaper than another pass over all places.
     """
     order, row_column, row_slot = (
         load_int64(t + 8 * CpuRow.ROW_START),
@@ -181,7 +183,7 @@ def draw_by_rejection(
     advise_huge_pages(np.int64(status.ctypes.data), capacity)
     cells[:] = -1
     status[:] = FREE
-    # A filter of at least 8 bits for each draw, but no larger than 1 MB: most active connections are dismissed by it, and it stays in a
+    # A filter of at least 8 bits for each draw, but at most 1 MB. It dismisses most active connections, and it stays in a
     # core's own cache.
     words = np.empty(1 << max(2, min(17, bits_of_table - 4)), np.uint64)
     table, filter_at = np.int64(cells.ctypes.data), np.int64(words.ctypes.data)
@@ -192,15 +194,14 @@ def draw_by_rejection(
     while waiting > 0:
         look_up = order != 0 and 32 * waiting < count
         ahead = 1
-        if (
-            attempt > 0 and not look_up
-        ):  # as many attempts as it will probably take, so that this pass over the places is the last
+        # as many attempts as are probably needed: this pass over the places should be the last
+        if attempt > 0 and not look_up:
             left_over = 0.5 * waiting * count / total
             while left_over > 0.25 and (ahead + 1) * waiting <= max(reborn, 64):
                 left_over *= count / total
                 ahead += 1
         if inserted + ahead * waiting > capacity // 2:
-            # what is only known to be free or active is forgotten; the accepted draws stay
+            # forget the draws that are only known to be free or active; the accepted draws stay
             cells[:] = -1
             status[:] = FREE
             inserted = 0
@@ -255,7 +256,7 @@ def draw_by_rejection(
             fetch_add(t + 8 * CpuRow.PASS_OPEN, 1)
             look_for_active(t, size)
             fetch_add(t + 8 * CpuRow.PASS_OPEN, -1)
-            while fetch_add(t + 8 * CpuRow.PASS_BUSY, 0) > 0:  # who came in time is at its last piece
+            while fetch_add(t + 8 * CpuRow.PASS_BUSY, 0) > 0:  # the threads that help are at their last pieces
                 pass
         for a in range(ahead):
             left = 0
@@ -285,7 +286,7 @@ def draw_from_list(
     theta: int, size: int, places: int, count: int, total: int, reborn: int, counter: int, seed: int, step: int,
     chosen: np.ndarray,
 ) -> None:  # fmt: skip
-    """New places in a tensor more than half full: its dormant places in a random order, the first R."""
+    """Draw new places in a tensor that is more than half full: the first R of its dormant places in a random order."""
     taken = np.zeros(total, np.uint8)
     active = 0
     for k in range(count):
@@ -307,7 +308,7 @@ def draw_from_list(
 
 @njit(inline="always")
 def negative_at(place: int, sign_seed: int, exceptions: int, exception_count: int) -> bool:
-    """Whether the constant sign of a place is -1 (``KSlots.signs_at``)."""
+    """Tell whether the constant sign of a place is -1 (``KSlots.signs_at``)."""
     negative = np.int64(bits(np.uint64(sign_seed), np.uint64(place))) < 0
     if exception_count > 0:
         low, high = 0, exception_count
@@ -324,7 +325,7 @@ def negative_at(place: int, sign_seed: int, exceptions: int, exception_count: in
 
 @cache
 def rewire_kernel(size: int) -> Kernel:
-    """One step of all tensors in the table; a task is a tensor. ``size`` is that of theta's floats in bytes."""
+    """Make the kernel of one step of all tensors in the table. A task is a tensor. A float of theta has ``size`` bytes."""
     real = np.float32 if size == 4 else np.float64
 
     def rewire(a: int) -> None:
@@ -345,7 +346,7 @@ def rewire_kernel(size: int) -> Kernel:
             rewires, dormant_at = load_int64(t + 8 * Row.REWIRES), load_int64(t + 8 * CpuRow.REBORN)
             store_int64(t + 8 * CpuRow.REBORN_COUNT, 0)
             store_int64(t + 8 * CpuRow.NEWBORN_DEATHS, 0)
-            # theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu; then theta < 0: dormant
+            # theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu; then slots with theta < 0 go dormant
             values = carray(pointer(theta), count, real)
             if decrement != 0.0:
                 less = real(decrement)
@@ -359,7 +360,7 @@ def rewire_kernel(size: int) -> Kernel:
                     deviates(key, counter + first, length, noise)
                     for k in range(length):
                         values[first + k] += real(noise[k] * scale)
-            if rewires == 0:  # active at 0, with its place and its sign
+            if rewires == 0:  # slots stay active at 0, with their places and signs
                 for k in range(count):
                     if values[k] < 0:
                         values[k] = 0
@@ -407,7 +408,7 @@ def rewire_kernel(size: int) -> Kernel:
 
 @cache
 def start_kernel() -> Kernel:
-    """K places where nothing is connected yet (``rewiring.random_places``): all slots are reborn."""
+    """Make the kernel that draws K places in an empty tensor (``rewiring.random_places``): all slots are reborn."""
 
     def start(a: int) -> None:
         count, seed = load_int64(a + 8 * StartArguments.COUNT), load_int64(a + 8 * StartArguments.SEED)
@@ -418,14 +419,14 @@ def start_kernel() -> Kernel:
         slots = np.arange(count)
         t = np.int64(nothing.ctypes.data)
         draw_by_rejection(0, 4, 0, 0, total, slots, count, counter, stream, chosen, t)
-        nothing[0] = 0  # (kept until here)
+        nothing[0] = 0  # (numba frees an array after its last mention)
 
     return Kernel(start)
 
 
 @cache
 def finite_kernel() -> Kernel:
-    """Whether all values of the tensors in the table are finite."""
+    """Make the kernel that checks whether all values of the tensors in the table are finite."""
 
     def finite(a: int) -> None:
         number, table = load_int64(a + 8 * FiniteArguments.NUMBER), load_int64(a + 8 * FiniteArguments.TABLE)

@@ -1,4 +1,4 @@
-"""The transient weight of dense compute: K values to their places, and their gradients back. Signs are applied on the way."""
+"""The transient weight of dense compute: K values move to their places, and the gradients move back. Both apply the signs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _fill = filler(A)
 
 @cache
 def scatter_kernel(size: int) -> Kernel:
-    """weight[places[k]] = signs[k] * theta[k]; the rest of the weight is not touched."""
+    """Make the kernel of weight[places[k]] = signs[k] * theta[k]. It does not touch the rest of the weight."""
 
     def scatter(a: int) -> None:
         own, signs, places = load_int64(a + 8 * A.OWN), load_int64(a + 8 * A.SIGNS), load_int64(a + 8 * A.PLACES)
@@ -34,7 +34,7 @@ def scatter_kernel(size: int) -> Kernel:
 
 @cache
 def gather_kernel(size: int) -> Kernel:
-    """gradient of theta[k] = signs[k] * gradient of weight[places[k]]."""
+    """Make the kernel of (gradient of theta)[k] = signs[k] * (gradient of weight)[places[k]]."""
 
     def gather(a: int) -> None:
         own, signs, places = load_int64(a + 8 * A.OWN), load_int64(a + 8 * A.SIGNS), load_int64(a + 8 * A.PLACES)
@@ -50,7 +50,10 @@ def gather_kernel(size: int) -> Kernel:
 
 
 def run(kernel: Kernel, own: Tensor, signs: Tensor, places: Tensor, weight: Tensor) -> None:
-    """One of the two kernels on contiguous tensors of one dtype, float32 or float64, on the CPU."""
+    """Run one of the two kernels on contiguous CPU tensors. ``own`` is theta or its gradient, ``weight`` likewise.
+
+    theta, signs and weight have one dtype, float32 or float64.
+    """
     count = places.numel()
     arguments = _fill(
         OWN=own.data_ptr(), SIGNS=signs.data_ptr(), PLACES=places.data_ptr(), WEIGHT=weight.data_ptr(), COUNT=count

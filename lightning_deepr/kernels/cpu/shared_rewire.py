@@ -1,7 +1,8 @@
-"""Rewiring with one K for a whole network, in one call (see :mod:`lightning_deepr.algorithm.shared_rewiring`): the same draws, the same result.
+"""Rewiring with one K for a whole network, in one call. :mod:`lightning_deepr.algorithm.shared_rewiring` gives the same result.
 
-One pass finds what has gone dormant, a second lets the survivors move up and puts their places into a hash table; then layers and
-places are drawn one by one, and at last everything of theta's shape follows.
+One pass finds the slots that have gone dormant. A second pass puts the places of the survivors into a hash table. Layers and
+places are then drawn one by one. At the end the survivors move up, the births fill the rest of each layer, and all tensors of
+theta's shape follow.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def layer_stream(seed: int, step: int) -> np.uint64:
 
 @njit(inline="always")
 def draw_place(key: np.uint64, counter: int, total: int) -> int:
-    """``randomness.uniform_places``."""
+    """Draw a place as ``randomness.uniform_places`` does, or return -1 if the draw has to be repeated."""
     draw, n = bits(key, np.uint64(counter)) & LARGEST, np.uint64(total)
     rest = (LARGEST % n + np.uint64(1)) % n
     return np.int64(draw % n) if draw <= LARGEST - rest else np.int64(-1)
@@ -46,7 +47,7 @@ def draw_place(key: np.uint64, counter: int, total: int) -> int:
 
 @njit
 def draw_layers(t: np.ndarray, layers: int, first: int, count: int, seed: int, step: int, chosen: np.ndarray) -> None:
-    """A layer for each of so many births, in proportion to the budgets; ``chosen[first:]``, and room shrinks."""
+    """Draw a layer for each of ``count`` births, in proportion to the budgets, into ``chosen[first:]``. ROOM shrinks."""
     pending = np.arange(count)
     left, attempt = count, np.uint64(0)
     ends = np.empty(layers, np.int64)
@@ -55,7 +56,7 @@ def draw_layers(t: np.ndarray, layers: int, first: int, count: int, seed: int, s
         for i in range(layers):
             total += t[i, L.BUDGET] if t[i, L.ROOM] > 0 else 0
             ends[i] = total
-        if total == 0:  # what has a budget is full
+        if total == 0:  # all layers with a budget are full
             for i in range(layers):
                 total += t[i, L.ROOM]
                 ends[i] = total
@@ -81,7 +82,7 @@ def draw_free(
     table: int, mask: int, shift: np.uint64, key_base: np.uint64, counter: int, total: int, start: int, count: int,
     chosen: np.ndarray, first: int,
 ) -> None:  # fmt: skip
-    """For each of some counters the first of its draws that is free, judged in the order (attempt, counter)."""
+    """Find for each of ``count`` counters the first of its draws that is free, judged in the order (attempt, counter)."""
     pending = np.arange(count)
     left, attempt = count, np.uint64(0)
     while left > 0:
@@ -104,7 +105,7 @@ def draw_listed(
     table: int, mask: int, shift: np.uint64, key: np.uint64, counter: int, total: int, start: int, count: int,
     chosen: np.ndarray, first: int,
 ) -> None:  # fmt: skip
-    """The first of the dormant places in a random order."""
+    """Choose the first ``count`` dormant places in a random order."""
     numbers, keys = np.empty(total, np.int32), np.empty(total, np.uint64)
     n = 0
     for place in range(total):
@@ -124,7 +125,7 @@ def draw_listed(
 def draw_within(
     t: np.ndarray, layers: int, table: int, mask: int, shift: np.uint64, seed: int, step: int, chosen: np.ndarray,
 ) -> None:  # fmt: skip
-    """Places for ``BIRTHS`` births of each layer, layer by layer, in ``chosen``."""
+    """Draw places for the ``BIRTHS`` births of each layer, layer by layer, into ``chosen``."""
     base, first = birth_stream(seed, step), np.int64(0)
     for i in range(layers):
         births, alive, total = t[i, L.BIRTHS], t[i, L.ALIVE], t[i, L.TOTAL]
@@ -149,14 +150,14 @@ def owner_of(t: np.ndarray, layers: int, place: int) -> int:
 
 @cache
 def rewire_kernel(size: int) -> Kernel:
-    """``size`` is that of theta's floats in bytes."""
+    """Make the kernel of a rewiring. A float of theta has ``size`` bytes."""
 
     def rewire(a: int) -> None:
         count, layers, theta = load_int64(a + 8 * A.COUNT), load_int64(a + 8 * A.LAYERS), load_int64(a + 8 * A.THETA)
         t = carray(pointer(load_int64(a + 8 * A.TABLE)), (layers, LAYER_WORDS), np.int64)
         seed, step, since = load_int64(a + 8 * A.SEED), load_int64(a + 8 * A.STEP), load_int64(a + 8 * A.NEWBORN_SINCE)
         least = load_int64(a + 8 * A.LEAST)
-        # what has gone dormant
+        # count the slots that have gone dormant
         births, k = np.int64(0), np.int64(0)
         for i in range(layers):
             born, deaths, newborn = t[i, L.BORN], np.int64(0), np.int64(0)
@@ -170,7 +171,7 @@ def rewire_kernel(size: int) -> Kernel:
         store_int64(a + 8 * A.BIRTHS, births)
         if births == 0:
             return
-        # the places of the survivors
+        # put the places of the survivors into the table
         size_of_table, length = np.int64(16), np.uint64(4)
         while size_of_table < 2 * (count + 1):
             size_of_table, length = 2 * size_of_table, length + np.uint64(1)
@@ -184,7 +185,7 @@ def rewire_kernel(size: int) -> Kernel:
                     place = load_int64(places + j * 8) + start
                     store_int64(table + find(table, mask, shift, place) * 8, place)
                 k += 1
-        # a layer and a place for each birth
+        # draw a layer and a place for each birth
         layer_of, chosen = np.empty(births, np.int64), np.empty(births, np.int64)
         owed, network = np.int64(0), np.int64(0)
         for i in range(layers):
@@ -208,7 +209,7 @@ def rewire_kernel(size: int) -> Kernel:
                     draw_listed(table, mask, shift, extend(base, np.uint64(0)), 0, network, 0, rest, chosen, owed)
                 else:
                     draw_free(table, mask, shift, base, 0, network, 0, rest, chosen, owed)
-            # layer by layer, each in the order of its draws
+            # sort the places by layer, and within a layer in the order of their draws
             drawn, at = chosen.copy(), np.zeros(layers + 1, np.int64)
             for n in range(births):
                 at[owner_of(t, layers, drawn[n]) + 1] += 1
@@ -219,8 +220,8 @@ def rewire_kernel(size: int) -> Kernel:
                 i = owner_of(t, layers, drawn[n])
                 chosen[at[i]] = drawn[n]
                 at[i] += 1
-        # everything moves up
-        source = np.empty(count, np.int64)  # -1: newborn
+        # move the survivors up and add the births
+        source = np.empty(count, np.int64)  # the old slot, or -1 for a newborn
         new_places, new_signs = load_int64(a + 8 * A.NEW_PLACES), load_int64(a + 8 * A.NEW_SIGNS)
         new_born = load_int64(a + 8 * A.NEW_BORN)
         k, to, n = np.int64(0), np.int64(0), 0
@@ -262,13 +263,13 @@ def rewire_kernel(size: int) -> Kernel:
                     scratch[k] = wide[k]
                 for k in range(count):
                     wide[k] = scratch[source[k]] if source[k] >= 0 else start
-        cells[0] = source[0]  # (kept until here)
+        cells[0] = source[0]  # (numba frees an array after its last mention)
 
     return Kernel(rewire)
 
 
 class Result:
-    """What a call has found: per layer in lists, the new state of all slots in tensors."""
+    """The result of a call: the counts of each layer in lists, and the new state of all slots in tensors."""
 
     def __init__(self, places: Tensor, signs: Tensor, born: Tensor, table: np.ndarray) -> None:
         self.places, self.signs, self.born = places, signs, born
@@ -276,21 +277,21 @@ class Result:
 
 
 def rewire(
-    members: Sequence[Slots], budgets: Sequence[int], theta: Tensor, values: Sequence[tuple[Tensor, float]], *, rule: int, least: int,
-    newborn_since: int, seed: int, step: int,
+    members: Sequence[Slots], budgets: Sequence[int], theta: Tensor, values: Sequence[tuple[Tensor, float]], *, rule: int,
+    least: int, newborn_since: int, seed: int, step: int,
 ) -> Result | None:  # fmt: skip
-    """One step; ``values`` (theta among them) are written in place, places, signs and births are not.
+    """Rewire once. The kernel writes ``values`` (theta among them) in place; the result holds new places, signs and births.
 
     Args:
-        members: the layers' KSlots, in the order of their slots.
-        budgets: of each, for the rule "budget".
-        theta: [K], float32 or float64, contiguous, on the CPU; and so are the values.
-        values: everything of theta's shape that moves along, with a newborn's value.
-        rule: 0: "budget", 1: "uniform".
-        least, newborn_since, seed, step: see :func:`lightning_deepr.algorithm.shared_rewiring.plan`.
+        members: the KSlots of the layers, in the order of their slots.
+        budgets: the budget of each layer, for the rule "budget".
+        theta: [K], float32 or float64, contiguous, on the CPU.
+        values: all tensors that move along, each with the value of a newborn. What is said of theta holds for them.
+        rule: 0 for "budget", 1 for "uniform".
+        least, newborn_since, seed, step: as in :func:`lightning_deepr.algorithm.shared_rewiring.plan`.
 
     Returns:
-        None where nothing went dormant.
+        The result, or None if nothing went dormant.
     """
     count, size = theta.numel(), theta.element_size()
     start, rows = 0, bytearray()

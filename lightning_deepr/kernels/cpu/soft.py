@@ -1,4 +1,4 @@
-"""What follows the optimizer's step under soft-DEEP R, in one pass over a tensor: see ``soft_rewiring.step``."""
+"""The part of a soft-DEEP R step that follows the optimizer's step, in one pass over a tensor (see ``soft_rewiring.step``)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _fill = filler(A, floats=("DECREMENT", "SCALE", "BOUND"))
 
 @cache
 def soft_kernel(size: int) -> Kernel:
-    """The kernel for floats of 4 or 8 bytes."""
+    """Make the kernel for floats of ``size`` bytes, 4 or 8."""
     real = np.float32 if size == 4 else np.float64
 
     def soft(a: int) -> None:
@@ -68,10 +68,10 @@ def step(
     seed: int,
     number: int,
 ) -> tuple[int, int]:
-    """``soft_rewiring.step`` with its noise; ``bound`` None: ``soft_rewiring.step_without_rewiring``.
+    """Do ``soft_rewiring.step`` with its noise, or ``soft_rewiring.step_without_rewiring`` if ``bound`` is None.
 
     Returns:
-        births and deaths.
+        The numbers of births and deaths.
     """
     arguments = _fill(
         THETA=theta.data_ptr(), BEFORE=before.data_ptr(), COUNT=theta.numel(), DECREMENT=decrement, SCALE=scale,

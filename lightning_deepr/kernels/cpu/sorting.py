@@ -10,10 +10,10 @@ from lightning_deepr.kernels.cpu.native import load_int32, load_int64, store_int
 
 @njit
 def sort_with(keys: np.ndarray, payload: np.ndarray, largest: np.uint64) -> tuple[np.ndarray, np.ndarray]:
-    """Sort uint64 keys up to ``largest``, and an int32 payload with them. Stable, O(R).
+    """Sort R uint64 keys up to ``largest``, and an int32 payload with them. The sort is stable and takes O(R).
 
-    By digits, the lowest first: but only by as many of the leading bits as tell most of R evenly spread keys apart. The few neighbours that this
-    leaves in the wrong order are then put right one by one, and if they aren't few, all is sorted again by all bits.
+    It sorts by digits, the lowest first, but only by as many leading bits as tell most of R evenly spread keys apart. Then it
+    moves the few keys that are still in the wrong order one by one. If they are many, it sorts again by all bits.
     """
     count, length, leading = len(keys), 0, 3
     while length < 64 and (largest >> np.uint64(length)) > np.uint64(0):
@@ -29,9 +29,10 @@ def sort_with(keys: np.ndarray, payload: np.ndarray, largest: np.uint64) -> tupl
 
 @njit
 def sort_by_bits(keys: np.ndarray, payload: np.ndarray, lowest: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sort by the bits from ``lowest`` up to ``length``. The result may be in the arrays given or in others."""
+    """Sort by the bits from ``lowest`` to before ``length``. The result may be in the given arrays or in others."""
     count = len(keys)
-    # as few passes as digits of at most 9 bits allow, of equal width: more places to write to at a time cost more than another pass
+    # The passes are as few as digits of at most 9 bits allow, with digits of equal width. Wider digits write to more places at
+    # a time, and that costs more than another pass.
     passes = max((length - lowest + 8) // 9, 1)
     digit = (length - lowest + passes - 1) // passes
     mask = (np.int64(1) << digit) - 1
@@ -50,7 +51,7 @@ def sort_by_bits(keys: np.ndarray, payload: np.ndarray, lowest: int, length: int
             store_int64(counter + 8 * d, position)
             position += number
         shift, following = np.uint64(lowest + digit * turn), counter + (8 << digit)
-        next_shift = np.uint64(min(lowest + digit * (turn + 1), 63))  # (what is counted after the last turn is not used)
+        next_shift = np.uint64(min(lowest + digit * (turn + 1), 63))  # (the counts of the last turn are not used)
         for i in range(count):
             word = np.uint64(load_int64(key + 8 * i))
             position = add_one(counter, np.int64(word >> shift) & mask)
@@ -66,7 +67,7 @@ def sort_by_bits(keys: np.ndarray, payload: np.ndarray, lowest: int, length: int
 
 @njit
 def put_right(keys: np.ndarray, payload: np.ndarray, most: int) -> bool:
-    """Sort by insertion, unless that takes more than ``most`` moves: whether it is done."""
+    """Sort by insertion, unless that takes more than ``most`` moves. Return whether all is sorted."""
     key, item = np.int64(keys.ctypes.data), np.int64(payload.ctypes.data)
     moves = np.int64(0)
     last = np.uint64(0)

@@ -1,4 +1,4 @@
-"""One step of Algorithm 1 for all tensors of a network: fills the kernels' table and calls them."""
+"""One step of Algorithm 1 for all tensors of a network: this module fills the kernels' table and calls them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lightning_deepr.kernels.cpu.fields import (
 )
 from lightning_deepr.kernels.slots import OrderedSlots, SlotOrder, State
 
-# (a member of an enumeration takes longer to look up)
+# (looking up a member of an enumeration takes longer)
 _TASK, _STEP, _SEED = int(StepArguments.TASK), int(StepArguments.STEP), int(StepArguments.SEED)
 _NEWBORN_SINCE, _FINISHED = int(StepArguments.NEWBORN_SINCE), int(StepArguments.FINISHED)
 _DECREMENT, _SCALE, _REWIRES = int(Row.DECREMENT), int(Row.SCALE), int(Row.REWIRES)
@@ -41,15 +41,15 @@ class Table:
     """The kernels' view of some tensors that step together.
 
     Args:
-        tensors: all of one dtype, float32 or float64, on the CPU.
-        size: of theta's floats in bytes.
+        tensors: CPU tensors of one dtype, float32 or float64.
+        size: the bytes of a float of theta.
     """
 
     def __init__(self, tensors: Sequence[OrderedSlots], size: int) -> None:
         self.tensors, self.size = tuple(tensors), size
         self.fields = np.zeros((len(tensors), ROW_WORDS), np.int64)
         self.numbers = self.fields.view(np.float64)
-        # where the numbers of the reborn slots are put; the pages that are never written take no memory
+        # the kernel writes the numbers of the reborn slots here; pages that are never written take no memory
         self.reborn = [torch.empty(t.places.numel(), dtype=torch.int64) for t in tensors]
         self.results = self.fields.T[CpuRow.REBORN_COUNT : CpuRow.NEWBORN_DEATHS + 1]
         self.work = 0
@@ -59,7 +59,8 @@ class Table:
             row[CpuRow.REBORN], row[CpuRow.SIZE] = reborn.data_ptr(), size
             self.work += tensor.places.numel()
         self.arguments = _fill(TENSORS=len(self.tensors), TABLE=self.fields.ctypes.data)
-        # what is in the table, so that only what changes is written; the tensors are kept alive, so that none can take another's place
+        # The content of the table: only what changes is written. The tensors are kept alive, so a new one never gets the
+        # address of a known one.
         self.known: list[tuple[Any, ...] | None] = [None] * len(tensors)
         self.changing: list[tuple[Any, ...] | None] = [None] * len(tensors)
         self.states: list[tuple[Any, ...]] = [()] * len(tensors)
@@ -75,10 +76,11 @@ class Table:
         seed: int,
         step: int,
     ) -> tuple[list[int], list[int]]:
-        """Shrink, diffuse, rewire; places, signs, births, states and orders follow.
+        """Shrink, diffuse and rewire. Places, signs, births, states and orders follow.
 
         Returns:
-            for each tensor how many slots were reborn (the first in its ``self.reborn``), and how many of them had been newborns.
+            For each tensor, the number of reborn slots (their numbers come first in its entry of ``self.reborn``), and how many
+            of them had been newborns.
         """
         ordered = False
         for i, (tensor, theta) in enumerate(zip(self.tensors, thetas, strict=True)):
@@ -107,7 +109,8 @@ class Table:
             if ordered:
                 arguments[_TASK] = 0
                 orders.update_kernel()(arguments, native.threads_for(self.work, 1 << 14))
-            # a backward pass through the connections of before would be wrong, dense or sparse: autograd refuses it
+            # A backward pass through the old connections would be wrong, dense or sparse. The new version makes autograd
+            # refuse it.
             changed = [tensor for tensor, count in zip(self.tensors, counts, strict=True) if count]
             torch.autograd.graph.increment_version(
                 [tensor.places for tensor in changed] + [tensor.order.buffer for tensor in changed if tensor.order is not None]
@@ -118,7 +121,7 @@ class Table:
         return counts, newborns
 
     def _note(self, i: int, tensor: OrderedSlots, theta: Tensor, order: SlotOrder | None) -> None:
-        """Write down where the tensors lie, if they are others than in the last step."""
+        """Write the addresses of a tensor to the table, if they have changed since the last step."""
         known = self.known[i]
         buffer = None if order is None else order.buffer
         if (
@@ -155,7 +158,7 @@ class Table:
 
 
 def random_places(total: int, count: int, index: int, seed: int) -> Tensor:
-    """``rewiring.random_places`` for at most half of the places."""
+    """Do ``rewiring.random_places`` for at most half of the places."""
     places = torch.empty(count, dtype=torch.int64)
     counter = index << randomness.SLOT_BITS
     rewire.start_kernel()(_fill_start(RESULT=places.data_ptr(), COUNT=count, SEED=seed, TOTAL=total, COUNTER=counter))
@@ -163,7 +166,10 @@ def random_places(total: int, count: int, index: int, seed: int) -> Tensor:
 
 
 def all_finite(values: Sequence[Tensor]) -> bool:
-    """Whether every value is finite; False also where a tensor is none of the kernels' (contiguous float32 or float64 on the CPU)."""
+    """Tell whether every value is finite. The answer is also False if the kernels cannot read a tensor.
+
+    They read contiguous float32 and float64 tensors on the CPU.
+    """
     table = bytearray()
     for value in values:
         size = _SIZES.get(value.dtype, 0)

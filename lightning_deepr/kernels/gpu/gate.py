@@ -1,7 +1,7 @@
-"""Whether the Triton kernels are used: where Triton can be imported, and on devices on which they have passed a check.
+"""The decision to use the Triton kernels: Triton can be imported, and the kernels have passed a check on the device.
 
-On a device and dtype that is new to them, the kernels take a few steps on a small made-up network beside the PyTorch version. If
-they can't be compiled, or anything differs, that is said once, and PyTorch does the work.
+For each new device and dtype, the kernels take a few steps on a small made-up network beside the PyTorch version. If they can't
+be compiled, or if anything differs, one warning says so, and PyTorch does the work.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_deepr.kernels.slots import Slots
 
-Check = Callable[[torch.device, torch.dtype], "str | None"]  # what of the kernels differs from PyTorch, or None
+Check = Callable[[torch.device, torch.dtype], "str | None"]  # says how the kernels differ from PyTorch, or None
 
 DEVICE_TYPES = {"cuda"}  # the tests add "cpu", for Triton's interpreter
 _verdicts: dict[tuple[str, torch.device, torch.dtype], bool] = {}
@@ -25,7 +25,7 @@ _verdicts: dict[tuple[str, torch.device, torch.dtype], bool] = {}
 
 @cache
 def _triton_step() -> Any:
-    """The module with the kernels' step, or None."""
+    """Return the module with the kernels' step, or None."""
     if os.environ.get("LIGHTNING_DEEPR_KERNELS", "1") == "0":
         return None
     try:
@@ -36,13 +36,13 @@ def _triton_step() -> Any:
 
 
 def admits(what: str, theta: Tensor, slots: Slots, check: Check) -> bool:
-    """Whether the Triton kernels may work on a tensor. Cheap after the first question about a device and a dtype.
+    """Tell whether the Triton kernels may work on a tensor. Only the first call for a device and a dtype takes long.
 
     Args:
-        what: the kernels do, for messages: "rewiring" | "sparse linear layers".
+        what: the work of the kernels, for messages: "rewiring" | "sparse linear layers".
         theta: [K].
-        slots: its :class:`lightning_deepr.weights.k_slots.KSlots`.
-        check: compares the kernels with PyTorch, once per device and dtype.
+        slots: the :class:`lightning_deepr.weights.k_slots.KSlots` of theta.
+        check: a function that compares the kernels with PyTorch. It runs once per device and dtype.
     """
     if theta.device.type not in DEVICE_TYPES:
         return False
@@ -58,15 +58,16 @@ def _passes(what: str, check: Check, device: torch.device, dtype: torch.dtype) -
         verdict = _verdicts[key] = problem is None
         if problem is not None:
             warnings.warn(
-                f"The Triton kernels for {what} did not pass their check on {device}, {dtype}: {problem}. Plain PyTorch does the work "
-                "instead, which is slower and gives the same result. LIGHTNING_DEEPR_KERNELS=0 turns the kernels off without asking.",
+                f"The Triton kernels for {what} did not pass their check on {device}, {dtype}: {problem}. "
+                "Plain PyTorch does the work instead: it is slower and gives the same result. "
+                "LIGHTNING_DEEPR_KERNELS=0 turns the kernels and their check off.",
                 stacklevel=3,
             )
     return verdict
 
 
 def _problem(check: Check, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What a check finds; an error is a finding, too."""
+    """Return what a check finds. An error is a finding, too."""
     try:
         return check(device, dtype)
     except Exception as error:

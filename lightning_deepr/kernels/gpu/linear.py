@@ -1,7 +1,7 @@
 """Sparse compute of linear layers in Triton: the products of :mod:`lightning_deepr.compute.sparse` for GPUs.
 
-Activations lie with the batch last, so that a connection is a row of one matrix times a number, and neighbouring threads read
-neighbouring numbers. Sums are taken in a fixed order: the result depends on nothing but the arguments.
+The batch is the last dimension of the activations: a connection is a row of one matrix times a number, and neighbouring threads
+read neighbouring numbers. Sums are taken in a fixed order: the result depends only on the arguments.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import triton.language as tl
 def product(
     x, y, theta, signs, starts, others, slots, batch, WIDE: tl.constexpr, CONNECTIONS: tl.constexpr, BATCH: tl.constexpr
 ):
-    """y [lines, B]: line i is the sum of theta * sign * x[other] over its connections, where x is [others, B].
+    """Compute y [lines, B] from x [others, B]: line i is the sum of theta * sign * x[other] over its connections.
 
-    A program has one line and BATCH elements of the batch. By row this is the forward pass, by column the gradient of the input.
+    A program computes one line for BATCH elements of the batch. By row this is the forward pass, by column the gradient of the
+    input.
 
     Args:
-        starts: int64 [lines + 1], where the connections of each line begin.
+        starts: int64 [lines + 1], the position at which the connections of each line begin.
         others, slots: int64 [K], the other end of each connection and its slot.
         WIDE: the type of the sums.
     """
@@ -46,10 +47,11 @@ def sampled(
     x, dy, dtheta, signs, places, slots, count, columns, batch,
     WIDE: tl.constexpr, CONNECTIONS: tl.constexpr, BATCH: tl.constexpr
 ):  # fmt: skip
-    """The gradient of theta [K]: sign * <dy[row], x[column]>, for x [columns, B] and dy [rows, B].
+    """Compute the gradient of theta [K]: sign * <dy[row], x[column]>, for x [columns, B] and dy [rows, B].
 
     Args:
-        places, slots: int64 [K], places in ascending order and the slot of each: neighbours read the same row of dy.
+        places, slots: int64 [K], the places in ascending order and the slot of each. Neighbours often read the same row of dy.
+        WIDE: the type of the sums.
     """
     at = tl.program_id(0).to(tl.int64) * CONNECTIONS + tl.arange(0, CONNECTIONS)
     there = at < count

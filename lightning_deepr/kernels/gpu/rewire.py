@@ -1,21 +1,21 @@
 """Algorithm 1 after the gradient step, for all tensors of a network, in Triton (see :mod:`lightning_deepr.algorithm.rewiring`).
 
-Nothing comes back to the host. Four kernels, each over the slots of all tensors (a program takes a piece of one tensor):
+Nothing comes back to the host. Each of four kernels covers the slots of all tensors, and a program takes a piece of one tensor:
 
-1. ``shrink``: L1, noise, sign test; the slots with theta < 0 are counted and listed, in any order;
-2. ``insert``: the places of the active connections go into a hash table;
-3. ``claim``: every dormant slot draws until it has a place;
-4. ``finish``: the reborn slots get theta 0, place, sign, birth and the optimizer's starting state.
+1. ``shrink`` applies L1, noise and the sign test, and counts and lists the slots with theta < 0, in any order.
+2. ``insert`` puts the places of the active connections into a hash table.
+3. ``claim`` lets every dormant slot draw until it has a place.
+4. ``finish`` gives the reborn slots theta 0, a place, a sign, a birth and the optimizer's starting state.
 
-The PyTorch version judges draws in the order (attempt, slot): a place that no active connection has goes to the earliest draw of
-it. The threads of a GPU come in any order, so here a place is *held*: an earlier draw takes it from a later one, and whoever loses
-it goes on with its next draw. That is deferred acceptance (Gale and Shapley, 1962): slots propose to places in the order of
-their draws, places prefer the earlier (attempt, slot), and the outcome does not depend on the order in which proposals come. Round
-after round, as PyTorch does it, is one such order.
+The PyTorch version judges draws in the order (attempt, slot): a place without an active connection goes to its earliest draw.
+The threads of a GPU come in any order. Here a slot therefore only *holds* a place: an earlier draw takes the place from a
+later one, and the slot that loses it goes on with its next draw. This is deferred acceptance (Gale and Shapley, 1962): slots
+propose to places in the order of their draws, places prefer the earlier (attempt, slot), and the outcome does not depend on
+the order of the proposals. The rounds of the PyTorch version are one such order.
 
-The table of active places is kept in the order in which a search meets the keys of a cluster: a cell takes the smaller of its key
-and the newcomer, and the larger one goes on. Each cell only ever decreases, so that ``atomic_min`` is all it takes, and the layout is
-the same whatever the order.
+In the table of active places, the keys of a cluster lie in the order in which a search meets them: a cell takes the smaller of
+its key and the new key, and the larger one goes on to the next cell. A cell only ever decreases, so ``atomic_min`` suffices,
+and the layout does not depend on the order of the insertions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lightning_deepr.kernels.gpu.draws import LARGEST, bits, extend, mix, normal
 
 
 def _word(position: int) -> tl.constexpr:
-    """A position in the table; Triton takes a plain number as a constant only so."""
+    """Make a position in the table a constant. (Triton takes a plain number as a constant only in this form.)"""
     return tl.constexpr(int(position))
 
 
@@ -38,7 +38,7 @@ def _word(position: int) -> tl.constexpr:
 STEP, NEWBORN_SINCE = _word(GpuHeader.STEP), _word(GpuHeader.NEWBORN_SINCE)
 BIRTH_STREAM, NOISE_KEY = _word(GpuHeader.BIRTH_STREAM), _word(GpuHeader.NOISE_KEY)
 HEADER = _word(fields.GPU_HEADER_WORDS)
-# Words of each tensor, behind them
+# Words of each tensor, after those
 THETA, PLACES, BORN, SIGNS = _word(Row.THETA), _word(Row.PLACES), _word(Row.BORN), _word(Row.SIGNS)
 EXCEPTIONS, EXCEPTION_COUNT = _word(Row.EXCEPTIONS), _word(Row.EXCEPTION_COUNT)
 COUNT, TOTAL, COUNTER, SIGN_SEED = _word(Row.COUNT), _word(Row.TOTAL), _word(Row.COUNTER), _word(Row.SIGN_SEED)
@@ -49,14 +49,14 @@ ADDRESS, SIZE, START = _word(StateRow.ADDRESS), _word(StateRow.SIZE), _word(Stat
 FIELDS = _word(fields.GPU_ROW_WORDS)
 
 EMPTY = tl.constexpr(randomness.LARGEST)  # larger than every place and every claim
-NEVER = tl.constexpr(-1)  # no cell ever holds it
+NEVER = tl.constexpr(-1)  # a value that no cell ever holds
 SLOT_BITS, SLOT_MASK = tl.constexpr(randomness.SLOT_BITS), tl.constexpr((1 << randomness.SLOT_BITS) - 1)
-CELLS = tl.constexpr(2)  # of each hash table, for every slot: they are at most half full
+CELLS = tl.constexpr(2)  # cells of a hash table for each slot: the table is at most half full
 
 
 @triton.jit
 def piece(words, pieces):
-    """What a program works on: its tensor's number and words, and the first slot of its piece."""
+    """Return the piece that a program works on: the number and the words of its tensor, and the first slot."""
     at = pieces + 2 * tl.program_id(0)
     tensor = tl.load(at)
     return tensor, words + HEADER + tensor * FIELDS, tl.load(at + 1)
@@ -69,18 +69,18 @@ def following(cell, capacity):
 
 @triton.jit
 def home(place, capacity):
-    """Where the search for a place begins."""
+    """Compute the cell at which the search for a place begins."""
     return tl.umulhi(mix(place.to(tl.uint64)), capacity.to(tl.uint64)).to(tl.int64)
 
 
 @triton.jit
 def shrink(words, pieces, counts, dormant, REAL: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu, in place; then theta < 0: dormant.
+    """Compute theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu in place. Slots with theta < 0 then go dormant.
 
     Args:
-        counts: int64 [tensors, 2], zeros: how many slots went dormant, and how many of them had been newborns.
-        dormant: int32 [K], the slots that went dormant, for each tensor from its first slot's position on.
-        REAL, WIDE: theta's type, and the one in which PyTorch computes with it.
+        counts: int64 [tensors, 2], zeros before: the number of slots that go dormant, and how many of them had been newborns.
+        dormant: int32 [K], the slots that go dormant. Those of a tensor begin at the position of its first slot.
+        REAL, WIDE: the type of theta, and the type in which PyTorch computes with theta.
     """
     tensor, row, first = piece(words, pieces)
     slots = first + tl.arange(0, BLOCK)
@@ -95,7 +95,7 @@ def shrink(words, pieces, counts, dormant, REAL: tl.constexpr, WIDE: tl.constexp
         nu = normal(tl.load(words + NOISE_KEY).to(tl.uint64, bitcast=True), tl.load(row + COUNTER) + slots)
         value = (value + (nu * scale).to(WIDE).to(REAL).to(WIDE)).to(REAL).to(WIDE)
     if tl.load(row + REWIRES) == 0:
-        value = tl.where(value < 0, 0.0, value)  # active at 0, with its place and its sign
+        value = tl.where(value < 0, 0.0, value)  # slots stay active at 0, with their places and signs
     tl.store(theta, value.to(REAL), mask=inside)
     died = inside & (value < 0)
     number = tl.sum(died.to(tl.int64))
@@ -131,12 +131,12 @@ def insert(words, pieces, counts, taken, REAL: tl.constexpr, WIDE: tl.constexpr,
 
 @triton.jit
 def claim(words, pieces, counts, dormant, taken, drawn, claims, BLOCK: tl.constexpr):
-    """Every dormant slot draws places until it holds one.
+    """Let every dormant slot draw places until it holds one.
 
     Args:
-        taken: the table of active places.
-        drawn: int64 [CELLS * K], all EMPTY: a hash table of the places that are held.
-        claims: int64 [CELLS * K], all EMPTY: who holds each, attempt * 2**SLOT_BITS + slot.
+        taken: the hash table of active places.
+        drawn: int64 [CELLS * K], all EMPTY before: a hash table of the places that are held.
+        claims: int64 [CELLS * K], all EMPTY before: the holder of each place, attempt * 2**SLOT_BITS + slot.
     """
     tensor, row, first = piece(words, pieces)
     number = tl.load(counts + 2 * tensor)
@@ -153,7 +153,7 @@ def claim(words, pieces, counts, dormant, taken, drawn, claims, BLOCK: tl.conste
         while left > 0:
             draw = (bits(extend(stream, attempt.to(tl.uint64)), counter + slot) & LARGEST).to(tl.int64)
             place = draw % total
-            # no place of an active connection
+            # look for the place among those of active connections: if it is there, it is not free
             free = pending & (draw <= limit)
             cell = home(place, capacity)
             looking, looks = free, tl.sum(free.to(tl.int32))
@@ -163,7 +163,7 @@ def claim(words, pieces, counts, dormant, taken, drawn, claims, BLOCK: tl.conste
                 looking = looking & (found < place)
                 cell = following(cell, capacity)
                 looks = tl.sum(looking.to(tl.int32))
-            # hold it, unless an earlier draw does; an exchange has no mask: who does not take part expects what is never there
+            # Hold the place, unless an earlier draw holds it. atomic_cas has no mask: a lane that takes no part expects NEVER.
             mine = (attempt << SLOT_BITS) | slot
             later = mine
             cell = home(place, capacity)
@@ -178,14 +178,14 @@ def claim(words, pieces, counts, dormant, taken, drawn, claims, BLOCK: tl.conste
                 reaching = reaching & ~here
                 cell = tl.where(reaching, following(cell, capacity), cell)
                 reaches = tl.sum(reaching.to(tl.int32))
-            # the later of the two has lost: its next draw
+            # the later of the two draws has lost: its slot draws again
             slot, attempt = later & SLOT_MASK, (later >> SLOT_BITS) + 1
             left = tl.sum(pending.to(tl.int32))
 
 
 @triton.jit
 def finish(words, pieces, counts, drawn, claims, REAL: tl.constexpr, BLOCK: tl.constexpr):
-    """The reborn slots start: theta 0, place, sign, birth and the optimizer's starting state."""
+    """Give the reborn slots theta 0, a place, a sign, a birth and the optimizer's starting state."""
     tensor, row, first = piece(words, pieces)
     if (tl.load(counts + 2 * tensor) > 0) & (tl.load(row + LISTED) == 0):
         cells = first * CELLS + tl.arange(0, CELLS * BLOCK)
@@ -215,7 +215,7 @@ def finish(words, pieces, counts, drawn, claims, REAL: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def sign_of(row, place, valid):
-    """The constant sign of each place, float32 (``KSlots.signs_at``)."""
+    """Compute the constant sign of each place, float32 (``KSlots.signs_at``)."""
     negative = bits(tl.load(row + SIGN_SEED).to(tl.uint64, bitcast=True), place).to(tl.int64) < 0
     number = tl.load(row + EXCEPTION_COUNT)
     if number > 0:

@@ -1,7 +1,7 @@
-"""One step of Algorithm 1 for all tensors of a network on a GPU: fills the Triton kernels' table and launches them.
+"""One step of Algorithm 1 for all tensors of a network on a GPU: this module fills the table and launches the Triton kernels.
 
-Nothing is asked of the device: all sizes follow from K. The table of addresses and numbers is written on the host and sent ahead of the
-kernels in one copy that nobody waits for.
+The host never waits for the device: all sizes follow from K. The host writes the table of addresses and numbers, and sends it
+to the device before the kernels, in one asynchronous copy.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from lightning_deepr.kernels.gpu import rewire
 from lightning_deepr.kernels.slots import Slots, State
 
 BLOCK = 256  # slots of a program
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # a multiplication and an addition stay two, as PyTorch computes them
-MOST_SLOTS = (1 << 31) - 1  # of a tensor: they are listed as int32
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # a multiplication and an addition stay separate, as in PyTorch
+MOST_SLOTS = (1 << 31) - 1  # the most slots of a tensor: the kernels list them as int32
 CELLS = int(rewire.CELLS)
-# (a member of an enumeration takes longer to look up)
+# (looking up a member of an enumeration takes longer)
 _STEP, _NEWBORN_SINCE = int(GpuHeader.STEP), int(GpuHeader.NEWBORN_SINCE)
 _BIRTH_STREAM, _NOISE_KEY = int(GpuHeader.BIRTH_STREAM), int(GpuHeader.NOISE_KEY)
 _DECREMENT, _SCALE, _REWIRES = int(Row.DECREMENT), int(Row.SCALE), int(Row.REWIRES)
-# theta's type, and the one in which PyTorch computes with it
+# the type of theta, and the type in which PyTorch computes with theta
 _TYPES = {
     torch.float32: (tl.float32, tl.float32),
     torch.float64: (tl.float64, tl.float64),
@@ -48,7 +48,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def takes(theta: Tensor, slots: Slots) -> bool:
-    """Whether the kernels can work on a tensor: its types, and memory without gaps on one device."""
+    """Tell whether the kernels can work on a tensor: they need certain dtypes, and contiguous memory on one device."""
     device = theta.device
     words = (slots.places, slots.born, slots.exceptions)
     return (
@@ -66,8 +66,8 @@ class Table:
     """The kernels' view of some tensors that step together.
 
     Args:
-        tensors: all on one device, with thetas of one dtype (see :func:`takes`).
-        dtype: of theta.
+        tensors: tensors on one device, with thetas of one dtype (see :func:`takes`).
+        dtype: the dtype of the thetas.
     """
 
     def __init__(self, tensors: Sequence[Slots], dtype: torch.dtype) -> None:
@@ -84,9 +84,9 @@ class Table:
         self.listed = [2 * count > t.total for count, t in zip(counts, tensors, strict=True)]
         self.rows[:, Row.COUNT], self.rows[:, GpuRow.SLOT_START], self.rows[:, GpuRow.LISTED] = counts, starts[:-1], self.listed
         self.rows[:, Row.TOTAL] = [t.total for t in tensors]
-        # a draw beyond it is repeated (randomness.uniform_places)
+        # a draw above the limit is repeated (randomness.uniform_places)
         self.rows[:, GpuRow.LIMIT] = [randomness.LARGEST - (randomness.LARGEST % t.total + 1) % t.total for t in tensors]
-        # what is in the table, so that only what changes is written
+        # the content of the table: only what changes is written
         self.known: list[tuple[int, ...]] = [()] * len(tensors)
         self.changing: list[tuple[Any, ...] | None] = [None] * len(tensors)
         self.states: list[tuple[tuple[int, int, int], ...]] = [()] * len(tensors)
@@ -103,11 +103,11 @@ class Table:
         step: int,
         want_dormant: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Shrink, diffuse, rewire; places, signs, births and states follow.
+        """Shrink, diffuse and rewire. Places, signs, births and states follow.
 
         Returns:
-            int64 [tensors, 2] on the device: how many slots were reborn, and how many of them had been newborns; and, if wanted, for
-            each tensor a bool [K] of the slots that were reborn.
+            int64 [tensors, 2] on the device: the number of reborn slots, and how many of them had been newborns. With
+            ``want_dormant``, also a bool [K] of the reborn slots for each tensor, else an empty list.
         """
         words = self._words(thetas, decrements, scales, rewires, states, newborn_since, seed, step)
         counts = torch.zeros(len(self.tensors), 2, dtype=torch.long, device=self.device)
@@ -124,7 +124,7 @@ class Table:
                 taken, drawn, claims = cells
                 rewire.insert[grid](words, self.pieces, counts, taken, REAL=real, WIDE=wide, **options)
                 rewire.claim[grid](words, self.pieces, counts, dormant, taken, drawn, claims, **options)
-            # what the last kernel does not do needs to know whom it concerns
+            # PyTorch does what the last kernel can't do, and needs to know the slots
             masks: dict[int, Tensor] = {}
             for i, (theta, own) in enumerate(zip(thetas, states, strict=True)):
                 if rewires[i] and (want_dormant or self.listed[i] or not _can_write(own, self.device)):
@@ -137,7 +137,7 @@ class Table:
             if self.listed[i] or not _can_write(states[i], self.device):
                 for value, start in states[i]:
                     value.masked_fill_(mask.to(value.device), start)
-        # a backward pass through the connections of before would be wrong: autograd refuses it
+        # A backward pass through the old connections would be wrong. The new version makes autograd refuse it.
         torch.autograd.graph.increment_version([t.places for t, does in zip(self.tensors, rewires, strict=True) if does])
         empty = torch.zeros(0, dtype=torch.bool, device=self.device)
         return counts, [masks.get(i, empty) for i in range(len(self.tensors))] if want_dormant else []
@@ -153,7 +153,7 @@ class Table:
         seed: int,
         step: int,
     ) -> Tensor:
-        """The table, on the device; only what changed since the last step is written anew."""
+        """Return the table on the device. Only what has changed since the last step is written anew."""
         self.words[_STEP], self.words[_NEWBORN_SINCE] = step, newborn_since
         self.words[_BIRTH_STREAM] = signed(_birth_stream(seed, step))
         self.words[_NOISE_KEY] = signed(randomness.key(seed, randomness.NOISE, step))
@@ -183,21 +183,24 @@ class Table:
         if self.device.type != "cuda":
             return host.to(self.device, copy=True)
         table = host.pin_memory().to(self.device, non_blocking=True)
-        for at, number in on_device:  # a learning rate that lives on the device
+        for at, number in on_device:  # they come from a learning rate on the device
             table[at : at + 1].view(torch.float64).copy_(number.reshape(1))
         return table
 
 
 def draw_from_list(theta: Tensor, tensor: Slots, dormant: Tensor, seed: int, step: int) -> None:
-    """``rewiring.draw_from_list`` and what follows it, in operations whose sizes do not depend on how many are reborn.
+    """Do ``rewiring.draw_from_list`` and give the reborn slots theta 0, place, sign and birth.
+
+    The sizes of all operations are independent of the number of reborn slots.
 
     Args:
-        dormant: bool [K].
+        dormant: bool [K], the slots that have gone dormant.
     """
     device, total, places = theta.device, tensor.total, tensor.places
     numbers = torch.arange(total, device=device)
     active = torch.zeros(total, dtype=torch.bool, device=device).scatter_(0, places, ~dormant)
-    # the candidates, ascending, and then the others, which no draw is compared with: so that equal keys can't mix them up
+    # The candidates come first, ascending, and then the active places. The stable sort below then never puts an active place
+    # before a candidate, even if their keys are equal.
     among_free, among_active = (~active).cumsum(0) - 1, active.cumsum(0) - 1
     position = torch.where(active, among_free[-1:] + 1 + among_active, among_free)
     arranged = torch.empty_like(numbers).scatter_(0, position, numbers)
@@ -212,7 +215,7 @@ def draw_from_list(theta: Tensor, tensor: Slots, dormant: Tensor, seed: int, ste
 
 
 def _can_write(states: Sequence[State], device: torch.device) -> bool:
-    """Whether the kernels reset these states, or PyTorch."""
+    """Tell whether the kernels reset these states. If not, PyTorch does."""
     return len(states) <= MOST_STATES and all(
         value.device == device and value.is_contiguous() and value.element_size() in _BITS for value, _ in states
     )
@@ -220,13 +223,13 @@ def _can_write(states: Sequence[State], device: torch.device) -> bool:
 
 @cache
 def _bits(start: float, dtype: torch.dtype) -> int:
-    """The bits of a number in a type, as a signed integer of its size."""
+    """Return the bits of a number in a dtype, as a signed integer of the same size."""
     value = torch.tensor([start], dtype=dtype)
     return int(value.view(_BITS[value.element_size()]))
 
 
 def _birth_stream(seed: int, step: int) -> int:
-    """The key of a step's births but for its last coordinate, the attempt (see ``randomness.key``)."""
+    """Compute the key of a step's births without its last coordinate, the attempt (see ``randomness.key``)."""
     state = 4
     for coordinate in (seed, randomness.BIRTH, step):
         state = randomness.mix((state + randomness.GOLDEN + randomness.mix(coordinate & randomness.WORD)) & randomness.WORD)

@@ -1,4 +1,4 @@
-"""The words of the kernels' arguments and tables: both sides see the same."""
+"""The words of the kernels' arguments and tables: the caller and the kernel see the same ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_deepr.kernels.cpu.fields import (
 )
 
 LISTS = [kind for _, kind in inspect.getmembers(fields, inspect.isclass) if issubclass(kind, Fields) and kind is not Fields]
-BEHIND = {CpuRow: Row, GpuRow: Row}  # lists that go on behind another
+BEHIND = {CpuRow: Row, GpuRow: Row}  # lists that follow another one
 by_name = pytest.mark.parametrize("kind", LISTS, ids=lambda kind: kind.__name__)
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no numba here")
 
@@ -93,7 +93,7 @@ def test_signed(word: int, expected: int) -> None:
 
 @needs_kernels
 def test_a_kernel_reads_what_the_caller_wrote_under_the_same_name() -> None:
-    """Compiled code copies each word, by name, to where the next list of numbers begins."""
+    """Compiled code reads each word by its name and copies it to the next free position of another array."""
     from lightning_deepr.kernels.cpu.native import Kernel, load_int64, store_int64
 
     lines, names = ["def echo(a):", "    source, target = load_int64(a), load_int64(a + 8)"], []
@@ -117,7 +117,7 @@ def test_a_kernel_reads_what_the_caller_wrote_under_the_same_name() -> None:
 
 @needs_kernels
 def test_the_step_on_the_cpu_finds_what_its_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All words of a row, read as the kernel reads them."""
+    """The test reads all words of a row as the kernel does."""
     from lightning_deepr.kernels.cpu import rewire
     from lightning_deepr.kernels.cpu.step import Table
     from lightning_deepr.weights.k_slots import KSlots
@@ -138,9 +138,10 @@ def test_the_step_on_the_cpu_finds_what_its_table_says(monkeypatch: pytest.Monke
     assert table.step([theta], [0.5], [0.25], [True], [[(moments[0], 0.0), (moments[1], 0.75)]], 8, 6, 9) == ([0], [0])
     word = struct.Struct("d")
     expected = {
-        "THETA": theta.data_ptr(), "PLACES": slots.places.data_ptr(), "BORN": slots.born.data_ptr(), "SIGNS": slots.signs.data_ptr(),
-        "EXCEPTIONS": slots.exceptions.data_ptr(), "EXCEPTION_COUNT": 1, "COUNTER": 2 << 40, "SIGN_SEED": 99, "COUNT": 3, "TOTAL": 35,
-        "REWIRES": 1, "STATES": 2, "SIZE": 4, "ROWS": 5, "COLUMNS": 7, "REBORN": table.reborn[0].data_ptr(),
+        "THETA": theta.data_ptr(), "PLACES": slots.places.data_ptr(), "BORN": slots.born.data_ptr(),
+        "SIGNS": slots.signs.data_ptr(), "EXCEPTIONS": slots.exceptions.data_ptr(), "EXCEPTION_COUNT": 1,
+        "COUNTER": 2 << 40, "SIGN_SEED": 99, "COUNT": 3, "TOTAL": 35, "REWIRES": 1, "STATES": 2, "SIZE": 4, "ROWS": 5,
+        "COLUMNS": 7, "REBORN": table.reborn[0].data_ptr(),
         "state ADDRESS": moments[1].data_ptr(), "state SIZE": 4,
         "argument TASK": 0, "argument TENSORS": 1, "argument STEP": 9, "argument SEED": 6, "argument NEWBORN_SINCE": 8,
         "argument FINISHED": 0, **dict(zip(fields.ORDER_NAMES, order.addresses, strict=True)),
