@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -197,17 +197,18 @@ def _by_torchscript(plain: nn.Module, traced: tuple[Tensor, ...], dynamic: Mappi
     """
     (onnx,) = needed("onnx", purpose="to_onnx")
     names = list(inspect.signature(plain.forward).parameters)[: len(traced)]
-    file = io.BytesIO()
-    torch.onnx.export(
-        plain,
-        traced,
-        file,
-        dynamo=False,
-        input_names=names,
-        dynamic_axes={name: dict(dynamic) for name in names},
-        opset_version=opset,
-    )
-    return onnx.load_from_string(file.getvalue())
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "net.onnx"
+        torch.onnx.export(
+            plain,
+            traced,
+            file,
+            dynamo=False,
+            input_names=names,
+            dynamic_axes={name: dict(dynamic) for name in names},
+            opset_version=opset,
+        )
+        return onnx.load(file)
 
 
 def _check(onnx: Any, payload: bytes, module: nn.Module) -> None:
@@ -250,11 +251,11 @@ def _compare(
         expected = [part for part in pytree.tree_leaves(plain(*trial)) if isinstance(part, Tensor)]
         try:
             given = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, trial, strict=False)})
-        except Exception as error:
+        except Exception as failure:
             raise RuntimeError(
                 f"to_onnx: onnxruntime could not run the file with inputs {[tuple(t.shape) for t in trial]}: a size became a "
-                f"constant. Give dynamic={{}} or other dimensions. ({error})"
-            ) from error
+                f"constant. Give dynamic={{}} or other dimensions. ({failure})"
+            ) from failure
         if [tuple(part.shape) for part in given] != [tuple(part.shape) for part in expected]:
             raise RuntimeError(
                 f"to_onnx: expected outputs of shapes {[tuple(part.shape) for part in expected]}, found "

@@ -62,9 +62,13 @@ def root() -> Path | None:
 
 
 def digest_of_sources() -> str:
-    """Return the digest of the source files in this package, which hold the kernels, or "" if there are none."""
-    package = importlib.resources.files(__package__)
-    sources = sorted((file for file in package.iterdir() if file.name.endswith(".py")), key=lambda file: file.name)
+    """Return the digest of the files that kernels are compiled from, or "" if they are not there.
+
+    The kernels are in this package, and they take constants from ``algorithm``.
+    """
+    folders = [importlib.resources.files(package) for package in (__package__, "lightning_deepr.algorithm")]
+    found = [file for folder in folders for file in folder.iterdir() if file.name.endswith(".py")]
+    sources = sorted(found, key=lambda file: (file.name, str(file)))
     digest = hashlib.sha256()
     for file in sources:
         content = file.read_bytes()
