@@ -34,6 +34,7 @@ class FixedRandom(SlotTraining):
 
     signs: str = "fixed"
     rewire_until = 0
+    without_turnover = "There is no L1 in it, and nothing is reborn: leave l1 out."
 
     def __post_init__(self) -> None:
         if self.signs not in ("fixed", "free"):

@@ -382,7 +382,7 @@ class SparseTraining(SharedArguments, Callback):
         extra = self.extra_state()
         return {
             **({"extra": extra} if extra else {}),
-            "version": 1,
+            "version": 2,
             "seed": self.seed,
             "tensors": {
                 t.name: {
@@ -394,6 +394,7 @@ class SparseTraining(SharedArguments, Callback):
                     "steps": t.turnover.steps,
                     "reborn": t.turnover.reborn,
                     "newborn_deaths": t.turnover.newborn_deaths,
+                    **({} if t.steering is None else {"steering": t.steering.state()}),
                 }
                 for t in self.tracked
             },
@@ -431,6 +432,33 @@ class SparseTraining(SharedArguments, Callback):
             tensor.step, tensor.start = entry["step"], entry["start"]
             for key in ("streak", "warned", "steps", "reborn", "newborn_deaths"):
                 setattr(tensor.turnover, key, entry[key])
+        self._load_steering(recorded, state.get("version", 1))
         self.load_extra_state(state.get("extra", {}))
         if self._is_at_work or self._at_fabric:  # a loop at work: the method begins anew with what was loaded
             self.begin(self.tracked)
+
+    def _load_steering(self, recorded: Mapping[str, Any], version: int) -> None:
+        """Go on with the alpha that a checkpoint has, where it is steered."""
+        steered = [tensor for tensor in self.tracked if tensor.steering is not None]
+        resting = []
+        for tensor in steered:
+            assert tensor.steering is not None
+            entry = recorded[tensor.name].get("steering")
+            if entry is not None:
+                tensor.steering.load(entry)
+            elif version < 2:
+                tensor.steering.rest()
+            else:  # another l1 until now
+                tensor.steering.reset()
+            if tensor.steering.rests:
+                resting.append(tensor.name)
+            else:
+                tensor.note_steered_alpha()
+        for optimizer in [found for run in self._runs.hooked() if (found := run.optimizer()) is not None]:
+            self._note_l1(optimizer)
+        if resting:
+            rank_zero_warn(
+                f"{type(self).__name__}: the checkpoint was written before l1 was steered by the turnover: {', '.join(resting)} go on "
+                "with the alpha that they had, the optimizer's default (l1=None). If that training had another l1, give it. A new "
+                "training is steered."
+            )

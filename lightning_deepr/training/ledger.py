@@ -62,5 +62,5 @@ class Ledger:
                 found[key], rows = rows[: len(table)], rows[len(table) :]
         for entry in entries:
             births, newborns = found[id(entry.counts)][entry.position]
-            if entry.tensor.turnover.add(births, newborns):
+            if entry.tensor.add(births, newborns, True, entry.tensor.turnover.count):
                 yield entry.tensor, entry.alpha

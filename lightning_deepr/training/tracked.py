@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_deepr.algorithm.statistics import Turnover
+from lightning_deepr.algorithm.steering import Steering
 from lightning_deepr.weights.find import Converted
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class TrackedTensor:
     temperature: Any = 0.0  # temperature's entry for it
     step: int = 0  # optimizer steps that it took part in
     start: int = 0  # ... at which the present training began
+    steering: Steering | None = None  # of its alpha, where ``alpha`` is a target; layers that share a theta may share it
 
     @property
     def name(self) -> str:
@@ -43,6 +45,28 @@ class TrackedTensor:
     def done(self) -> int:
         """Steps of the present training."""
         return self.step - self.start
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether alpha follows the turnover."""
+        return self.steering is not None and not self.steering.rests
+
+    def note_steered_alpha(self) -> None:
+        """For the report and for files: the target, and the present alpha."""
+        assert self.steering is not None
+        alpha = self.steering.alpha
+        self.slots.l1_taken = "turnover" if alpha is None else f"turnover {alpha:.4g}"
+        self.slots.l1_rule = repr(self.steering.target) if alpha is None else f"{self.steering.target!r} at {alpha!r}"
+
+    def add(self, reborn: int, newborn_deaths: int, rewired: bool, count: int) -> bool:
+        """Count a step that it took; see :meth:`lightning_deepr.algorithm.statistics.Turnover.add`.
+
+        Args:
+            count: K before the step.
+        """
+        if rewired and self.steering is not None:
+            self.steering.add(reborn, count)
+        return self.turnover.add(reborn, newborn_deaths, rewired)
 
 
 class Reborn(NamedTuple):

@@ -87,6 +87,7 @@ class Parametrization(nn.Module):
         self.compute = "dense"  # what came of it
         self.layer: LayerCompute = DENSE  # how the module computes, and how it gets its own forward back
         self.l1_taken: float | str | None = None
+        self.l1_rule: str | None = None  # what steered alpha, and to where: for files
         self.owner: Callable[[], Any] = nobody  # weak reference to the callback at work
         self.copied_from: Callable[[], Any] = nobody
         self.averages: weakref.WeakSet[parametrize.ParametrizationList] = weakref.WeakSet()
@@ -207,6 +208,7 @@ class Parametrization(nn.Module):
     def take_after(self, source: Parametrization, memo: dict[int, Any]) -> None:
         """What a deep copy has of its source, whatever its kind."""
         self.compute, self.l1_taken, self.training = source.compute, source.l1_taken, source.training
+        self.l1_rule = source.l1_rule
         self.policy, self.layer = source.policy, source.layer
         self.copied_from = weakref.ref(source)
         memo[id(source)] = self
