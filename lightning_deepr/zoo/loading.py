@@ -167,7 +167,7 @@ def info(name_or_path: str | PathLike[str]) -> dict[str, Any]:
 
     Returns:
         name, file, bytes, sha256 (of the file), digest (of its contents), format_version, package_version, architecture, arguments, dense_parameters (numbers
-        that are not sparse), connectivity (``rows`` with name, shape, total, active, connectivity; total, active, connectivity, left_out) and
+        that are not sparse), connectivity (``rows`` with name, shape, total, active, connectivity, and l1 where it was steered; total, active, connectivity, left_out) and
         what :func:`save` was given: algorithm, hyperparameters, seeds, metrics, data, recipe, license, ...
 
     Raises:
