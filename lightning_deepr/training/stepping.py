@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_deepr.algorithm.statistics import collapse_message
+from lightning_deepr.algorithm.steering import Steering
 from lightning_deepr.training import guards, invariants
 from lightning_deepr.training.ledger import Ledger
 from lightning_deepr.training.run import Run, Runs
@@ -130,21 +131,26 @@ class Stepper(ABC):
         if not stepped:
             return
         self.after_step(stepped, optimizer)
+        steered: list[tuple[TrackedTensor, Steering]] = []
         for item in stepped:
-            tensor, born = item.tensor, item.reborn
+            tensor, born, steering = item.tensor, item.reborn, item.tensor.steering
             if self.check_invariants:
                 self.check(item, optimizer)
             tensor.step += 1
+            if steering is not None and not steering.rests:
+                steered.append((tensor, steering))
             if born.pending is not None:
                 self._ledger.note(*born.pending, tensor, item.alpha)
                 continue
             deaths = born.births + born.moved
-            collapsed = tensor.add(deaths, born.newborns, item.rewires, tensor.slots.count + born.moved)
-            if collapsed:
+            if steering is not None and item.rewires:
+                steering.add(deaths, tensor.slots.count + born.moved)  # K as it was before the step
+            if tensor.turnover.add(deaths, born.newborns, item.rewires):
                 self._tell_of_collapse(tensor, item.alpha)
         if self._ledger.is_full:
             self._settle()
-        self._steer([item.tensor for item in stepped])
+        if steered:
+            self._steer(steered)
 
     def _settle(self) -> None:
         """Count the births that lie on a device still, before somebody reads the counts."""
@@ -155,11 +161,8 @@ class Stepper(ABC):
         if self.watches_for_collapse:
             rank_zero_warn(collapse_message(tensor.name, alpha, steered=tensor.is_steered))
 
-    def _steer(self, tensors: Sequence[TrackedTensor]) -> None:
+    def _steer(self, steered: Sequence[tuple[TrackedTensor, Steering]]) -> None:
         """At the end of an interval of these tensors, which have just taken a step: alpha follows their turnover."""
-        steered = [(tensor, tensor.steering) for tensor in tensors if tensor.steering is not None and not tensor.steering.rests]
-        if not steered:
-            return
         if self.total_steps is None and "length" not in self._told:
             self._told.add("length")
             if any(steering.target.shape != "constant" for _, steering in steered):

@@ -58,16 +58,6 @@ class TrackedTensor:
         self.slots.l1_taken = "turnover" if alpha is None else f"turnover {alpha:.4g}"
         self.slots.l1_rule = repr(self.steering.target) if alpha is None else f"{self.steering.target!r} at {alpha!r}"
 
-    def add(self, reborn: int, newborn_deaths: int, rewired: bool, count: int) -> bool:
-        """Count a step that it took; see :meth:`lightning_deepr.algorithm.statistics.Turnover.add`.
-
-        Args:
-            count: K before the step.
-        """
-        if rewired and self.steering is not None:
-            self.steering.add(reborn, count)
-        return self.turnover.add(reborn, newborn_deaths, rewired)
-
 
 class Reborn(NamedTuple):
     """What a step did to a tensor."""
