@@ -12,6 +12,7 @@ from lightning_deepr._version import __version__
 
 if TYPE_CHECKING:
     from lightning_deepr import zoo
+    from lightning_deepr.algorithm.steering import TurnoverTarget
     from lightning_deepr.conversion.convert import connections, densify, sparsify
     from lightning_deepr.conversion.layers import SparseLinear
     from lightning_deepr.conversion.report import connectivity_report
@@ -32,6 +33,7 @@ __all__ = [
     "SoftDeepR",
     "SparseLinear",
     "SparseTraining",
+    "TurnoverTarget",
     "__version__",
     "connections",
     "connectivity_report",
@@ -50,6 +52,7 @@ __getattr__, __dir__ = lazy(
             ("DeepR", "FixedRandom", "L1Shrinkage", "MagnitudePruning", "RigL", "SET", "SoftDeepR"), "lightning_deepr.methods"
         ),
         "SparseTraining": "lightning_deepr.training.callback",
+        "TurnoverTarget": "lightning_deepr.algorithm.steering",
         **dict.fromkeys(("LinearDecay", "LrPower"), "lightning_deepr.training.schedules"),
         **dict.fromkeys(("connections", "densify", "sparsify"), "lightning_deepr.conversion.convert"),
         "SparseLinear": "lightning_deepr.conversion.layers",

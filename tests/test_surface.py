@@ -19,7 +19,7 @@ PUBLIC = {
     "lightning_deepr": {
         *("DeepR", "SoftDeepR", "SET", "RigL", "FixedRandom", "MagnitudePruning", "L1Shrinkage", "SparseTraining"),
         *("sparsify", "densify", "connections", "connectivity_report", "load_state_dict", "save_sparse"),
-        *("LinearDecay", "LrPower", "SparseLinear", "zoo", "__version__"),
+        *("LinearDecay", "LrPower", "TurnoverTarget", "SparseLinear", "zoo", "__version__"),
     },
     "lightning_deepr.zoo": {
         *("list_models", "info", "load", "save", "publish", "verify", "connections_of", "path_of"),

@@ -55,10 +55,17 @@ class Turnover:
         return taken
 
 
-def collapse_message(name: str, alpha: object) -> str:
-    """Return the warning of a collapse."""
+def collapse_message(name: str, alpha: object, steered: bool = False) -> str:
+    """Return the warning of a collapse.
+
+    Args:
+        name: the tensor's name.
+        alpha: the present alpha.
+        steered: whether alpha follows the turnover.
+    """
+    lower = f"l1 (now {alpha}) is being lowered. If that does not help:" if steered else f"Lower l1 (now {alpha}),"
     return (
         f"`{name}` has collapsed: more than half of its connections were reborn in each of the last {COLLAPSE_STEPS} steps, so "
-        f"it learns nothing. Lower l1 (now {alpha}), give this tensor a larger share of the connections (a dict or another "
+        f"it learns nothing. {lower} give this tensor a larger share of the connections (a dict or another "
         'distribution: "uniform" starves small output layers), or keep the scale of the start with init="module".'
     )

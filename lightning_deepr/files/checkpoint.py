@@ -241,7 +241,7 @@ def report_of_checkpoint(path_or_dict: str | PathLike[str] | Mapping[str, Any]) 
         rows = _rows(state.get("state_dict", state))
     if not rows:
         raise ValueError("expected a sparse checkpoint, found one without a converted tensor.")
-    return ConnectivityReport([{**row, "l1": None, "compute": "-"} for row in rows], {})
+    return ConnectivityReport([{"l1": None, **row, "compute": "-"} for row in rows], {})
 
 
 def _rows(state: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -302,6 +302,7 @@ def rows_of(contents: Contents) -> list[dict[str, Any]]:
             "total": entry["total"],
             "active": entry["active"],
             "connectivity": entry["active"] / entry["total"],
+            **({"l1": entry["l1"]} if "l1" in entry else {}),
         }
         for name, entry in sorted(contents.record["sparse"].items(), key=lambda item: item[1]["index"])
     ]

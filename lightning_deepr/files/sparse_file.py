@@ -27,6 +27,8 @@ from lightning_deepr.weights.k_slots import KSlots
 
 _SPARSE_KEYS = {"shape", "total", "active", "bits", "index", "sign_seed", "last_birth"}
 _EXCEPTION_KEYS = {"exceptions", "exception_bits"}  # only if there are exceptions
+_RULE_KEYS = {"l1"}  # only if alpha was steered
+_LONGEST_RULE = 500  # characters
 _RECORD_KEYS = {"architecture", "arguments", "connectivity", "left_out", "metadata", "package_version", "sparse"}
 
 
@@ -40,6 +42,7 @@ class Connections(NamedTuple):
     number: int  # the tensor's position in the order of conversion
     sign_seed: int
     last_birth: int
+    l1: str | None = None  # the target that steered alpha, and the last alpha
 
     @property
     def theta(self) -> Tensor:
@@ -51,6 +54,7 @@ class Connections(NamedTuple):
             torch.Size(self.shape), self.places.to(device), self.number, self.sign_seed, self.exceptions.to(device), dtype
         )
         slots.born.fill_(self.last_birth)
+        slots.l1_rule = self.l1
         return slots
 
 
@@ -127,6 +131,7 @@ def _connections(slots: Parametrization, theta: Tensor) -> Connections:
         slots.index,
         slots.sign_seed,
         slots.last_birth(),
+        slots.l1_rule,
     )
 
 
@@ -142,6 +147,8 @@ def _encoded(found: Connections) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "sign_seed": found.sign_seed,
         "last_birth": found.last_birth,
     }
+    if found.l1 is not None:
+        entry["l1"] = found.l1[:_LONGEST_RULE]
     streams = {"values": found.values, "gaps": _stream(gaps.encode(places, bits))}
     # The sign bit shows an exception at an active place. Exceptions at dormant places need an entry of their own.
     dormant = np.setdiff1d(found.exceptions.numpy(), places)
@@ -189,10 +196,14 @@ def check(contents: Contents) -> None:
 
 def _check_entry(name: str, entry: Any, pieces: dict[str, Piece]) -> None:
     keys = set(entry) if isinstance(entry, dict) else set()
-    if keys not in (_SPARSE_KEYS, _SPARSE_KEYS | _EXCEPTION_KEYS):
+    if keys - _RULE_KEYS not in (_SPARSE_KEYS, _SPARSE_KEYS | _EXCEPTION_KEYS):
         raise FormatError(f"`{name[:80]}`: expected {', '.join(sorted(_SPARSE_KEYS))}, found {', '.join(sorted(keys))[:200]}.")
     shape = whole_numbers(entry["shape"], f"`{name}`: shape")
-    for key in keys - {"shape"}:
+    if "l1" in keys and not (isinstance(entry["l1"], str) and len(entry["l1"]) <= _LONGEST_RULE):
+        raise FormatError(
+            f"`{name[:80]}`: l1: expected text of at most {_LONGEST_RULE} characters, found {str(entry['l1'])[:80]}."
+        )
+    for key in keys - {"shape", "l1"}:
         low = {"last_birth": -1, "active": 1, "bits": 1, "exception_bits": 1, "exceptions": 1}.get(key, 0)
         high = {"bits": gaps.WIDEST, "exception_bits": gaps.WIDEST, "index": (1 << 23) - 1, "last_birth": LARGEST - 1}.get(
             key, LARGEST
@@ -258,7 +269,14 @@ def _decoded(name: str, entry: dict[str, Any], pieces: dict[str, Piece]) -> Conn
             raise FormatError("expected exceptions of dormant places only, found an active one.")
         exceptions = torch.cat([exceptions, torch.from_numpy(dormant)]).sort().values
     return Connections(
-        tuple(entry["shape"]), places, values, exceptions, entry["index"], entry["sign_seed"], entry["last_birth"]
+        tuple(entry["shape"]),
+        places,
+        values,
+        exceptions,
+        entry["index"],
+        entry["sign_seed"],
+        entry["last_birth"],
+        entry.get("l1"),
     )
 
 

@@ -25,6 +25,7 @@ class DenseTraining(SparseTraining):
     """
 
     kind: ClassVar[type[DenseTheta]]
+    without_turnover = "It has no rebirths: give a number, LinearDecay(start, end) or a function of the progress."
 
     @override
     def convert(self, module: nn.Module, new: list[Candidate], counts: Mapping[str, int]) -> list[Converted]:

@@ -32,6 +32,7 @@ class DropAndGrow(SlotTraining):
     drop_fraction: float = 0.3
     rewire_every_n_steps: int = 100
     rewire_until: int | float | None = 0.75
+    without_turnover = "It has no L1: drop_fraction says how many are reborn. Leave l1 out."
 
     def __post_init__(self) -> None:
         if isinstance(self.drop_fraction, bool) or not isinstance(self.drop_fraction, (int, float)):

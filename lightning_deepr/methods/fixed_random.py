@@ -34,6 +34,7 @@ class FixedRandom(SlotTraining):
 
     signs: str = "fixed"
     rewire_until = 0
+    without_turnover = "It has no L1 and no rebirths: leave l1 out."
 
     def __post_init__(self) -> None:
         if self.signs not in ("fixed", "free"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 from typing_extensions import override
@@ -12,6 +13,7 @@ from lightning_deepr.methods.gradient_growth import GradientGrowth
 from lightning_deepr.training.tracked import Stepped
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class RigL(GradientGrowth):
     """RigL: drop the smallest weights, grow where the dense gradient is largest (Evci et al. 2020, "Rigging the lottery").
 

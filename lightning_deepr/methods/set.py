@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 from typing_extensions import override
@@ -11,6 +12,7 @@ from lightning_deepr.methods.drop_and_grow import DropAndGrow
 from lightning_deepr.training.tracked import Stepped
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class SET(DropAndGrow):
     """Sparse evolutionary training: drop the smallest weights, grow as many at random (Mocanu et al. 2018).
 

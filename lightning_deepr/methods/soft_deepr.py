@@ -18,7 +18,7 @@ from lightning_deepr.algorithm import soft_rewiring
 from lightning_deepr.methods.dense_training import DenseTraining, on_host
 from lightning_deepr.training import invariants
 from lightning_deepr.training.arguments import RewiringArguments
-from lightning_deepr.training.schedules import LrPower
+from lightning_deepr.training.schedules import LinearDecay, LrPower
 from lightning_deepr.training.tracked import Reborn, Stepped
 from lightning_deepr.weights.dense_theta import SoftTheta
 
@@ -48,6 +48,8 @@ class SoftDeepR(RewiringArguments, DenseTraining):
     Args:
         temperature: T, required and not 0, since noise alone moves dormant connections. float | dict {pattern: ...} |
             LrPower(coefficient, power) | function of the learning rate. A good first choice is about eta * alpha**2.
+        l1: alpha; float | dict {pattern: float} | LinearDecay(start, end) | function of the progress; None: by the optimizer
+            (1e-4 / (1 - momentum) under SGD, .03 under Adam's family and RMSprop).
         theta_min: the least theta, below 0. None: -T * (1 - p) / (alpha * p), with each tensor's p = K / N and with its alpha
             and T of the step. If a schedule later sets T or alpha to 0, theta_min keeps its last value.
         init: the start of the active connections: "module" | "largest" | "deepr".
@@ -83,8 +85,13 @@ class SoftDeepR(RewiringArguments, DenseTraining):
     """
 
     temperature: float | LrPower | dict[str, float | LrPower] | Callable = field()  # required
+    l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable | None = None  # type: ignore[assignment] # it takes less
     theta_min: float | None = None
     kind = SoftTheta
+    without_turnover = (
+        "Here alpha sets theta_min = -T * (1 - p) / (alpha * p), and with it the connectivity: give a number (a good pair with "
+        "temperature: T of about lr * l1**2), LinearDecay(start, end) or a function of the progress."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

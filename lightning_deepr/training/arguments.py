@@ -9,8 +9,9 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from lightning_deepr.algorithm.steering import TurnoverTarget
 from lightning_deepr.conversion.allocation import DISTRIBUTIONS, check_connectivity
 from lightning_deepr.conversion.convert import check_seed
 from lightning_deepr.conversion.selection import check_modules
@@ -19,6 +20,8 @@ from lightning_deepr.training.schedules import LinearDecay, LrPower, check_l1, c
 from lightning_deepr.training.stepping import Stepper
 
 SCOPES = {"layer": '"layer" (K per tensor)', "global": '"global" (one K for the whole network)'}
+
+Alpha = Literal["auto"] | float | LinearDecay | TurnoverTarget
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -70,14 +73,16 @@ class RewiringArguments(Stepper):
 
     Args:
         l1: alpha; float | dict {pattern: float} | LinearDecay(start, end) | function of the progress; None: by the optimizer
-            (1e-4 / (1 - momentum) under SGD, .03 under Adam's family and RMSprop).
+            (1e-4 / (1 - momentum) under SGD, .03 under Adam's family and RMSprop); "auto" | TurnoverTarget(start, shape), also
+            as a dict's value: alpha starts as under None, and is then steered so that the wanted share of the connections is
+            reborn per step. This share falls to 0 over the training.
         temperature: T; float | dict {pattern: float} | LrPower(coefficient, power) | function of the learning rate.
         rewire_every_n_steps: the number of steps between rewirings. In the other steps theta < 0 becomes 0 (active, sign kept).
         rewire_until: a step (int) or a fraction of the training (float). Then the connectivity is frozen; L1 and noise
             continue.
     """
 
-    l1: float | LinearDecay | dict[str, float | LinearDecay] | Callable | None = None
+    l1: Alpha | dict[str, Alpha] | Callable | None = None
     temperature: float | LrPower | dict[str, float | LrPower] | Callable = 0.0
     rewire_every_n_steps: int = 1
     rewire_until: int | float | None = None

@@ -384,7 +384,7 @@ class SparseTraining(SharedArguments, Callback):
         extra = self.extra_state()
         return {
             **({"extra": extra} if extra else {}),
-            "version": 1,
+            "version": 2,
             "seed": self.seed,
             "tensors": {
                 t.name: {
@@ -396,6 +396,7 @@ class SparseTraining(SharedArguments, Callback):
                     "steps": t.turnover.steps,
                     "reborn": t.turnover.reborn,
                     "newborn_deaths": t.turnover.newborn_deaths,
+                    **({} if t.steering is None else {"steering": t.steering.state()}),
                 }
                 for t in self.tracked
             },
@@ -433,6 +434,33 @@ class SparseTraining(SharedArguments, Callback):
             tensor.step, tensor.start = entry["step"], entry["start"]
             for key in ("streak", "warned", "steps", "reborn", "newborn_deaths"):
                 setattr(tensor.turnover, key, entry[key])
+        self._load_steering(recorded, state.get("version", 1))
         self.load_extra_state(state.get("extra", {}))
         if self._is_at_work or self._at_fabric:  # a loop is running: the method begins again with the loaded state
             self.begin(self.tracked)
+
+    def _load_steering(self, recorded: Mapping[str, Any], version: int) -> None:
+        """Continue with the steered alphas of a checkpoint."""
+        steered = [tensor for tensor in self.tracked if tensor.steering is not None]
+        resting = []
+        for tensor in steered:
+            assert tensor.steering is not None
+            entry = recorded[tensor.name].get("steering")
+            if entry is not None:
+                tensor.steering.load(entry)
+            elif version < 2:
+                tensor.steering.rest()
+            else:  # the checkpoint's training had another l1
+                tensor.steering.reset()
+            if tensor.steering.rests:
+                resting.append(tensor.name)
+            else:
+                tensor.note_steered_alpha()
+        for optimizer in [found for run in self._runs.hooked() if (found := run.optimizer()) is not None]:
+            self._note_l1(optimizer)
+        if resting:
+            rank_zero_warn(
+                f"{type(self).__name__}: the checkpoint was written before l1 was steered by the turnover: "
+                f"{', '.join(resting)} go on with the alpha that they had, the optimizer's default (l1=None). If that training "
+                "had another l1, give it. A new training is steered."
+            )

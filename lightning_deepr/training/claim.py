@@ -10,10 +10,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_deepr.algorithm.statistics import Turnover
+from lightning_deepr.algorithm.steering import Steering, TurnoverTarget
 from lightning_deepr.conversion import sharing
 from lightning_deepr.conversion.allocation import allocate
 from lightning_deepr.conversion.convert import nothing_to_convert
 from lightning_deepr.conversion.selection import Candidate, candidates, entry_for, refuse_unknown, select
+from lightning_deepr.training.schedules import is_steered
 from lightning_deepr.training.tracked import TrackedTensor
 from lightning_deepr.weights.find import Converted, converted_tensors
 
@@ -131,8 +133,25 @@ def _tracked(callback: Method, module: nn.Module, entries: Entries) -> list[Trac
         for tensor in taken:
             if tensor.step != step:
                 tensor.step = tensor.start = step
+    _steer(taken)
     _keep_draws_apart([tensor.slots for tensor in taken])
     return taken
+
+
+def _steer(tensors: list[TrackedTensor]) -> None:
+    """Give each tensor whose l1 is a target a :class:`Steering`.
+
+    Layers that share a theta and a target share the steering.
+    """
+    together: dict[tuple[int, TurnoverTarget], Steering] = {}
+    for tensor in tensors:
+        if not is_steered(tensor.alpha):
+            tensor.steering = None
+            continue
+        target = tensor.alpha if isinstance(tensor.alpha, TurnoverTarget) else TurnoverTarget()  # "auto"
+        if tensor.steering is None or tensor.steering.target != target:
+            tensor.steering = Steering(target)
+        tensor.steering = together.setdefault((id(tensor.theta), target), tensor.steering)
 
 
 def _keep_draws_apart(tensors: list[Any]) -> None:

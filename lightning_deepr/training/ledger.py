@@ -62,5 +62,8 @@ class Ledger:
                 found[key], rows = rows[: len(table)], rows[len(table) :]
         for entry in entries:
             births, newborns = found[id(entry.counts)][entry.position]
-            if entry.tensor.turnover.add(births, newborns):
+            turnover, steering = entry.tensor.turnover, entry.tensor.steering
+            if steering is not None:
+                steering.add(births, turnover.count)
+            if turnover.add(births, newborns):
                 yield entry.tensor, entry.alpha

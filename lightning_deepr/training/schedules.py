@@ -12,6 +12,8 @@ from torch.optim import SGD, NAdam, Optimizer, RAdam, RMSprop
 from torch.optim import Adam as _Adam
 from torch.optim import Adamax as _Adamax
 
+from lightning_deepr.algorithm.steering import TurnoverTarget
+
 
 class LrPower:
     """T = coefficient * lr ** power. The paper's MNIST experiment has T = eta^2 * 1e-12.
@@ -88,7 +90,7 @@ def default_l1(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[float, s
 
 def check_l1(l1: Any, where: str = "l1") -> None:
     """Validate the ``l1`` argument."""
-    if l1 is None or callable(l1):
+    if l1 is None or callable(l1) or is_steered(l1):
         return
     if isinstance(l1, Mapping):
         for pattern, value in l1.items():
@@ -96,9 +98,19 @@ def check_l1(l1: Any, where: str = "l1") -> None:
                 raise TypeError(f"{where}[{pattern!r}]: expected a number or a schedule, found {value!r}.")
             check_l1(value, f"{where}[{pattern!r}]")
     elif isinstance(l1, (bool, str)) or not isinstance(l1, (int, float)):
-        raise TypeError(f"{where}: expected a float, a dict, LinearDecay, a function of the progress or None, found {l1!r}.")
+        raise TypeError(
+            f'{where}: expected a float, a dict, "auto", TurnoverTarget, LinearDecay, a function of the progress or None, '
+            f"found {l1!r}."
+        )
     elif not (l1 >= 0 and math.isfinite(l1)):
         raise ValueError(f"{where}: expected a finite value of at least 0, found {l1}.")
+
+
+def is_steered(l1: Any) -> bool:
+    """Whether the turnover steers this value of ``l1``, or an entry of it if it is a dict."""
+    if isinstance(l1, Mapping):
+        return any(is_steered(value) for value in l1.values())
+    return isinstance(l1, TurnoverTarget) or (isinstance(l1, str) and l1 == "auto")
 
 
 def check_temperature(temperature: Any, where: str = "temperature") -> None:

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_deepr.algorithm.statistics import collapse_message
+from lightning_deepr.algorithm.steering import Steering
 from lightning_deepr.training import guards, invariants
 from lightning_deepr.training.ledger import Ledger
 from lightning_deepr.training.run import Run, Runs
-from lightning_deepr.training.schedules import default_l1, evaluate
+from lightning_deepr.training.schedules import default_l1, evaluate, is_steered
 from lightning_deepr.training.tracked import Stepped, TrackedTensor
 
 
@@ -34,6 +35,7 @@ class Stepper(ABC):
         tracked: the tensors that the callback trains.
         total_steps: the number of steps of the present training; None: unknown.
         watches_for_collapse: whether to warn when most of a tensor is reborn in every step; the advice applies to DEEP R.
+        without_turnover: why the turnover can't steer alpha in this method, and which l1 to give instead; "": it can.
     """
 
     # the defaults of a method without these arguments: no L1, no noise, a rewiring after every step
@@ -45,8 +47,11 @@ class Stepper(ABC):
     check_invariants: bool = False
     log_every_n_steps: int = 50
     watches_for_collapse = False
+    without_turnover = ""
 
     def __post_init__(self) -> None:
+        if self.without_turnover and is_steered(self.l1):
+            raise TypeError(f"{type(self).__name__}: l1={self.l1!r} is steered by the turnover. {self.without_turnover}")
         self.tracked: list[TrackedTensor] = []
         self.total_steps: float | None = None
         self._runs = Runs()
@@ -87,12 +92,17 @@ class Stepper(ABC):
         invariants.check_invariants(item, optimizer, self._runs.of(optimizer).starts)
 
     def statistics(self) -> dict[str, float]:
-        """Return means per step since the last call.
+        """Return means per step since the last call, and the steered alphas.
 
-        The keys are ``deepr/<tensor>/turnover``, ``.../newborn_deaths`` and ``.../mature_deaths``.
+        The keys are ``deepr/<tensor>/turnover``, ``.../newborn_deaths`` and ``.../mature_deaths``. If the turnover steers the
+        tensor's alpha, ``.../l1`` is its present value.
         """
         self._settle()
-        return {f"deepr/{t.name}/{key}": value for t in self.tracked for key, value in t.turnover.take().items()}
+        found = {f"deepr/{t.name}/{key}": value for t in self.tracked for key, value in t.turnover.take().items()}
+        for tensor in self.tracked:
+            if tensor.steering is not None and tensor.steering.alpha is not None:
+                found[f"deepr/{tensor.name}/l1"] = tensor.steering.alpha
+        return found
 
     def rewires(self, done: int) -> bool:
         """Whether a step rewires.
@@ -129,35 +139,78 @@ class Stepper(ABC):
         if not stepped:
             return
         self.after_step(stepped, optimizer)
+        steered: list[tuple[TrackedTensor, Steering]] = []
         for item in stepped:
-            tensor, born = item.tensor, item.reborn
+            tensor, born, steering = item.tensor, item.reborn, item.tensor.steering
             if self.check_invariants:
                 self.check(item, optimizer)
             tensor.step += 1
+            if steering is not None and not steering.rests:
+                steered.append((tensor, steering))
             if born.pending is not None:
                 self._ledger.note(*born.pending, tensor, item.alpha)
                 continue
-            collapsed = tensor.turnover.add(born.births + born.moved, born.newborns, item.rewires)
-            if collapsed and self.watches_for_collapse:
-                rank_zero_warn(collapse_message(tensor.name, item.alpha))
+            deaths = born.births + born.moved
+            if steering is not None and item.rewires:
+                steering.add(deaths, tensor.slots.count + born.moved)  # K as it was before the step
+            if tensor.turnover.add(deaths, born.newborns, item.rewires):
+                self._tell_of_collapse(tensor, item.alpha)
         if self._ledger.is_full:
             self._settle()
+        if steered:
+            self._steer(steered)
 
     def _settle(self) -> None:
         """Count the births that are still on a device. Call this before the counts are read."""
         for tensor, alpha in self._ledger.settle():
-            if self.watches_for_collapse:
-                rank_zero_warn(collapse_message(tensor.name, alpha))
+            self._tell_of_collapse(tensor, alpha)
+
+    def _tell_of_collapse(self, tensor: TrackedTensor, alpha: Any) -> None:
+        if self.watches_for_collapse:
+            rank_zero_warn(collapse_message(tensor.name, alpha, steered=tensor.is_steered))
+
+    def _steer(self, steered: Sequence[tuple[TrackedTensor, Steering]]) -> None:
+        """Change the alphas of the tensors whose interval ends with this step.
+
+        Args:
+            steered: the steered tensors that have just taken a step.
+        """
+        if self.total_steps is None and "length" not in self._told:
+            self._told.add("length")
+            if any(steering.target.shape != "constant" for _, steering in steered):
+                rank_zero_warn(
+                    f"{type(self).__name__}: the length of the training is not known, so that the share of reborn connections "
+                    "that l1 is steered to stays where it starts. Give the Trainer max_epochs or max_steps, or "
+                    "attach(..., total_steps=...)."
+                )
+        # layers that share a theta share a steering: close it once
+        due = {id(steering): (tensor, steering) for tensor, steering in steered if tensor.done % steering.target.interval == 0}
+        if due:
+            self._settle()
+            for tensor, steering in due.values():
+                steering.close(self._progress(tensor.done))
+            for tensor, _ in steered:
+                tensor.note_steered_alpha()
+
+    def _progress(self, done: int) -> float:
+        """Return the progress of the present training, from 0 to 1; 0 if its length is unknown."""
+        return min(done / self.total_steps, 1.0) if self.total_steps else 0.0
 
     def _stepped(self, tensor: TrackedTensor, theta: Tensor, optimizer: Optimizer, group_index: int, run: Run) -> Stepped:
         group = optimizer.param_groups[group_index]
         lr, done = group["lr"], tensor.step - tensor.start
-        alpha, temperature = tensor.alpha, tensor.temperature
+        alpha, temperature, steering = tensor.alpha, tensor.temperature, tensor.steering
+        if steering is not None:
+            alpha = steering.alpha
         if alpha is None:
             alpha, _ = default_l1(optimizer, group)  # in every step: a scheduler may change the momentum
+            if steering is not None and not steering.rests:
+                steering.begin(alpha)
+                for one in self.tracked:
+                    if one.steering is steering:
+                        one.note_steered_alpha()
         if type(alpha) is not float:
-            progress = done / self.total_steps if self.total_steps else 0.0
-            alpha = evaluate(alpha, min(progress, 1.0), f"l1 of `{tensor.name}`")
+            alpha = evaluate(alpha, self._progress(done), f"l1 of `{tensor.name}`")
         if type(temperature) is not float:
             where = f"temperature of `{tensor.name}`" if isinstance(self.temperature, Mapping) else "temperature"
             temperature = evaluate(temperature, lr, where)
@@ -223,12 +276,16 @@ class Stepper(ABC):
         """Record each tensor's alpha for the report, and warn if alpha is a guess."""
         for tensor, group_index in self._runs.of(optimizer).matched(optimizer, self.tracked):
             alpha = tensor.alpha
-            if alpha is None:
+            if alpha is None or tensor.steering is not None:
                 alpha, line = default_l1(optimizer, optimizer.param_groups[group_index])
-                if line is not None and line not in self._told:
+                if line is not None and line not in self._told and not tensor.is_steered:
                     self._told.add(line)
                     rank_zero_warn(line)
-            tensor.slots.l1_taken = repr(alpha) if callable(alpha) else float(alpha)
+            tensor.slots.l1_rule = None
+            if tensor.is_steered:
+                tensor.note_steered_alpha()
+            else:
+                tensor.slots.l1_taken = repr(alpha) if callable(alpha) else float(alpha)
 
     def _unhook(self) -> None:
         for run in self._runs:
@@ -251,8 +308,11 @@ class Stepper(ABC):
         for tensor in self.tracked:
             tensor.step += max(ahead, 0)
         if not self._continues:
+            self._settle()  # the new training does not count the births of the last one
             for tensor in self.tracked:
                 tensor.start = tensor.step
+                if tensor.steering is not None:
+                    tensor.steering.reset()
         self._continues = False
         self.begin(self.tracked)
 

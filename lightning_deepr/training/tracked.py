@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from lightning_deepr.algorithm.statistics import Turnover
+from lightning_deepr.algorithm.steering import Steering
 from lightning_deepr.weights.base import Parametrization
 from lightning_deepr.weights.find import Converted
 from lightning_deepr.weights.k_slots import KSlots
@@ -28,6 +29,7 @@ class TrackedTensor:
     temperature: Any = 0.0  # this tensor's value of temperature
     step: int = 0  # number of optimizer steps that the tensor has taken
     start: int = 0  # value of ``step`` at which the present training began
+    steering: Steering | None = None  # of alpha, if ``alpha`` is a target; layers that share a theta may share it
 
     @property
     def name(self) -> str:
@@ -51,6 +53,18 @@ class TrackedTensor:
     def done(self) -> int:
         """Number of steps of the present training."""
         return self.step - self.start
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether alpha follows the turnover."""
+        return self.steering is not None and not self.steering.rests
+
+    def note_steered_alpha(self) -> None:
+        """Record the target and the present alpha, for the report and for files."""
+        assert self.steering is not None
+        alpha = self.steering.alpha
+        self.slots.l1_taken = "turnover" if alpha is None else f"turnover {alpha:.4g}"
+        self.slots.l1_rule = repr(self.steering.target) if alpha is None else f"{self.steering.target!r} at {alpha!r}"
 
 
 class Reborn(NamedTuple):

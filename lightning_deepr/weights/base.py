@@ -86,6 +86,7 @@ class Parametrization(nn.Module):
         self.compute = "dense"  # the present choice, "dense" or "sparse"
         self.layer: LayerCompute = DENSE  # how the module computes, and how its own forward is restored
         self.l1_taken: float | str | None = None
+        self.l1_rule: str | None = None  # for files: the target that steered alpha, and the last alpha
         self.owner: Callable[[], Any] = nobody  # weak reference to the callback at work
         self.copied_from: Callable[[], Any] = nobody
         self.averages: weakref.WeakSet[parametrize.ParametrizationList] = weakref.WeakSet()
@@ -207,6 +208,7 @@ class Parametrization(nn.Module):
     def take_after(self, source: Parametrization, memo: dict[int, Any]) -> None:
         """Copy the common attributes of the source into this deep copy."""
         self.compute, self.l1_taken, self.training = source.compute, source.l1_taken, source.training
+        self.l1_rule = source.l1_rule
         self.policy, self.layer = source.policy, source.layer
         self.copied_from = weakref.ref(source)
         memo[id(source)] = self

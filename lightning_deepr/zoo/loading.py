@@ -187,8 +187,8 @@ def info(name_or_path: str | PathLike[str]) -> dict[str, Any]:
     Returns:
         name, file, bytes, sha256 (of the file), digest (of its contents), format_version, package_version, architecture,
         arguments, dense_parameters (count of numbers outside the sparse tensors), connectivity (``rows`` with name, shape,
-        total, active, connectivity; total, active, connectivity, left_out) and the metadata that :func:`save` got: algorithm,
-        hyperparameters, seeds, metrics, data, recipe, license, ...
+        total, active, connectivity, and l1 if it was steered; total, active, connectivity, left_out) and the metadata that
+        :func:`save` got: algorithm, hyperparameters, seeds, metrics, data, recipe, license, ...
 
     Raises:
         FileNotFoundError: ``name_or_path`` is neither a name nor a file.

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
-from lightning_deepr import SET, DeepR, RigL
+from lightning_deepr import SET, DeepR, RigL, TurnoverTarget
 from lightning_deepr.recipes import running
 
 pytestmark = [
@@ -52,6 +52,17 @@ sparsity:
     assert type(found) is DeepR
     assert (found.l1["fc1"].start, found.l1["fc1"].end, found.l1["fc[23]"]) == (2e-4, 1e-5, 1e-4)
     assert (found.temperature["fc1"].coefficient, found.temperature["fc[23]"]) == (1e-12, 0.0)
+    target = "{class_path: lightning_deepr.TurnoverTarget, init_args: {start: 0.1, shape: linear}}"
+    wanted = TurnoverTarget(0.1, "linear")
+    for written, expected in (
+        ("auto", "auto"),
+        (target, wanted),
+        (f"{{fc1: {target}, fc2: auto, fc3: 1.0e-4}}", {"fc1": wanted, "fc2": "auto", "fc3": 1e-4}),
+    ):
+        Path("turnover.yaml").write_text(f"sparsity:\n  class_path: lightning_deepr.DeepR\n  init_args:\n    l1: {written}\n")
+        assert made("--config", "turnover.yaml").l1 == expected
+    assert made("--sparsity.l1", "auto").l1 == "auto"
+    assert made("--sparsity.l1", "TurnoverTarget", "--sparsity.l1.start", ".1").l1 == TurnoverTarget(0.1)
     for arguments in (["--sparsity", "Nope"], ["--sparsity.class_path=Nope"]):
         with pytest.raises(SystemExit, match=r"no method 'Nope'\. Methods: DeepR, FixedRandom"):
             made(*arguments)

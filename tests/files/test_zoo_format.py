@@ -332,6 +332,8 @@ REFUSED: dict[str, tuple[Callable[[Parts], Any], str]] = {
     "negative shape": (lambda parts: entry(parts, shape=[-300, -784]), r"sizes from 0 to 2\^48"),
     "another shape": (lambda parts: entry(parts, shape=[784, 300]), r"shape \(300, 784\), the file has shape \(784, 300\)"),
     "width": (lambda parts: entry(parts, bits=41), "bits: expected a whole number from 1 to 40"),
+    "rule": (lambda parts: entry(parts, l1=0.1), "l1: expected text of at most 500 characters, found 0.1"),
+    "long rule": (lambda parts: entry(parts, l1="x" * 501), "l1: expected text of at most 500 characters"),
     "too wide": (lambda parts: entry(parts, bits=40), "expected at least 1810 units of 40 bits"),
     "narrow": (lambda parts: entry(parts, bits=3), "expected"),
     "far": (far_place, "fc3.weight.*(expected places below 1000|expected 90 places)"),

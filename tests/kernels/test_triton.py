@@ -121,11 +121,12 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
 
 @needs_triton
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_on_a_gpu_the_host_waits_for_nothing() -> None:
+@pytest.mark.parametrize("l1", [0.5, "auto"])
+def test_on_a_gpu_the_host_waits_for_nothing(l1: Any) -> None:
     net = sparsify(torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.ReLU(), torch.nn.Linear(40, 30)), 0.2).cuda()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    callback = DeepR(l1=0.5)
-    callback.attach(net, optimizer)
+    callback = DeepR(l1=l1)
+    callback.attach(net, optimizer, total_steps=100)
     x = torch.randn(8, 50, device="cuda")
     for step in range(20):  # the first step looks for values that are not finite, and checks the kernels
         torch.cuda.set_sync_debug_mode("error" if step else "default")

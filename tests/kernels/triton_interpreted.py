@@ -21,7 +21,7 @@ from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_deepr import DeepR, kernels, sparsify
+from lightning_deepr import DeepR, TurnoverTarget, kernels, sparsify
 from lightning_deepr.kernels.cpu.fields import GPU_ROW_WORDS, MOST_STATES, GpuHeader, GpuRow, Row, StateRow
 from lightning_deepr.kernels.gpu import gate
 from tests.helpers.kernel_steps import (
@@ -356,6 +356,46 @@ def test_the_statistics_are_those_of_pytorch(pytorch: Run, launches: list[int]) 
     found = [callback.statistics() for callback in callbacks]
     assert found[0] == found[1] and found[0]["deepr/0.weight/turnover"] == pytest.approx(0.2)
     assert sum(found[0].values()) > 0 and set(callbacks[0].statistics().values()) == {0.0}
+
+
+def test_alpha_follows_the_turnover_as_in_pytorch(pytorch: Run, launches: list[int]) -> None:
+    """The host reads the counts at the ends of intervals and for statistics. The training is equal bit for bit."""
+    sizes = [(30, 20, 100), (20, 10, 120)]
+    nets, made, callbacks = [network(sizes), network(sizes)], [], []
+    for net in nets:
+        made.append(optim.SGD(net.parameters(), lr=LR))
+        callbacks.append(DeepR(l1=TurnoverTarget(0.3, interval=4), seed=SEED, rewire_every_n_steps=2))
+        callbacks[-1].attach(net, made[-1], total_steps=20)
+    alphas = []
+    for step in range(14):
+        for net in nets:
+            let_die(net, (0.7, 0.1)[step // 4 % 2], step)
+        made[0].step()
+        pytorch(made[1].step)
+        assert_equal_states(state_of(nets[0]), state_of(nets[1]))
+        alphas.append([callback.tracked[0].steering.alpha for callback in callbacks])  # type: ignore[union-attr]
+        if step == 9:  # in the middle of an interval
+            states = [callback.state_dict() for callback in callbacks]
+            assert states[0] == states[1] and states[0]["tensors"]["0.weight"]["steering"]["reborn"] > 0
+    assert all(one == other for one, other in alphas) and len({one for one, _ in alphas}) == 4
+    assert callbacks[0].state_dict() == callbacks[1].state_dict()
+
+
+def test_the_host_waits_at_the_end_of_an_interval_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network([(30, 20, 100), (20, 10, 120)])
+    optimizer = optim.SGD(net.parameters(), lr=LR)
+    callback = DeepR(l1=TurnoverTarget(0.3, interval=5), seed=SEED)
+    callback.attach(net, optimizer, total_steps=20)
+    for hook in callback._runs.of(optimizer).hooks:
+        hook.remove()
+    waited = []
+    for step in range(15):
+        let_die(net, 0.4, step)
+        optimizer.step()
+        with monkeypatch.context() as patch, Watch(patch) as watch:
+            callback.on_after_optimizer_step(optimizer=optimizer)
+        waited.append(watch.waited)
+    assert waited == [["tolist"] if step % 5 == 0 else [] for step in range(1, 16)]
 
 
 def test_a_collapse_is_told_when_the_counts_are_looked_at(launches: list[int]) -> None:

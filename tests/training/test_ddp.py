@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_deepr import DeepR, sparsify
+from lightning_deepr import DeepR, TurnoverTarget, sparsify
 from lightning_deepr.training.guards import refuse_spawn, refuse_unequal_ranks
 from lightning_deepr.weights.find import converted_tensors
 from tests.helpers.classifier import Net, batches
@@ -39,7 +39,7 @@ def assert_equal_on_all_ranks(folder: Path, steps: int, start: nn.Module) -> Non
         assert places.shape == slots.places.shape and not torch.equal(places, slots.places), f"{name} was not rewired"
 
 
-def plain_loop(rank: int, folder: Path) -> None:
+def plain_loop(rank: int, folder: Path, l1: Any) -> None:
     os.environ.update(LOOPBACK)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
@@ -50,7 +50,7 @@ def plain_loop(rank: int, folder: Path) -> None:
     assert not list(net.buffers()), "DDP would broadcast a buffer in each forward"
     ddp = DistributedDataParallel(net)
     optimizer = torch.optim.Adam(ddp.parameters(), lr=0.02)
-    DeepR(l1=0.2, temperature=1e-5, check_invariants=True).attach(net, optimizer)
+    DeepR(l1=l1, temperature=1e-5, check_invariants=True).attach(net, optimizer, total_steps=STEPS)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("rewiring has communicated")
@@ -90,8 +90,9 @@ def plain_loop(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_a_plain_loop_on_two_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(plain_loop, args=(tmp_path,), nprocs=2)
+@pytest.mark.parametrize("l1", [0.2, TurnoverTarget(0.2, interval=3)], ids=str)
+def test_a_plain_loop_on_two_ranks(l1: Any, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(plain_loop, args=(tmp_path, l1), nprocs=2)
     start = sparsify(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)), 0.3)
     assert_equal_on_all_ranks(tmp_path, STEPS, start)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from lightning.fabric import Fabric
 
-from lightning_deepr import DeepR, LinearDecay, LrPower
+from lightning_deepr import DeepR, LinearDecay, LrPower, TurnoverTarget
 from lightning_deepr.weights.find import converted_tensors
 from tests.helpers.loops import STEPS, Setting, by_fabric, by_plain_loop, by_trainer
 from tests.helpers.optimizers import adam, adam_fused, sgd
@@ -28,13 +28,19 @@ SETTINGS = {
     "until half": Setting(options={"rewire_until": 0.5, "l1": {"0": 0.05, "2": LinearDecay(0.2, 0.01)}}),
     "scheduler": Setting(adam, scheduled=True),
     "default l1": Setting(adam, options={"l1": None}),
+    "l1 by turnover": Setting(options={"l1": TurnoverTarget(0.2, interval=4)}),
+    "l1 by turnover, accumulated, every 3 steps": Setting(
+        adam, options={"l1": TurnoverTarget(0.4, interval=4), "rewire_every_n_steps": 3}, accumulate=2
+    ),
+    "l1 by a constant turnover": Setting(adam, options={"l1": {"0": TurnoverTarget(0.2, "constant", interval=3), "2": 0.2}}),
 }
 EVERY_SETTING = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 
 
 def needs_total_steps(setting: Setting) -> bool:
     l1, until = setting.options.get("l1"), setting.options.get("rewire_until")
-    return isinstance(l1, (LinearDecay, dict)) or isinstance(until, float)
+    falls = isinstance(l1, TurnoverTarget) or (isinstance(l1, dict) and isinstance(l1["2"], LinearDecay))
+    return falls or isinstance(l1, LinearDecay) or isinstance(until, float)
 
 
 @EVERY_SETTING

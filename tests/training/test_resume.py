@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
-from lightning_deepr import DeepR, LinearDecay, sparsify
+from lightning_deepr import DeepR, LinearDecay, TurnoverTarget, sparsify
 from tests.helpers.crashes import Crash, Crashing
 from tests.helpers.optimizers import adam, sgd
 from tests.helpers.regression import SEED, Regression, batches, loss_of, mlp, plain_mlp, train
@@ -110,6 +110,7 @@ SETTINGS = {
     "sgd averaged": Setting(sgd, averaged=True),
     "adam averaged": Setting(adam, {"l1": 0.3}, averaged=True),
     "noise, l1 falling, frozen late": Setting(sgd, {"temperature": 1e-4, "l1": LinearDecay(0.3, 0.0), "rewire_until": 0.8}),
+    "l1 by turnover, averaged": Setting(adam, {"l1": TurnoverTarget(0.2, interval=4)}, averaged=True),
     "every 3 steps": Setting(adam, {"l1": 0.3, "rewire_every_n_steps": 3}),
 }
 
