@@ -110,7 +110,7 @@ def _metric(item: tuple[str, Any]) -> str:
 
 def _describe(info: Mapping[str, Any]) -> str:
     """What is known of a model, as text."""
-    rows = [{**row, "l1": None, "compute": "-"} for row in info["connectivity"]["rows"]]
+    rows = [{**row, "l1": None, "lr_scale": None, "compute": "-"} for row in info["connectivity"]["rows"]]
     lines = [f"{info['name']}", "", str(ConnectivityReport(rows, info["connectivity"]["left_out"])), ""]
     own = [key for key in info if key not in ("name", "connectivity")]
     width = max(map(len, own))

@@ -17,18 +17,19 @@ from lightning_deepr import kernels
 from lightning_deepr.algorithm import soft_rewiring
 from lightning_deepr.methods.dense_training import DenseTraining, on_host
 from lightning_deepr.training import invariants
-from lightning_deepr.training.arguments import RewiringArguments
+from lightning_deepr.training.arguments import RewiringArguments, ScaledArguments
 from lightning_deepr.training.schedules import LrPower
 from lightning_deepr.training.tracked import Reborn, Stepped
 from lightning_deepr.weights.dense_theta import SoftTheta
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class SoftDeepR(RewiringArguments, DenseTraining):
+class SoftDeepR(RewiringArguments, ScaledArguments, DenseTraining):
     """soft-DEEP R (Algorithm 2 of the paper): a random walk of dormant connections, and no hard bound on how many are active.
 
     Every potential connection has a theta, so that this method alone of the family is dense: memory and time are those of the
-    dense network, and of two numbers more for each weight (its sign, and theta as it was before the optimizer's step).
+    dense network, and of two numbers more for each weight (its sign, and theta as it was before the optimizer's step; with
+    ``lr_scale`` a third).
 
     After ``optimizer.step()``, whichever optimizer it is: an active theta loses eta * alpha and takes a step of a random walk,
     with the plain learning rate eta of its parameter group; a dormant one (theta < 0) is put back to where it was before the

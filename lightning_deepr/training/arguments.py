@@ -15,6 +15,7 @@ from lightning_deepr.conversion.allocation import DISTRIBUTIONS, check_connectiv
 from lightning_deepr.conversion.convert import check_seed
 from lightning_deepr.conversion.selection import check_modules
 from lightning_deepr.conversion.start import INITS
+from lightning_deepr.training.scaled_steps import check_lr_scale
 from lightning_deepr.training.schedules import LinearDecay, LrPower, check_l1, check_temperature
 from lightning_deepr.training.stepping import Stepper
 
@@ -86,6 +87,24 @@ class RewiringArguments(Stepper):
         check_temperature(self.temperature)
         check_count("rewire_every_n_steps", self.rewire_every_n_steps)
         check_until(self.rewire_until)
+        super().__post_init__()
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ScaledArguments(Stepper):
+    """What the methods have whose network is sparse throughout the training.
+
+    Args:
+        lr_scale: what every step of theta is multiplied by, as if its learning rate were so many times that of its parameter group;
+            float | dict {pattern: float or "auto"} | "auto": N / K under an optimizer that normalizes its gradients (Adam's family,
+            RMSprop), (N / K) ** .25 under SGD; a probe of the optimizer tells which. At most 500, and 1 at K = N. L1 and noise
+            keep the learning rate of the group.
+    """
+
+    lr_scale: float | dict[str, float | str] | str = 1.0
+
+    def __post_init__(self) -> None:
+        check_lr_scale(self.lr_scale)
         super().__post_init__()
 
 

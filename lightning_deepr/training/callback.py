@@ -389,6 +389,7 @@ class SparseTraining(SharedArguments, Callback):
                     "K": t.slots.wanted,
                     "step": t.step,
                     "start": t.start,
+                    "lr_scale": t.scale,
                     "streak": t.turnover.streak,
                     "warned": t.turnover.warned,
                     "steps": t.turnover.steps,
@@ -431,6 +432,7 @@ class SparseTraining(SharedArguments, Callback):
             tensor.step, tensor.start = entry["step"], entry["start"]
             for key in ("streak", "warned", "steps", "reborn", "newborn_deaths"):
                 setattr(tensor.turnover, key, entry[key])
+        self._take_over_scales(recorded)
         self.load_extra_state(state.get("extra", {}))
         if self._is_at_work or self._at_fabric:  # a loop at work: the method begins anew with what was loaded
             self.begin(self.tracked)

@@ -17,7 +17,8 @@ from lightning_deepr.conversion.selection import Candidate, candidates, entry_fo
 from lightning_deepr.training.tracked import TrackedTensor
 from lightning_deepr.weights.find import Converted, converted_tensors
 
-Entries = dict[str, tuple[Any, Any]]  # name of a tensor -> its entries of l1 and temperature
+Entries = dict[str, tuple[Any, Any, Any]]  # name of a tensor -> its entries of l1, temperature and lr_scale
+BY_TENSOR = ("l1", "temperature", "lr_scale")  # arguments that may be a dict by pattern
 
 
 class Method(Protocol):
@@ -29,6 +30,7 @@ class Method(Protocol):
     distribution: Any
     l1: Any
     temperature: Any
+    lr_scale: Any
     scope: str
     tracked: list[TrackedTensor]
 
@@ -53,11 +55,12 @@ def claim(callback: Method, module: nn.Module, watch: bool = False, early: bool 
         ValueError: nothing is found, something does not fit the method, or another callback is at work on it.
     """
     found = candidates(module)
-    for argument, value in (("l1", callback.l1), ("temperature", callback.temperature)):
+    given = [(argument, getattr(callback, argument)) for argument in BY_TENSOR]
+    for argument, value in given:
         if isinstance(value, Mapping):
             refuse_unknown(list(value), found, argument)
     chosen = _chosen(callback, module, found)
-    entries = {c.name: (entry_for("l1", callback.l1, c), entry_for("temperature", callback.temperature, c)) for c in chosen}
+    entries: Entries = {c.name: tuple(entry_for(argument, value, c) for argument, value in given) for c in chosen}  # type: ignore[misc]
     for candidate in chosen:
         if candidate.slots is not None:
             callback.check_kind(candidate.name, candidate.slots)
@@ -125,7 +128,8 @@ def _tracked(callback: Method, module: nn.Module, entries: Entries) -> list[Trac
             step = 1 + converted.slots.last_birth()
             count = converted.slots.wanted if callback.scope == "layer" else converted.slots.count
             tensor = TrackedTensor(converted, Turnover(count), step=step, start=step)
-        tensor.converted, (tensor.alpha, tensor.temperature) = converted, entries[converted.name]
+        tensor.converted = converted
+        tensor.alpha, tensor.temperature, tensor.lr_scale = entries[converted.name]
         converted.slots.owner = weakref.ref(callback)
         taken.append(tensor)
     if callback.scope == "global":  # one theta takes one number of steps

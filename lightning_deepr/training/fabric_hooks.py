@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -30,5 +31,6 @@ def listen(callback: Any) -> None:
     """Tell a callback, as long as it lives, before and after each step of any optimizer."""
     _listeners.add(callback)
     if not _registered:
-        _registered.append(register_optimizer_step_pre_hook(_before))
-        _registered.append(register_optimizer_step_post_hook(_after))
+        # (a compiled step does not trace them)
+        _registered.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before)))
+        _registered.append(register_optimizer_step_post_hook(torch.compiler.disable(_after)))

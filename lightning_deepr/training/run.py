@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_deepr.algorithm.optimizer_state import StartingState
+from lightning_deepr.training.scaled_steps import ScaledSteps
 from lightning_deepr.training.tracked import State, Stepped, TrackedTensor
 
 
@@ -19,6 +20,7 @@ class Run:
         hooks: of the optimizer's steps, while they are registered.
         starting: what the optimizer's state starts with.
         tables: the kernels' tables, by their tensors. They hold addresses.
+        scaled: what ``lr_scale`` has to do here; None: it has not been asked, or was forgotten.
         took_step: whether a step was really taken of which Fabric has not told yet (GradScaler may skip one).
     """
 
@@ -27,6 +29,7 @@ class Run:
         self.hooks: list[Any] = []
         self.starting = StartingState()
         self.tables: dict[Any, Any] = {}
+        self.scaled: ScaledSteps | None = None
         self.took_step = False
         self._size, self._matched = -1, list[tuple[TrackedTensor, int]]()
 
@@ -46,7 +49,7 @@ class Run:
 
     def forget_tensors(self) -> None:
         """The callback's tensors are others now."""
-        self._size, self._matched = -1, []
+        self._size, self._matched, self.scaled = -1, [], None
 
     def states(self, item: Stepped) -> list[State]:
         """Every state tensor that has theta's shape, with its starting value."""

@@ -24,6 +24,8 @@ class TrackedTensor:
     turnover: Turnover
     alpha: Any = None  # l1's entry for it; None: by the optimizer
     temperature: Any = 0.0  # temperature's entry for it
+    lr_scale: Any = 1.0  # lr_scale's entry for it
+    scale: float | None = None  # what its steps are multiplied by; None: not known before an optimizer is
     step: int = 0  # optimizer steps that it took part in
     start: int = 0  # ... at which the present training began
 

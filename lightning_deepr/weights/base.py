@@ -87,6 +87,7 @@ class Parametrization(nn.Module):
         self.compute = "dense"  # what came of it
         self.layer: LayerCompute = DENSE  # how the module computes, and how it gets its own forward back
         self.l1_taken: float | str | None = None
+        self.lr_scale_taken: float | None = None
         self.owner: Callable[[], Any] = nobody  # weak reference to the callback at work
         self.copied_from: Callable[[], Any] = nobody
         self.averages: weakref.WeakSet[parametrize.ParametrizationList] = weakref.WeakSet()
@@ -102,6 +103,11 @@ class Parametrization(nn.Module):
     def wanted(self) -> int:
         """The number of connections that was asked for."""
         return self.count
+
+    @property
+    def places_per_connection(self) -> float:
+        """N / K as it was asked for, of all tensors that share this one's theta."""
+        return self.total / self.wanted
 
     @abstractmethod
     def active(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,7 +212,8 @@ class Parametrization(nn.Module):
 
     def take_after(self, source: Parametrization, memo: dict[int, Any]) -> None:
         """What a deep copy has of its source, whatever its kind."""
-        self.compute, self.l1_taken, self.training = source.compute, source.l1_taken, source.training
+        self.compute, self.training = source.compute, source.training
+        self.l1_taken, self.lr_scale_taken = source.l1_taken, source.lr_scale_taken
         self.policy, self.layer = source.policy, source.layer
         self.copied_from = weakref.ref(source)
         memo[id(source)] = self

@@ -59,6 +59,10 @@ class SharedSlots(KSlots):
         """The number of connections that stays: K of all the layers."""
         return self.pool.count
 
+    @property
+    def places_per_connection(self) -> float:
+        return sum(member.total for member in self.pool.members) / self.pool.count
+
     def may_have(self, count: int) -> bool:
         return True  # it is the total that has to fit, which loading checks
 

@@ -28,6 +28,9 @@ SETTINGS = {
     "until half": Setting(options={"rewire_until": 0.5, "l1": {"0": 0.05, "2": LinearDecay(0.2, 0.01)}}),
     "scheduler": Setting(adam, scheduled=True),
     "default l1": Setting(adam, options={"l1": None}),
+    "lr_scale": Setting(adam, options={"lr_scale": "auto"}),
+    "lr_scale, accumulated": Setting(options={"lr_scale": {"0": 2.5, "2": "auto"}}, accumulate=2, scheduled=True),
+    "lr_scale, fused, every 3 steps": Setting(adam_fused, options={"lr_scale": 0.7, "rewire_every_n_steps": 3}),
 }
 EVERY_SETTING = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 

@@ -111,6 +111,7 @@ SETTINGS = {
     "adam averaged": Setting(adam, {"l1": 0.3}, averaged=True),
     "noise, l1 falling, frozen late": Setting(sgd, {"temperature": 1e-4, "l1": LinearDecay(0.3, 0.0), "rewire_until": 0.8}),
     "every 3 steps": Setting(adam, {"l1": 0.3, "rewire_every_n_steps": 3}),
+    "lr_scale": Setting(adam, {"l1": 0.3, "lr_scale": "auto"}, averaged=True),
 }
 
 

@@ -149,6 +149,39 @@ class ValuesRow(Fields):
 VALUES_WORDS = len(ValuesRow)
 
 
+# -- a step that is made longer --------------------------------------------------------------------------------------------
+
+
+class ScaledArguments(Fields):
+    """Of a step that is multiplied (:mod:`.scaled_step`)."""
+
+    TASK = auto()
+    PHASE = auto()
+    ROWS = auto()
+    TABLE = auto()  # address of ROWS times ScaledRow
+
+
+class ScaledRow(Fields):
+    """A piece of a theta."""
+
+    THETA = auto()
+    BEFORE = auto()  # address of what theta was before the step
+    COUNT = auto()
+    SIZE = auto()  # bytes of theta's floats
+    FACTOR = auto()  # of the step, float64
+    MOVED = auto()  # whether the optimizer has taken a step on this theta
+
+
+class ScaledPhase(Fields):
+    """What a call does."""
+
+    KEEP = auto()
+    STRETCH = auto()
+
+
+SCALED_WORDS = len(ScaledRow)
+
+
 # -- one K for a whole network (shared_rewire) -----------------------------------------------------------------------------
 
 
