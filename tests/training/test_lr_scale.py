@@ -222,7 +222,6 @@ def test_two_optimizers_and_a_tensor_without_a_gradient() -> None:
             callback.attach(net, optimizer)
         if scale == "auto":
             assert scales(net) == pytest.approx([10 / 3, (10 / 3) ** 0.25], rel=1e-5)
-            callback_scales = scales(net)
         a.data[0] = -0.0  # a weight of a file may be
         for step, batch in enumerate(DATA[:12]):
             for optimizer in optimizers:
@@ -235,23 +234,31 @@ def test_two_optimizers_and_a_tensor_without_a_gradient() -> None:
                 optimizer.step()
             if step % 3 == 0:
                 assert torch.equal(a.detach().view(torch.int32), before.view(torch.int32))
-        ends.append((net, optimizers))
-    assert callback_scales[0] != callback_scales[1]
-    for (net, optimizers), (other, others) in [ends]:
-        for x, y in zip(state_of(net), state_of(other), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
-        assert len(optimizers) == len(others)
+        ends.append(state_of(net))
+    for x, y in zip(*ends, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
 def test_a_step_that_was_not_announced_is_refused() -> None:
-    net, optimizer, _ = begin(deepr(2.0))
     callback = deepr(2.0)
+    net, optimizer, _ = begin(callback)
     loss_of(net, DATA[0]).backward()
     optimizer.step()
-    del callback
-    owner = all_slots(net)[0].owner()
     with pytest.raises(RuntimeError, match="lr_scale: a step was reported that the callback had not been told of"):
-        owner.on_after_optimizer_step(optimizer=optimizer)
+        callback.on_after_optimizer_step(optimizer=optimizer)
+
+
+def test_an_optimizer_whose_step_is_hooked_twice_is_refused() -> None:
+    """torch calls the hooks for the step of the subclass, and for that of its base: the second report has no step of its own."""
+    sgd([nn.Parameter(torch.zeros(1))])  # torch hooks a class when the first of it is made
+
+    class Mine(optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step(closure)
+
+    net, optimizer, _ = begin(deepr(2.0), lambda params: Mine(params, lr=0.1))
+    with pytest.raises(RuntimeError, match="reported twice"):
+        train(net, optimizer, DATA[:1])
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -271,7 +278,7 @@ def test_monitors_and_clipping_see_what_they_saw(scale: float) -> None:
     callback = DeepR(0.3, distribution="uniform", l1=0.0, seed=SEED, lr_scale=scale)
     trainer(callback, gradient_clip_val=0.05).fit(module)
     assert [lr for lr, _ in module.seen] == [0.1] * 8
-    assert module.seen[0][1] == pytest.approx(1.6, rel=10)
+    assert all(norm > 0.05 for _, norm in module.seen[:1])
     theta = thetas(module)[0]
     assert theta.grad is not None and float(theta.grad.norm()) <= 0.05 + 1e-6
 
