@@ -122,7 +122,7 @@ def _metric(item: tuple[str, Any]) -> str:
 
 def _describe(info: Mapping[str, Any]) -> str:
     """Format the record of a model as text."""
-    rows = [{"l1": None, **row, "compute": "-"} for row in info["connectivity"]["rows"]]
+    rows = [{"l1": None, "lr_scale": None, **row, "compute": "-"} for row in info["connectivity"]["rows"]]
     lines = [f"{info['name']}", "", str(ConnectivityReport(rows, info["connectivity"]["left_out"])), ""]
     own = [key for key in info if key not in ("name", "connectivity")]
     width = max(map(len, own))

@@ -14,7 +14,7 @@ from lightning_deepr.weights.find import converted_tensors
 class ConnectivityReport:
     """The connectivity of a network, tensor by tensor. It prints as a table; see :func:`connectivity_report`."""
 
-    columns = ("name", "shape", "total", "active", "connectivity", "l1", "compute")
+    columns = ("name", "shape", "total", "active", "connectivity", "l1", "lr_scale", "compute")
 
     def __init__(self, rows: list[dict[str, Any]], left_out: dict[str, str]) -> None:
         self.rows = rows
@@ -67,12 +67,13 @@ class ConnectivityReport:
                 f"{row['active']:,}",
                 f"{row['connectivity']:.3%}",
                 "-" if row["l1"] is None else f"{row['l1']:g}" if isinstance(row["l1"], float) else str(row["l1"]),
+                "-" if row["lr_scale"] is None else f"{row['lr_scale']:g}",
                 row["compute"],
             )
             for row in self.rows
         ]
         if self.rows:
-            body.append(("total", "", f"{self.total:,}", f"{self.active:,}", f"{self.active / self.total:.3%}", "", ""))
+            body.append(("total", "", f"{self.total:,}", f"{self.active:,}", f"{self.active / self.total:.3%}", "", "", ""))
         widths = [max(len(line[i]) for line in [self.columns, *body]) for i in range(len(self.columns))]
         right = {2, 3, 4}
 
@@ -97,18 +98,18 @@ def connectivity_report(module: nn.Module) -> ConnectivityReport:
         module: any module.
 
     Returns:
-        rows with name, shape, total (N), active (K), connectivity (K / N), l1 (the value that a callback took, None before)
-        and compute (under "auto" a guess before the first batch, then what the last training step did). Print the report,
-        iterate over it, or use ``.to_dict()`` and ``.to_pandas()``.
+        rows with name, shape, total (N), active (K), connectivity (K / N), l1 and lr_scale (the values that a callback took,
+        None before) and compute (under "auto" a guess before the first batch, then what the last training step did). Print the
+        report, iterate over it, or use ``.to_dict()`` and ``.to_pandas()``.
 
     Example::
 
         >>> from lightning_deepr import sparsify
         >>> print(connectivity_report(sparsify(nn.Linear(100, 10), 0.05)))
-        name    shape   total  active  connectivity  l1  compute
-        --------------------------------------------------------
-        weight  10x100  1,000      50        5.000%  -   sparse
-        --------------------------------------------------------
+        name    shape   total  active  connectivity  l1  lr_scale  compute
+        ------------------------------------------------------------------
+        weight  10x100  1,000      50        5.000%  -   -         sparse
+        ------------------------------------------------------------------
         total           1,000      50        5.000%
     """
     rows = [
@@ -119,6 +120,7 @@ def connectivity_report(module: nn.Module) -> ConnectivityReport:
             "active": c.slots.count,
             "connectivity": c.slots.count / c.slots.total,
             "l1": c.slots.l1_taken,
+            "lr_scale": c.slots.lr_scale_taken,
             "compute": c.slots.compute,
         }
         for c in converted_tensors(module)

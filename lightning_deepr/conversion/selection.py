@@ -221,7 +221,7 @@ def best_key(keys: Iterable[str], candidate: Candidate, argument: str) -> str | 
 
 
 def entry_for(argument: str, value: Any, candidate: Candidate) -> Any:
-    """Find the entry of ``l1`` or ``temperature`` for a tensor: in a dict, the entry with the longest key that matches.
+    """Find the entry of ``l1``, ``temperature`` or ``lr_scale`` for a tensor. In a dict the longest matching key holds.
 
     Raises:
         ValueError: a dict has no key for the tensor.
@@ -230,7 +230,8 @@ def entry_for(argument: str, value: Any, candidate: Candidate) -> Any:
         return value
     key = best_key(value, candidate, argument)
     if key is None:
+        none = 1.0 if argument == "lr_scale" else 0.0
         raise ValueError(
-            f"{argument}: no key matches `{candidate.name}`; found {sorted(value)}. Add a key for it (0.0 for none)."
+            f"{argument}: no key matches `{candidate.name}`; found {sorted(value)}. Add a key for it ({none} for none)."
         )
     return value[key]

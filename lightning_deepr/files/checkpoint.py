@@ -241,7 +241,7 @@ def report_of_checkpoint(path_or_dict: str | PathLike[str] | Mapping[str, Any]) 
         rows = _rows(state.get("state_dict", state))
     if not rows:
         raise ValueError("expected a sparse checkpoint, found one without a converted tensor.")
-    return ConnectivityReport([{"l1": None, **row, "compute": "-"} for row in rows], {})
+    return ConnectivityReport([{"l1": None, "lr_scale": None, **row, "compute": "-"} for row in rows], {})
 
 
 def _rows(state: Mapping[str, Any]) -> list[dict[str, Any]]:

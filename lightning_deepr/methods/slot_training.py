@@ -15,6 +15,7 @@ from lightning_deepr.conversion.convert import convert
 from lightning_deepr.conversion.selection import Candidate
 from lightning_deepr.conversion.start import start
 from lightning_deepr.training import backends
+from lightning_deepr.training.arguments import ScaledArguments
 from lightning_deepr.training.callback import SparseTraining
 from lightning_deepr.training.tracked import Stepped
 from lightning_deepr.weights.find import Converted
@@ -22,7 +23,7 @@ from lightning_deepr.weights.k_slots import KSlots
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class SlotTraining(SparseTraining):
+class SlotTraining(ScaledArguments, SparseTraining):
     """Base of the methods that work on K slots: exactly K connections at every step, and no tensor larger than K.
 
     A method overrides :meth:`after_step` and calls :meth:`rebirth` for the slots whose connections it drops.

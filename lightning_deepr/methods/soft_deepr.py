@@ -17,18 +17,18 @@ from lightning_deepr import kernels
 from lightning_deepr.algorithm import soft_rewiring
 from lightning_deepr.methods.dense_training import DenseTraining, on_host
 from lightning_deepr.training import invariants
-from lightning_deepr.training.arguments import RewiringArguments
+from lightning_deepr.training.arguments import RewiringArguments, ScaledArguments
 from lightning_deepr.training.schedules import LinearDecay, LrPower
 from lightning_deepr.training.tracked import Reborn, Stepped
 from lightning_deepr.weights.dense_theta import SoftTheta
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class SoftDeepR(RewiringArguments, DenseTraining):
+class SoftDeepR(RewiringArguments, ScaledArguments, DenseTraining):
     """soft-DEEP R (Algorithm 2 of the paper): a random walk of dormant connections, with no hard bound on the active ones.
 
     Every potential connection has a theta. Memory and time are those of the dense network, plus two numbers for each weight:
-    its sign, and theta before the optimizer's step.
+    its sign, and theta before the optimizer's step. With ``lr_scale`` it is three numbers.
 
     It works with any optimizer. After ``optimizer.step()``:
 

@@ -16,6 +16,7 @@ from lightning_deepr.conversion.allocation import DISTRIBUTIONS, check_connectiv
 from lightning_deepr.conversion.convert import check_seed
 from lightning_deepr.conversion.selection import check_modules
 from lightning_deepr.conversion.start import INITS
+from lightning_deepr.training.scaled_steps import check_lr_scale
 from lightning_deepr.training.schedules import LinearDecay, LrPower, check_l1, check_temperature
 from lightning_deepr.training.stepping import Stepper
 
@@ -92,6 +93,24 @@ class RewiringArguments(Stepper):
         check_temperature(self.temperature)
         check_count("rewire_every_n_steps", self.rewire_every_n_steps)
         check_until(self.rewire_until)
+        super().__post_init__()
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ScaledArguments(Stepper):
+    """The arguments of the methods whose network is sparse throughout the training.
+
+    Args:
+        lr_scale: the factor of every step of theta; the effect is that of a learning rate of lr_scale times the parameter
+            group's. float | dict {pattern: float or "auto"} | "auto": N / K under an optimizer that normalizes its gradients
+            (Adam's family, RMSprop), (N / K) ** .25 under SGD. A probe of the optimizer finds out its kind. "auto" is at most
+            500, and 1 at K = N. L1 and noise keep the group's learning rate.
+    """
+
+    lr_scale: float | dict[str, float | str] | str = 1.0
+
+    def __post_init__(self) -> None:
+        check_lr_scale(self.lr_scale)
         super().__post_init__()
 
 

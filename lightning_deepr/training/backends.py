@@ -162,7 +162,7 @@ def in_numba(batch: Batch) -> None:
     """Run the same step, line by line, in one compiled kernel for all tensors."""
     items = batch.items
     thetas, slots = batch.thetas, batch.slots
-    key = tuple(map(id, slots))
+    key = (thetas[0].dtype, *map(id, slots))
     table = batch.tables.get(key)
     if table is None or any(a is not b for a, b in zip(table.tensors, slots, strict=True)):
         from lightning_deepr.kernels.cpu.step import Table

@@ -391,6 +391,7 @@ class SparseTraining(SharedArguments, Callback):
                     "K": t.slots.wanted,
                     "step": t.step,
                     "start": t.start,
+                    "lr_scale": t.scale,
                     "streak": t.turnover.streak,
                     "warned": t.turnover.warned,
                     "steps": t.turnover.steps,
@@ -435,6 +436,7 @@ class SparseTraining(SharedArguments, Callback):
             for key in ("streak", "warned", "steps", "reborn", "newborn_deaths"):
                 setattr(tensor.turnover, key, entry[key])
         self._load_steering(recorded, state.get("version", 1))
+        self._take_over_scales(recorded)
         self.load_extra_state(state.get("extra", {}))
         if self._is_at_work or self._at_fabric:  # a loop is running: the method begins again with the loaded state
             self.begin(self.tracked)

@@ -19,7 +19,8 @@ from lightning_deepr.training.schedules import is_steered
 from lightning_deepr.training.tracked import TrackedTensor
 from lightning_deepr.weights.find import Converted, converted_tensors
 
-Entries = dict[str, tuple[Any, Any]]  # a tensor's name -> its values of l1 and temperature
+Entries = dict[str, tuple[Any, Any, Any]]  # a tensor's name -> its values of l1, temperature and lr_scale
+BY_TENSOR = ("l1", "temperature", "lr_scale")  # the arguments that may be a dict by pattern
 
 
 class Method(Protocol):
@@ -31,6 +32,7 @@ class Method(Protocol):
     distribution: Any
     l1: Any
     temperature: Any
+    lr_scale: Any
     scope: str
     tracked: list[TrackedTensor]
 
@@ -55,11 +57,19 @@ def claim(callback: Method, module: nn.Module, watch: bool = False, early: bool 
         ValueError: no tensor is found, a tensor does not fit the method, or another callback is at work on the tensors.
     """
     found = candidates(module)
-    for argument, value in (("l1", callback.l1), ("temperature", callback.temperature)):
+    for argument in BY_TENSOR:
+        value = getattr(callback, argument)
         if isinstance(value, Mapping):
             refuse_unknown(list(value), found, argument)
     chosen = _chosen(callback, module, found)
-    entries = {c.name: (entry_for("l1", callback.l1, c), entry_for("temperature", callback.temperature, c)) for c in chosen}
+    entries: Entries = {
+        c.name: (
+            entry_for("l1", callback.l1, c),
+            entry_for("temperature", callback.temperature, c),
+            entry_for("lr_scale", callback.lr_scale, c),
+        )
+        for c in chosen
+    }
     for candidate in chosen:
         if candidate.slots is not None:
             callback.check_kind(candidate.name, candidate.slots)
@@ -125,7 +135,8 @@ def _tracked(callback: Method, module: nn.Module, entries: Entries) -> list[Trac
             step = 1 + converted.slots.last_birth()
             count = converted.slots.wanted if callback.scope == "layer" else converted.slots.count
             tensor = TrackedTensor(converted, Turnover(count), step=step, start=step)
-        tensor.converted, (tensor.alpha, tensor.temperature) = converted, entries[converted.name]
+        tensor.converted = converted
+        tensor.alpha, tensor.temperature, tensor.lr_scale = entries[converted.name]
         converted.slots.owner = weakref.ref(callback)
         taken.append(tensor)
     if callback.scope == "global":  # layers that share one theta have taken the same number of steps

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -31,5 +32,6 @@ def listen(callback: Any) -> None:
     """Call a callback before and after each step of any optimizer, as long as the callback exists."""
     _listeners.add(callback)
     if not _registered:
-        _registered.append(register_optimizer_step_pre_hook(_before))
-        _registered.append(register_optimizer_step_post_hook(_after))
+        # `torch.compile(optimizer.step)` must not trace them, see Stepper._wire
+        _registered.append(register_optimizer_step_pre_hook(torch.compiler.disable(_before)))
+        _registered.append(register_optimizer_step_post_hook(torch.compiler.disable(_after)))

@@ -9,6 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_deepr.algorithm.optimizer_state import StartingState
+from lightning_deepr.training.scaled_steps import ScaledSteps
 from lightning_deepr.training.tracked import State, Stepped, TrackedTensor
 
 
@@ -19,6 +20,7 @@ class Run:
         hooks: the registered hooks of the optimizer's steps.
         starting: the starting values of the optimizer's state.
         tables: the kernels' tables, by their tensors. They hold memory addresses.
+        scaled: the thetas whose steps ``lr_scale`` multiplies; None: not determined yet, or forgotten.
         took_step: whether the optimizer really took a step that Fabric has not reported yet (GradScaler may skip a step).
     """
 
@@ -27,6 +29,7 @@ class Run:
         self.hooks: list[Any] = []
         self.starting = StartingState()
         self.tables: dict[Any, Any] = {}
+        self.scaled: ScaledSteps | None = None
         self.took_step = False
         self._size, self._matched = -1, list[tuple[TrackedTensor, int]]()
 
@@ -46,7 +49,7 @@ class Run:
 
     def forget_tensors(self) -> None:
         """Forget the matched tensors: the callback's tensors have changed."""
-        self._size, self._matched = -1, []
+        self._size, self._matched, self.scaled = -1, [], None
 
     def states(self, item: Stepped) -> list[State]:
         """List every state tensor that has theta's shape, with its starting value."""

@@ -15,11 +15,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lightning_deepr.algorithm import lr_scale
 from lightning_deepr.algorithm.statistics import collapse_message
 from lightning_deepr.algorithm.steering import Steering
 from lightning_deepr.training import guards, invariants
 from lightning_deepr.training.ledger import Ledger
 from lightning_deepr.training.run import Run, Runs
+from lightning_deepr.training.scaled_steps import AUTO, ScaledSteps
 from lightning_deepr.training.schedules import default_l1, evaluate, is_steered
 from lightning_deepr.training.tracked import Stepped, TrackedTensor
 
@@ -41,6 +43,7 @@ class Stepper(ABC):
     # the defaults of a method without these arguments: no L1, no noise, a rewiring after every step
     l1: Any = 0.0
     temperature: Any = 0.0
+    lr_scale: Any = 1.0
     rewire_every_n_steps: int = 1
     rewire_until: int | float | None = None
     seed: int = 0
@@ -130,6 +133,8 @@ class Stepper(ABC):
     @torch.no_grad()
     def _after_optimizer_step(self, optimizer: Optimizer) -> None:
         run = self._runs.of(optimizer)
+        if run.scaled is not None:  # before L1 and noise, which keep the group's learning rate
+            run.scaled.stretch()
         stepped = []
         for tensor, group_index in run.matched(optimizer, self.tracked):
             theta = tensor.theta
@@ -216,8 +221,13 @@ class Stepper(ABC):
             temperature = evaluate(temperature, lr, where)
         return Stepped(tensor, theta, group_index, lr, alpha, temperature, self.rewires(done), run.states)
 
-    @torch.no_grad()
     def _call_before_step(self, optimizer: Optimizer) -> None:
+        if self._has_before_step:
+            self._tell_before_step(optimizer)
+        self._scaled_steps(optimizer).keep()
+
+    @torch.no_grad()
+    def _tell_before_step(self, optimizer: Optimizer) -> None:
         run = self._runs.of(optimizer)
         items = [
             self._stepped(tensor, tensor.slots.own(tensor.theta.detach()), optimizer, group_index, run)
@@ -226,6 +236,71 @@ class Stepper(ABC):
         ]
         if items:
             self.before_step(items, optimizer)
+
+    @property
+    def _has_before_step(self) -> bool:
+        return type(self).before_step is not Stepper.before_step
+
+    # -- lr_scale -----------------------------------------------------------------------------------------------------------
+
+    def _scaled_steps(self, optimizer: Optimizer) -> ScaledSteps:
+        """Return the thetas of an optimizer whose steps are multiplied. It is determined once."""
+        run = self._runs.of(optimizer)
+        matched = run.matched(optimizer, self.tracked)
+        if run.scaled is None or run.scaled.matched is not matched:
+            kinds: dict[int, bool | None] = {}
+            run.scaled = ScaledSteps(matched, [self._scale_of(tensor, optimizer, group, kinds) for tensor, group in matched])
+        return run.scaled
+
+    def _scale_of(self, tensor: TrackedTensor, optimizer: Optimizer, group_index: int, kinds: dict[int, bool | None]) -> float:
+        """Determine the factor of a tensor's steps, and record it.
+
+        Args:
+            kinds: whether the optimizer normalizes its gradients, by the index of the parameter group. Groups are added.
+        """
+        scale = tensor.scale if tensor.lr_scale == AUTO else float(tensor.lr_scale)
+        if scale is None:
+            ratio, normalizing = tensor.slots.places_per_connection, None
+            if ratio > 1:
+                if group_index not in kinds:
+                    group = optimizer.param_groups[group_index]
+                    kinds[group_index] = lr_scale.normalizes(optimizer, group, tensor.theta.device)
+                normalizing = kinds[group_index]
+                if normalizing is None:
+                    self._warn_of_unknown(optimizer)
+            scale = 1.0 if normalizing is None else lr_scale.automatic(ratio, normalizing)
+        tensor.scale = tensor.slots.lr_scale_taken = scale
+        return scale
+
+    def _take_over_scales(self, recorded: Mapping[str, Mapping[str, Any]]) -> None:
+        """Continue with the scales of a checkpoint where ``lr_scale`` is "auto"."""
+        others, old = [], []
+        for tensor in self.tracked:
+            scale = recorded[tensor.name].get("lr_scale", 1.0)
+            if tensor.lr_scale == AUTO:
+                tensor.scale = tensor.slots.lr_scale_taken = scale
+                if "lr_scale" not in recorded[tensor.name]:
+                    old.append(f"`{tensor.name}`")
+            elif scale is not None and scale != tensor.lr_scale:
+                others.append(f"`{tensor.name}` ({scale:g} before, {tensor.lr_scale:g} now)")
+        self._forget_matches()
+        method = type(self).__name__
+        if old:
+            rank_zero_warn(
+                f"{method}: the checkpoint is of a version without lr_scale: {', '.join(old)} go on with lr_scale=1, as in "
+                "that training. Give a number for another scale."
+            )
+        if others:
+            rank_zero_warn(f"{method}: lr_scale differs from the checkpoint's: {', '.join(others)}.")
+
+    def _warn_of_unknown(self, optimizer: Optimizer) -> None:
+        line = (
+            f'{type(self).__name__}: lr_scale="auto" is 1 under {type(optimizer).__name__}: whether it normalizes its '
+            "gradients could not be found out (a second optimizer could not take a step on its own parameter). Give a number."
+        )
+        if line not in self._told:
+            self._told.add(line)
+            rank_zero_warn(line)
 
     def _before_plain_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # With a closure, the gradients of this step do not exist yet. The gradients of a fused optimizer under GradScaler may
@@ -265,11 +340,15 @@ class Stepper(ABC):
             self._call_before_step(optimizer)
 
         self._note_l1(optimizer)
-        run.hooks = [optimizer.register_step_post_hook(after)]
-        if type(self).before_step is not Stepper.before_step:
-            run.hooks.append(optimizer.register_step_pre_hook(before))
+        self._scaled_steps(optimizer)  # now, so that the report has the scales and a warning comes before the first step
+        # `torch.compile(optimizer.step)` must not trace the hooks: tracing changes the results of the rewiring
+        untraced = torch.compiler.disable
+        run.hooks = [optimizer.register_step_post_hook(untraced(after))]
+        # "auto" needs the hook even if its scale is 1 now: a checkpoint that is loaded later may have another scale
+        if self._has_before_step or any(tensor.lr_scale != 1.0 for tensor in self.tracked):
+            run.hooks.append(optimizer.register_step_pre_hook(untraced(before)))
         if check_before:
-            run.hooks.append(optimizer.register_step_pre_hook(self._before_plain_step))
+            run.hooks.append(optimizer.register_step_pre_hook(untraced(self._before_plain_step)))
         return True
 
     def _note_l1(self, optimizer: Optimizer) -> None:
@@ -311,8 +390,10 @@ class Stepper(ABC):
             self._settle()  # the new training does not count the births of the last one
             for tensor in self.tracked:
                 tensor.start = tensor.step
+                tensor.scale = None  # the optimizer may be of another kind
                 if tensor.steering is not None:
                     tensor.steering.reset()
+            self._forget_matches()
         self._continues = False
         self.begin(self.tracked)
 

@@ -27,6 +27,8 @@ class TrackedTensor:
     turnover: Turnover
     alpha: Any = None  # this tensor's value of l1; None: the optimizer decides
     temperature: Any = 0.0  # this tensor's value of temperature
+    lr_scale: Any = 1.0  # this tensor's value of lr_scale
+    scale: float | None = None  # the factor of this tensor's steps; None: not known before there is an optimizer
     step: int = 0  # number of optimizer steps that the tensor has taken
     start: int = 0  # value of ``step`` at which the present training began
     steering: Steering | None = None  # of alpha, if ``alpha`` is a target; layers that share a theta may share it

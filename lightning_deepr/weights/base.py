@@ -87,6 +87,7 @@ class Parametrization(nn.Module):
         self.layer: LayerCompute = DENSE  # how the module computes, and how its own forward is restored
         self.l1_taken: float | str | None = None
         self.l1_rule: str | None = None  # for files: the target that steered alpha, and the last alpha
+        self.lr_scale_taken: float | None = None
         self.owner: Callable[[], Any] = nobody  # weak reference to the callback at work
         self.copied_from: Callable[[], Any] = nobody
         self.averages: weakref.WeakSet[parametrize.ParametrizationList] = weakref.WeakSet()
@@ -102,6 +103,11 @@ class Parametrization(nn.Module):
     def wanted(self) -> int:
         """The requested number of connections."""
         return self.count
+
+    @property
+    def places_per_connection(self) -> float:
+        """N / K, with the requested K, over all tensors that share this tensor's theta."""
+        return self.total / self.wanted
 
     @abstractmethod
     def active(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,8 +213,8 @@ class Parametrization(nn.Module):
 
     def take_after(self, source: Parametrization, memo: dict[int, Any]) -> None:
         """Copy the common attributes of the source into this deep copy."""
-        self.compute, self.l1_taken, self.training = source.compute, source.l1_taken, source.training
-        self.l1_rule = source.l1_rule
+        self.compute, self.training = source.compute, source.training
+        self.l1_taken, self.l1_rule, self.lr_scale_taken = source.l1_taken, source.l1_rule, source.lr_scale_taken
         self.policy, self.layer = source.policy, source.layer
         self.copied_from = weakref.ref(source)
         memo[id(source)] = self

@@ -59,6 +59,10 @@ class SharedSlots(KSlots):
         """The constant number of connections: K of all layers together."""
         return self.pool.count
 
+    @property
+    def places_per_connection(self) -> float:
+        return sum(member.total for member in self.pool.members) / self.pool.count
+
     def may_have(self, count: int) -> bool:
         return True  # only the total has to fit, and loading checks it
 

@@ -231,6 +231,28 @@ def test_the_state_of_the_reborn_starts_anew(name: str, pytorch: Run, launches: 
     assert sum(int((slots.born >= 0).sum()) for slots in all_slots(nets[0])) > 20
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernel", "torch"])
+def test_a_step_that_is_made_longer(compiled: bool, pytorch: Run, launches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the kernels' step: by operations of PyTorch, as on a GPU, or by the CPU's kernel."""
+    sizes = [(30, 20, 100), (20, 10, 120), (7, 5, 10)]
+    nets = [network(sizes), network(sizes)]
+    made = []
+    for net in nets:
+        made.append(optim.Adam(net.parameters(), lr=0.02))
+        DeepR(l1=1.0, seed=SEED, lr_scale="auto").attach(net, made[-1])
+    if not compiled:
+        monkeypatch.setattr(kernels, "available", lambda: False)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for a, b in zip(thetas(nets[0]), thetas(nets[1]), strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        made[0].step()
+        pytorch(made[1].step)
+        assert_equal_states(state_of(nets[0], made[0]), state_of(nets[1], made[1]))
+    assert sum(int((slots.born >= 0).sum()) for slots in all_slots(nets[0])) > 20
+
+
 @pytest.mark.parametrize("options", [{"rewire_every_n_steps": 3}, {"rewire_until": 2}], ids=str)
 def test_steps_that_do_not_rewire(options: dict[str, int], pytorch: Run, launches: list[int]) -> None:
     sizes = [(30, 20, 100), (20, 10, 190)]

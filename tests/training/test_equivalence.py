@@ -33,6 +33,10 @@ SETTINGS = {
         adam, options={"l1": TurnoverTarget(0.4, interval=4), "rewire_every_n_steps": 3}, accumulate=2
     ),
     "l1 by a constant turnover": Setting(adam, options={"l1": {"0": TurnoverTarget(0.2, "constant", interval=3), "2": 0.2}}),
+    "lr_scale": Setting(adam, options={"lr_scale": "auto"}),
+    "lr_scale, accumulated": Setting(options={"lr_scale": {"0": 2.5, "2": "auto"}}, accumulate=2, scheduled=True),
+    "lr_scale, fused, every 3 steps": Setting(adam_fused, options={"lr_scale": 0.7, "rewire_every_n_steps": 3}),
+    "lr_scale, l1 by turnover": Setting(adam, options={"lr_scale": "auto", "l1": TurnoverTarget(0.2, interval=4)}),
 }
 EVERY_SETTING = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 

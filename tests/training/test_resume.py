@@ -112,6 +112,7 @@ SETTINGS = {
     "noise, l1 falling, frozen late": Setting(sgd, {"temperature": 1e-4, "l1": LinearDecay(0.3, 0.0), "rewire_until": 0.8}),
     "l1 by turnover, averaged": Setting(adam, {"l1": TurnoverTarget(0.2, interval=4)}, averaged=True),
     "every 3 steps": Setting(adam, {"l1": 0.3, "rewire_every_n_steps": 3}),
+    "lr_scale": Setting(adam, {"l1": 0.3, "lr_scale": "auto"}, averaged=True),
 }
 
 

@@ -78,10 +78,11 @@ def test_a_frozen_tensor_waits(set_to_none: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("lr_scale", [1.0, 2.5])
 @pytest.mark.parametrize("make", [sgd, adam])
-def test_a_closure_counts_once(make: Any) -> None:
+def test_a_closure_counts_once(make: Any, lr_scale: float) -> None:
     net, other = mlp(), mlp()
-    setting = Setting(make)
+    setting = Setting(make, options={"lr_scale": lr_scale})
     optimizers = [make(module.parameters()) for module in (net, other)]
     for module, optimizer in zip((net, other), optimizers, strict=True):
         setting.callback().attach(module, optimizer)
@@ -98,6 +99,23 @@ def test_a_closure_counts_once(make: Any) -> None:
             theta.grad = torch.full_like(theta, torch.nan)  # stale: not the gradient of this step
         optimizers[1].step(closure)
     assert_equal_states(state_of(net, optimizers[0]), state_of(other, optimizers[1]))
+
+
+@pytest.mark.parametrize("lr_scale", [1.0, 2.5])
+def test_a_compiled_step_rewires_as_any_other(lr_scale: float) -> None:
+    setting, states = Setting(options={"lr_scale": lr_scale}), []
+    for compiled in (False, True):
+        net = mlp()
+        optimizer = sgd(net.parameters())
+        setting.callback().attach(net, optimizer)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for batch in batches(20):
+            optimizer.zero_grad()
+            loss_of(net, batch).backward()
+            step()
+        states.append(state_of(net, optimizer))
+    torch.compiler.reset()
+    assert_equal_states(*states)
 
 
 class Scaled(Regression):
@@ -130,11 +148,12 @@ class FabricScaler(FabricPrecision):
 
 
 @pytest.mark.parametrize("how", ["plain", "fabric", "fabric, attached", "trainer"])
+@pytest.mark.parametrize("lr_scale", [1.0, 2.5])
 @pytest.mark.parametrize("make", [sgd, adam, adam_fused])
-def test_a_step_that_gradscaler_skips_is_none(make: Any, how: str) -> None:
+def test_a_step_that_gradscaler_skips_is_none(make: Any, how: str, lr_scale: float) -> None:
     """A fused optimizer calls its hooks even for a skipped step, and Fabric always calls its own."""
     overflowing = {0, 3, 4, 17, STEPS - 1}
-    setting = Setting(make, options={"temperature": 1e-5})
+    setting = Setting(make, options={"temperature": 1e-5, "lr_scale": lr_scale})
     scaler = torch.amp.GradScaler("cpu", growth_interval=5)
     callback = setting.callback(**({"connectivity": 0.3, "distribution": "uniform"} if how == "trainer" else {}))
     if how == "trainer":

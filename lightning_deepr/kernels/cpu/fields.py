@@ -149,6 +149,39 @@ class ValuesRow(Fields):
 VALUES_WORDS = len(ValuesRow)
 
 
+# -- a step that is multiplied (scaled_step) -------------------------------------------------------------------------------
+
+
+class ScaledArguments(Fields):
+    """Arguments of :mod:`.scaled_step`."""
+
+    TASK = auto()
+    PHASE = auto()
+    ROWS = auto()
+    TABLE = auto()  # address of ROWS times ScaledRow
+
+
+class ScaledRow(Fields):
+    """A row of the table: a piece of a theta."""
+
+    THETA = auto()
+    BEFORE = auto()  # address of theta before the step
+    COUNT = auto()
+    SIZE = auto()  # bytes of theta's floats
+    FACTOR = auto()  # the factor of the step, float64
+    MOVED = auto()  # whether the optimizer took a step on this theta
+
+
+class ScaledPhase(Fields):
+    """The work of a call: copy theta, or multiply its step."""
+
+    KEEP = auto()
+    STRETCH = auto()
+
+
+SCALED_WORDS = len(ScaledRow)
+
+
 # -- one K for a whole network (shared_rewire) -----------------------------------------------------------------------------
 
 
