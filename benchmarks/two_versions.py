@@ -83,22 +83,28 @@ def work(threads: int) -> None:
 def main() -> None:
     from common import parser, prepare, save
 
-    options = parser(__doc__, rounds=30)
+    options = parser(__doc__, rounds=40)
     options.add_argument("before", type=Path, help="another checkout")
     options.add_argument("--only", nargs="*", default=["lenet", "mlp"], choices=list(STEPS))
     given = options.parse_args()
     prepare(given)
     from step_time import NETWORKS
 
-    before, now = Worker(given.before.resolve(), given.threads), Worker(HERE.parent, given.threads)
-    if before.where == now.where:
-        raise SystemExit(f"two_versions: both processes import {now.where}: expected two checkouts.")
+    # Which process starts first matters, by a few percent in memory alone: each pair is started both ways.
+    pairs = []
+    for now_first in (False, True):
+        checkouts = [given.before.resolve(), HERE.parent]
+        started = [Worker(one, given.threads) for one in (checkouts[::-1] if now_first else checkouts)]
+        pairs.append(started[::-1] if now_first else started)
+    if pairs[0][0].where == pairs[0][1].where:
+        raise SystemExit(f"two_versions: both processes import {pairs[0][0].where}: expected two checkouts.")
     rows = []
     for name in given.only:
         for batch in NETWORKS[name].batch_sizes:
             ratios = []
             for i in range(given.rounds):
-                order = (before, now) if i % 2 else (now, before)
+                before, now = pairs[i % 2]
+                order = (before, now) if i // 2 % 2 else (now, before)
                 took = {one: one.seconds(name, batch, STEPS[name]) for one in order}
                 ratios.append(took[now] / took[before])
             low, middle, high = statistics.quantiles(ratios, n=4)

@@ -176,11 +176,11 @@ def in_numba(batch: Batch) -> None:
     )
     for item, births, young, numbers, found, done in zip(items, counts, newborns, table.reborn, states, within, strict=True):
         if births:
-            item.reborn, reborn = Reborn(births, young, numbers), numbers[:births]
+            item.reborn = Reborn(births, young, numbers)
             if len(done) < len(found):
-                rewiring.start_anew(found, reborn)
+                rewiring.start_anew(found, numbers[:births])
             if item.tensor.slots.averages:
-                restart_averages(item.tensor.slots, reborn)
+                restart_averages(item.tensor.slots, numbers[:births])
 
 
 def _kernel_can_write(states: list[tuple[Tensor, float]]) -> bool:

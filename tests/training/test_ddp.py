@@ -116,6 +116,7 @@ loop = trainer(callback, EMAWeightAveraging(decay=0.5), strategy="ddp", devices=
 loop.fit(net, batches(20), batches(4))
 assert_connected(net)
 torch.save({"state": net.state_dict(), "losses": net.losses}, Path(sys.argv[1]) / f"{loop.global_rank}.pt")
+torch.distributed.destroy_process_group()  # else its threads may outlive the interpreter, which aborts on a busy machine
 """
 
 
