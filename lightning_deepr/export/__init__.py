@@ -7,7 +7,19 @@ Each function takes any module (from a callback, ``sparsify``, ``load_state_dict
 from __future__ import annotations
 
 from lightning_deepr.export.c_header import CHeader, to_c_header
+from lightning_deepr.export.c_training import CTraining, to_c, to_c_training
 from lightning_deepr.export.matrices import to_csr, to_dense_state_dict, to_scipy
 from lightning_deepr.export.onnx_file import OnnxFile, to_onnx
 
-__all__ = ["CHeader", "OnnxFile", "to_c_header", "to_csr", "to_dense_state_dict", "to_onnx", "to_scipy"]
+__all__ = [
+    "CHeader",
+    "CTraining",
+    "OnnxFile",
+    "to_c",
+    "to_c_header",
+    "to_c_training",
+    "to_csr",
+    "to_dense_state_dict",
+    "to_onnx",
+    "to_scipy",
+]

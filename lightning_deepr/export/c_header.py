@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from lightning_deepr.export.c_names import check_name, guard_of
 from lightning_deepr.export.encodings import ESCAPE, Encoded, Weights, encode
 from lightning_deepr.export.feed_forward import read_layers
+from lightning_deepr.monitoring.prune import pruned_copy
 
 _C_TYPES = {
     "float32": "float",
@@ -51,7 +53,7 @@ class CHeader:
 
 
 def to_c_header(
-    module: nn.Module, path: str | PathLike[str], *, name: str = "predict", weights: Weights = "float32"
+    module: nn.Module, path: str | PathLike[str], *, name: str = "predict", weights: Weights = "float32", prune: bool = False
 ) -> CHeader:
     """Write a feed-forward network as a C99 header without dependencies: ``void predict(const float *in, float *out)``.
 
@@ -63,19 +65,23 @@ def to_c_header(
 
     Args:
         module: linear layers and ReLU in one chain (``nn.Sequential``, :class:`lightning_deepr.models.LeNet300100`). Flatten,
-            Identity and Dropout are skipped. The module is not changed; other floating-point types are rounded to float32.
+            Identity and Dropout are skipped. It is read in eval mode and not changed; other floating-point types are rounded to
+            float32.
         path: the header to write.
         name: the name of the function, and the prefix of all other names in the header.
         weights: "float32" (exact), or "int16" or "int8" with one scale per layer. Integers are smaller, but the network is no
             longer the same: the result has the largest error of a weight, and its effect on the outputs depends on the data.
             Compare them.
+        prune: True to leave out the units that are cut off, as :func:`lightning_deepr.prune_dead_units` does in a copy. The
+            outputs stay the same, the shapes get smaller.
 
     Returns:
         the bytes of constants and of buffers, per layer and in total.
 
     Raises:
-        ValueError: the network has another layer or function (the message names it), a weight is not finite, or ``name`` is not
-            a C identifier.
+        ValueError: the network has another layer or function, a subclass with a forward of its own, a hook, or a
+            parametrization of others (the message names it); a weight is not finite, or ``name`` is no C identifier that is
+            free in C and C++.
 
     Example::
 
@@ -86,9 +92,8 @@ def to_c_header(
         >>> header.connections, header.constant_bytes, header.buffer_bytes
         (275, 1675, 200)
     """
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
-        raise ValueError(f"name: expected a C identifier, found {name!r}.")
-    encoded = [encode(layer, weights) for layer in read_layers(module)]
+    check_name(name)
+    encoded = [encode(layer, weights) for layer in read_layers(pruned_copy(module, prune))]
     hidden = [item.layer.rows for item in encoded[:-1]]
     buffers = [max(hidden[start::2], default=0) for start in (0, 1)]
     header = CHeader(
@@ -108,7 +113,7 @@ def to_c_header(
 
 
 def _lines(encoded: list[Encoded], header: CHeader, name: str, buffers: list[int]) -> Iterator[str]:
-    guard = f"{name.upper()}_H"
+    guard = guard_of(name)
     yield f"/* A sparse feed-forward network: {header.connections} of {header.potential} connections, {header.weights} weights."
     yield f" * {header.constant_bytes} bytes of constants, {header.buffer_bytes} bytes of buffers. Written by lightning-deepr."
     yield f" * {name}(in, out): in has {name.upper()}_INPUTS floats, out {name.upper()}_OUTPUTS; not reentrant. */"

@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from lightning_deepr.conversion.convert import connections
+from lightning_deepr.conversion.known import called_otherwise, evaluating, foreign, hooks_of
 from lightning_deepr.export.matrices import rows_of
+from lightning_deepr.weights.names import unwrapped
 
 _KNOWN = (nn.Linear, nn.ReLU, nn.Flatten, nn.Identity, nn.Dropout)
 _RELU = (torch.relu, F.relu, torch.relu_)
@@ -59,9 +61,15 @@ def read_layers(module: nn.Module) -> list[LinearLayer]:
     Raises:
         ValueError: the network is not a chain of linear layers and ReLU; the message names the other part.
     """
+    module = unwrapped(module)
     module = nn.Sequential(module) if isinstance(module, _KNOWN) else module
+    for name, part in module.named_modules():
+        different = hooks_of(part) or called_otherwise(part)
+        if different:
+            raise ValueError(_refusal(name, part, different))
     try:
-        graph = _Tracer().trace(module)
+        with evaluating(module):
+            graph = _Tracer().trace(module)
     except Exception as error:
         raise ValueError(
             f"to_c_header: {_EXPECTED}; the forward of {type(module).__name__} can't be followed: {error}"
@@ -94,6 +102,10 @@ def read_layers(module: nn.Module) -> list[LinearLayer]:
 def _add(layers: list[LinearLayer], node: fx.Node, module: nn.Module, found: dict[str, Any]) -> None:
     """Add one operation to the list, and skip an operation that changes no value."""
     part = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(part, _KNOWN):
+        different = foreign(part, _KNOWN)
+        if different:
+            raise ValueError(_refusal(str(node.target), part, different))
     if isinstance(part, nn.Linear):
         layers.append(_linear(str(node.target), part, found))
     elif isinstance(part, nn.ReLU) or (node.op == "call_function" and node.target in _RELU) or _method(node, "relu", "relu_"):
@@ -107,6 +119,14 @@ def _add(layers: list[LinearLayer], node: fx.Node, module: nn.Module, found: dic
             f"to_c_header: {_EXPECTED}, found {place} in {type(module).__name__}. to_onnx exports other networks; a softmax "
             "at the end is left to the caller."
         )
+
+
+def _refusal(name: str, part: nn.Module, why: str) -> str:
+    return (
+        f"to_c_header: {_EXPECTED}, each exactly as torch computes it; `{name or type(part).__name__}` {why}. Export a network "
+        "in which this is part of the weights (torch.nn.utils.prune.remove, "
+        "torch.nn.utils.parametrize.remove_parametrizations, or handle.remove() of a hook)."
+    )
 
 
 def _method(node: fx.Node, *names: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -11,23 +12,31 @@ from torch import Tensor, nn
 
 from lightning_deepr.conversion.convert import connections
 from lightning_deepr.export.requirements import needed
+from lightning_deepr.monitoring.prune import pruned_copy
+from lightning_deepr.weights.find import converted_tensors
+from lightning_deepr.weights.names import keep_metadata
+from lightning_deepr.weights.outside import as_densified, outside, refuse_stacked
 
 _LARGEST_DENSE = 1 << 34  # bytes, the same limit as in densify
 
 
-def to_dense_state_dict(module: nn.Module) -> dict[str, Any]:
+def to_dense_state_dict(module: nn.Module, *, prune: bool = False) -> dict[str, Any]:
     """Make the ``state_dict`` of the module without this package: dense weights, with 0 for dormant connections.
 
-    Unlike :func:`lightning_deepr.densify`, it does not change the module.
+    Unlike :func:`lightning_deepr.densify`, it does not change the module. The names have no prefixes of ``torch.compile``, DDP,
+    Fabric or FSDP. A parametrization of others upon a converted weight is kept, as ``densify`` keeps it.
 
     Args:
         module: a module with or without converted weights.
+        prune: True to leave out the units that are cut off, as :func:`lightning_deepr.prune_dead_units` does in a copy. The
+            outputs stay the same, the shapes get smaller.
 
     Returns:
         copies of all tensors, on their devices, under the names of the plain module.
 
     Raises:
         RuntimeError: a dense weight would take more than 16 GiB.
+        ValueError: two different tensors have one name without the prefixes of wrappers.
 
     Example::
 
@@ -38,39 +47,44 @@ def to_dense_state_dict(module: nn.Module) -> dict[str, Any]:
         >>> nn.Linear(100, 10).load_state_dict(state)
         <All keys matched successfully>
     """
-    kept, heads = connections(module), {}
-    for name, (shape, _, values) in kept.items():
-        size = math.prod(shape) * values.element_size()
+    rest = outside(pruned_copy(module, prune))
+    for one in rest.converted.values():
+        size = one.slots.total * one.theta.element_size()
         if size > _LARGEST_DENSE:
             raise RuntimeError(
-                f"`{name}` of shape {tuple(shape)} would take {size / 2**30:.0f} GiB as a dense weight (more than 16 GiB). "
-                "`to_csr(module)` keeps it sparse."
+                f"`{one.name}` of shape {tuple(one.slots.shape)} would take {size / 2**30:.0f} GiB as a dense weight (more "
+                "than 16 GiB). `to_csr(module)` keeps it sparse."
             )
-        owner, _, tensor = name.rpartition(".")
-        heads[f"{owner}.parametrizations.{tensor}.".removeprefix(".")] = name
-    state: dict[str, Any] = {}
-    for key, value in module.state_dict().items():
-        head = next((head for head in heads if key.startswith(head)), None)
-        if head is None:
-            state[key] = value.detach().clone() if isinstance(value, Tensor) else value
-        elif heads[head] not in state:
-            shape, places, values = kept[heads[head]]
-            weight = values.new_zeros(math.prod(shape))
-            weight[places] = values
-            state[heads[head]] = weight.view(shape)
+    built: dict[nn.Module, Tensor] = {}
+    state: OrderedDict[str, Any] = OrderedDict()
+    for name in rest.order:
+        if name not in rest.converted:
+            value = rest.values[name]
+            state[name] = value.detach().clone() if isinstance(value, Tensor) else value
+            continue
+        one = rest.converted[name]
+        if one.slots not in built:
+            built[one.slots] = one.slots.whole(one.theta.detach()).detach().clone()
+        state.update(as_densified(name, built[one.slots], one, rest.upon.get(name, {})))
+    keep_metadata(state, rest.values)
     return state
 
 
-def to_csr(module: nn.Module) -> dict[str, Tensor]:
+def to_csr(module: nn.Module, *, prune: bool = False) -> dict[str, Tensor]:
     """Export every converted weight as a ``torch.sparse_csr`` matrix, without building a dense tensor.
 
     Args:
         module: a module with converted weights.
+        prune: True to leave out the units that are cut off, as :func:`lightning_deepr.prune_dead_units` does in a copy. The
+            outputs stay the same, the shapes get smaller.
 
     Returns:
         {tensor name: CSR [rows, columns]} with all K connections, including those of value 0, sorted by row and column. A
         weight of more than two dimensions becomes a matrix of ``shape[0]`` rows: a convolution's columns are (channel, height,
         width), in that order. Tensors that are not converted, such as biases, are not included.
+
+    Raises:
+        ValueError: another parametrization computes a weight from the connections.
 
     Example::
 
@@ -83,14 +97,18 @@ def to_csr(module: nn.Module) -> dict[str, Tensor]:
         >>> torch.allclose(matrix @ x + net.bias, net(x), atol=1e-5)
         True
     """
+    for converted in converted_tensors(module):
+        refuse_stacked(converted, "to_csr")
+    module = pruned_copy(module, prune)
     return {name: _csr(*found) for name, found in connections(module).items()}
 
 
-def to_scipy(module: nn.Module) -> dict[str, Any]:
+def to_scipy(module: nn.Module, *, prune: bool = False) -> dict[str, Any]:
     """Export every converted weight as a ``scipy.sparse.csr_array`` on the CPU, with the contents of :func:`to_csr`.
 
     Raises:
         ImportError: SciPy is missing (``pip install 'lightning-deepr[export]'``).
+        ValueError: another parametrization computes a weight from the connections.
 
     Example::
 
@@ -100,7 +118,7 @@ def to_scipy(module: nn.Module) -> dict[str, Any]:
     """
     (sparse,) = needed("scipy.sparse", purpose="to_scipy")
     result = {}
-    for name, matrix in to_csr(module).items():
+    for name, matrix in to_csr(module, prune=prune).items():
         matrix = matrix.cpu()
         values = matrix.values()
         values = (

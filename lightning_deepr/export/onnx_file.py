@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from lightning_deepr.conversion.convert import connections, densify
 from lightning_deepr.export.onnx_weights import scatter_weights
 from lightning_deepr.export.requirements import needed
+from lightning_deepr.monitoring.prune import pruned_copy
 
 _LARGEST_FILE = 2**31 - 1  # bytes, the limit of a protobuf message
 
@@ -55,6 +56,7 @@ def to_onnx(
     opset: int = 18,
     sparse: bool = False,
     tolerance: float = 1e-5,
+    prune: bool = False,
 ) -> OnnxFile:
     """Write a network as ONNX, in eval mode, after onnxruntime has reproduced PyTorch's outputs.
 
@@ -73,6 +75,8 @@ def to_onnx(
         opset: the version of the ONNX operator set.
         sparse: True to keep weights with few connections as places and values.
         tolerance: the largest allowed difference, multiplied by the largest output if that is above 1.
+        prune: True to leave out the units that are cut off, as :func:`lightning_deepr.prune_dead_units` does in a copy. The
+            comparison is with the outputs of the whole network.
 
     Returns:
         size, opset and the largest difference for the example and for two other sizes of the dynamic dimensions.
@@ -81,7 +85,8 @@ def to_onnx(
         ImportError: onnx, onnxscript or onnxruntime is missing (``pip install 'lightning-deepr[export]'``).
         ValueError: an LSTM has ``proj_size`` (ONNX's LSTM has no projection), an input lacks a dynamic dimension, or the file
             would exceed ONNX's limit of 2 GiB.
-        RuntimeError: the exporter failed, or onnxruntime differs by more than the tolerance. Nothing is written.
+        RuntimeError: the exporter failed or does not write this opset, or onnxruntime differs by more than the tolerance.
+            Nothing is written.
 
     Example::
 
@@ -92,20 +97,24 @@ def to_onnx(
         True
     """
     onnx, *_ = needed("onnx", "onnxscript", "onnxruntime", purpose="to_onnx")
+    if isinstance(opset, bool) or not isinstance(opset, int) or opset < 1:
+        raise ValueError(f"opset: expected the number of an ONNX operator set, found {opset!r}.")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     dynamic = {0: "batch"} if dynamic is None else dict(dynamic)
     _check_inputs(inputs, dynamic)
     _refuse(module)
-    found = connections(module)
+    smaller = pruned_copy(module, prune)
+    found = connections(smaller)
     plain = densify(copy.deepcopy(module)).cpu().eval().requires_grad_(False)
+    exported = densify(copy.deepcopy(smaller)).cpu().eval().requires_grad_(False) if prune else plain
     inputs = tuple(tensor.detach().cpu() for tensor in inputs)
     failures: list[Exception] = []
     for exporter in (_by_tracing_graph, _by_torchscript):
         try:
-            proto = _export(exporter, plain, inputs, dynamic, opset)
+            proto = _export(exporter, exported, inputs, dynamic, opset)
             scattered = scatter_weights(proto) if sparse else ()
             payload = proto.SerializeToString()
-            _check(onnx, payload, module)
+            _check(onnx, payload, smaller)
             shapes, error_seen, output_seen = _compare(plain, payload, inputs, dynamic)
             break
         except RuntimeError as failure:
@@ -122,7 +131,7 @@ def to_onnx(
     return OnnxFile(
         path=Path(path),
         size=len(payload),
-        opset=next(entry.version for entry in proto.opset_import if entry.domain == ""),
+        opset=_opset_of(proto),
         connections=sum(places.numel() for _, places, _ in found.values()),
         potential=sum(shape.numel() for shape, _, _ in found.values()),
         sparse_weights=tuple(scattered),
@@ -172,12 +181,24 @@ def _export(exporter: Exporter, plain: nn.Module, inputs: tuple[Tensor, ...], dy
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter warns about internals of PyTorch and of itself
-            return _without_notes(exporter(plain, traced, dynamic, opset))
+            proto = _without_notes(exporter(plain, traced, dynamic, opset))
     except Exception as error:
         raise RuntimeError(
             f"to_onnx: PyTorch's exporter refused {type(plain).__name__} with inputs {[tuple(t.shape) for t in inputs]}, "
             f"dynamic {dict(dynamic)}: {error}"
         ) from error
+    found = _opset_of(proto)
+    if found != opset:
+        raise RuntimeError(
+            f"to_onnx: expected a file of opset {opset}, found that PyTorch's exporter writes {type(plain).__name__} in opset "
+            f"{found}. Ask for opset={found}, or convert the file with onnx.version_converter."
+        )
+    return proto
+
+
+def _opset_of(proto: Any) -> int:
+    """Return the version of ONNX's own operator set that a file uses."""
+    return next(int(entry.version) for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def _by_tracing_graph(plain: nn.Module, traced: tuple[Tensor, ...], dynamic: Mapping[int, str], opset: int) -> Any:
@@ -240,7 +261,12 @@ def _compare(
 ) -> tuple[tuple[tuple[tuple[int, ...], ...], ...], float, float]:
     """Run both, and return the shapes of the inputs, the largest difference and the largest output."""
     (runtime,) = needed("onnxruntime", purpose="to_onnx")
-    session = runtime.InferenceSession(payload, providers=["CPUExecutionProvider"])
+    try:
+        session = runtime.InferenceSession(payload, providers=["CPUExecutionProvider"])
+    except Exception as failure:
+        raise RuntimeError(
+            f"to_onnx: onnxruntime could not load the file, so nothing was written. Try another `opset`. ({failure})"
+        ) from failure
     names = [entry.name for entry in session.get_inputs()]
     trials = [inputs]
     if dynamic:
