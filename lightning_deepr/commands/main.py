@@ -1,28 +1,32 @@
-"""The command line ``lightning-deepr``: ``fit``, ``validate``, ``test``, ``report``, ``zoo``, ``export`` and ``recipes``."""
+"""The command line ``lightning-deepr``: trainings and tests by recipes, reports, comparisons, the zoo and exports."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import textwrap
 from collections.abc import Sequence
 
+from lightning_deepr._version import __version__
+from lightning_deepr.conversion.table import WIDTH
+from lightning_deepr.recipes.refusals import is_refusal, nearest, refuse
 from lightning_deepr.recipes.running import TRAINING, packaged_recipes, train
 
+COMMANDS = ("fit", "validate", "test", "predict", "report", "compare", "zoo", "export", "recipes")
+_USAGE = """\
+usage: lightning-deepr fit --config NAME|PATH [--out DIR] [--model.lr 0.1 --sparsity.connectivity 0.05 ...]
+       lightning-deepr fit --resume RUN
+       lightning-deepr test|validate|predict RUN|CHECKPOINT
+       lightning-deepr report X [Y] [--html PAGE] [--json]
+       lightning-deepr compare A B [--json]
+       lightning-deepr zoo list|info|verify|publish|pull ...
+       lightning-deepr export CHECKPOINT --to dense|csr|onnx|c --out PATH [--module CLASS]
+       lightning-deepr recipes [--json]
+       lightning-deepr --version
 
-def report(arguments: Sequence[str]) -> None:
-    """Run ``lightning-deepr report CHECKPOINT``: print the connectivity of a sparse checkpoint, without its model.
-
-    Raises:
-        SystemExit: the checkpoint can't be read or is not sparse.
-    """
-    parser = argparse.ArgumentParser(prog="lightning-deepr report", description="The connectivity of a sparse checkpoint.")
-    parser.add_argument("checkpoint", help="a .ckpt, .pt, .pth or .safetensors file")
-    from lightning_deepr.files.checkpoint import report_of_checkpoint
-
-    try:
-        print(report_of_checkpoint(parser.parse_args(arguments).checkpoint))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"lightning-deepr report: {error}") from error
+exit status: 0 done, 1 failed, 2 wrong arguments
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,34 +39,61 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: the command is unknown or fails. The message says why.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments and arguments[0] in TRAINING:
-        train(arguments)
-    elif arguments and arguments[0] == "report":
-        report(arguments[1:])
-    elif arguments and arguments[0] == "export":
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in TRAINING:
+        _train(arguments)
+    elif command == "report":
+        from lightning_deepr.commands.report import report
+
+        report(rest)
+    elif command == "compare":
+        from lightning_deepr.commands.compare import compare
+
+        compare(rest)
+    elif command == "export":
         from lightning_deepr.commands.export import export
 
-        export(arguments[1:])
-    elif arguments and arguments[0] == "zoo":
+        export(rest)
+    elif command == "zoo":
         from lightning_deepr.commands.zoo import run
 
-        run(arguments[1:])
-    elif arguments and arguments[0] == "recipes":
-        for name, path in packaged_recipes().items():
-            print(f"{name:24s} {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('#').strip()}")
+        run(rest)
+    elif command == "recipes":
+        _recipes(rest)
+    elif command in ("--version", "-V"):
+        print(f"lightning-deepr {__version__}")
+    elif command in ("-h", "--help"):
+        print(f"{_USAGE}\nrecipes: {', '.join(packaged_recipes())}")
     else:
-        print(
-            "usage: lightning-deepr fit|validate|test --config NAME|PATH [--model.lr 0.1 --sparsity.connectivity 0.05 ...]\n"
-            "       lightning-deepr report CHECKPOINT\n"
-            "       lightning-deepr zoo list|info|verify|publish|pull ...\n"
-            "       lightning-deepr export CHECKPOINT --to dense|csr|onnx|c --out PATH [--module CLASS]\n"
-            "       lightning-deepr recipes\n\n"
-            f"recipes: {', '.join(packaged_recipes())}"
-        )
-        if arguments and arguments[0] not in ("-h", "--help"):
-            raise SystemExit(
-                f"lightning-deepr: expected fit, validate, test, report, zoo, export or recipes, found {arguments[0]!r}."
-            )
+        near = nearest(command, COMMANDS)
+        known = f"expected {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}, found {command!r}."
+        refuse(known, f"The nearest is {near}." if near else "", "`lightning-deepr --help` shows how each is called.")
+
+
+def _train(arguments: Sequence[str]) -> None:
+    """Run a training or a test; a check that fails is one message, without the calls that led to it."""
+    try:
+        train(arguments)
+    except ValueError as error:
+        if is_refusal(error):
+            raise SystemExit(f"lightning-deepr {arguments[0]}: {error}") from error
+        raise
+
+
+def _recipes(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="lightning-deepr recipes", description="List the recipes.")
+    parser.add_argument("--json", action="store_true", help="print them as JSON")
+    given = parser.parse_args(arguments)
+    found = {
+        name: path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
+        for name, path in packaged_recipes().items()
+    }
+    if given.json:
+        print(json.dumps(found, indent=2))
+        return
+    width = max(map(len, found)) + 2
+    for name, what in found.items():
+        print(textwrap.fill(f"{name:{width}s}{what}", WIDTH, subsequent_indent=" " * width))
 
 
 if __name__ == "__main__":

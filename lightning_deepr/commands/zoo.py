@@ -10,9 +10,10 @@ from typing import Any
 
 from lightning_deepr import zoo
 from lightning_deepr.conversion.report import ConnectivityReport
+from lightning_deepr.conversion.table import table
 from lightning_deepr.recipes.running import data_of_recipe
 
-_COLUMNS = ("name", "connections", "connectivity", "metric", "bytes")
+_COLUMNS = ("name", "connections", "K / N", "metric", "bytes")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -30,6 +31,7 @@ def run(arguments: Sequence[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("list", help="list the models of the zoo")
     command.add_argument("pattern", nargs="?", default="*", help="shell wildcards, as in 'lenet300_100.*'")
+    command.add_argument("--json", action="store_true", help="print the records as JSON")
     command = commands.add_parser("info", help="show the record of a model")
     command.add_argument("model", help="a name of the zoo, or a file")
     command.add_argument("--json", action="store_true", help="print the whole record as JSON")
@@ -43,6 +45,7 @@ def run(arguments: Sequence[str]) -> None:
         help="also measure the recorded metric, on the test set of the recorded recipe in this folder "
         "(without FOLDER: the recipe's folder)",
     )
+    command.add_argument("--json", action="store_true", help="print the checks as JSON")
     commands.add_parser("publish", help="publish a model on the Hugging Face Hub", add_help=False)
     commands.add_parser("pull", help="download a model's file from the Hugging Face Hub", add_help=False)
     if arguments and arguments[0] in ("publish", "pull"):
@@ -53,12 +56,13 @@ def run(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     try:
         if given.command == "list":
-            print(_listing(zoo.list_models(given.pattern)))
+            names = zoo.list_models(given.pattern)
+            print(json.dumps({name: zoo.info(name) for name in names}, indent=2) if given.json else _listing(names))
         elif given.command == "info":
             found = zoo.info(given.model)
             print(json.dumps(found, indent=2) if given.json else _describe(found))
         else:
-            _verify(*_models_and_folder(given.models, given.data))
+            _verify(*_models_and_folder(given.models, given.data), as_json=given.json)
     except (OSError, ValueError, RuntimeError) as error:
         raise SystemExit(f"lightning-deepr zoo {given.command}: {error}") from error
 
@@ -70,54 +74,60 @@ def _models_and_folder(models: list[str], data: str | None) -> tuple[list[str], 
     return models or zoo.list_models(), data
 
 
-def _verify(models: Sequence[str], folder: str | None) -> None:
+def _verify(models: Sequence[str], folder: str | None, as_json: bool = False) -> None:
     """Verify each model, and report all failures at the end.
 
     Args:
         models: names or paths.
         folder: folder of the data; "": the recipe's folder; None: verify without data.
+        as_json: whether to print JSON, with the failures.
 
     Raises:
         ValueError: a model is not as recorded, or can't be read.
     """
     failures = []
+    passed: dict[str, dict[str, str]] = {}
     for model in models:
         try:
-            print(zoo.verify(model, None if folder is None else data_of_recipe(zoo.info(model), folder)))
+            found = zoo.verify(model, None if folder is None else data_of_recipe(zoo.info(model), folder))
+            passed[model] = dict(found.checks)
+            if not as_json:
+                print(found)
         except (OSError, ValueError, RuntimeError) as error:
             failures.append(f"{model}: {error}".replace("--data.root", "--data"))  # this command's name of the recipes' option
+    if as_json:
+        print(json.dumps({"as_recorded": passed, "failures": failures}, indent=2))
     if failures:
         raise ValueError("\n".join(failures))
+    if as_json:
+        return
     print(f"{len(models)} models are as recorded." if models else "There are no models in the zoo.")
 
 
 def _listing(names: Sequence[str]) -> str:
     """Format a table of models."""
-    rows = []
+    rows, kinds = [], dict[str, None]()
     for name in names:
         info = zoo.info(name)
         connectivity = info["connectivity"]
-        metrics = info.get("metrics")
-        metric = next((text for text in map(_metric, metrics.items()) if text), "-") if isinstance(metrics, Mapping) else "-"
-        rows.append((name, f"{connectivity['active']:,}", f"{connectivity['connectivity']:.2%}", metric, f"{info['bytes']:,}"))
+        metric, value = next(iter(_metrics(info).items()), ("", None))
+        kinds |= {metric: None} if metric else {}
+        shown = "-" if value is None else f"{value:.4g}"
+        rows.append((name, f"{connectivity['active']:,}", f"{connectivity['connectivity']:.2%}", shown, f"{info['bytes']:,}"))
     if not rows:
         return (
             "no model of that name. lightning-deepr zoo list shows all."
             if zoo.list_models()
             else "There are no models in the zoo."
         )
-    widths = [max(len(row[i]) for row in [_COLUMNS, *rows]) for i in range(len(_COLUMNS))]
-    lines = [
-        "  ".join(cell.ljust(w) if i in (0, 3) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in [_COLUMNS, *rows]
-    ]
-    return "\n".join([lines[0].rstrip(), "-" * (sum(widths) + 2 * (len(widths) - 1)), *(line.rstrip() for line in lines[1:])])
+    listed = table(_COLUMNS, rows, right=_COLUMNS[1:])
+    return f"{listed}\nmetric: {', '.join(kinds)}" if kinds else listed
 
 
-def _metric(item: tuple[str, Any]) -> str:
-    name, value = item
-    value = value.get("value") if isinstance(value, Mapping) else value
-    return f"{name} {value:.4g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
+def _metrics(info: Mapping[str, Any]) -> dict[str, float]:
+    metrics = info.get("metrics")
+    found = {key: one.get("value") if isinstance(one, Mapping) else one for key, one in dict(metrics or {}).items()}
+    return {key: one for key, one in found.items() if isinstance(one, (int, float)) and not isinstance(one, bool)}
 
 
 def _describe(info: Mapping[str, Any]) -> str:

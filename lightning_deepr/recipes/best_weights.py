@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_deepr.packages.classes import Callback
+from lightning_deepr.packages.messages import rank_zero_info
+from lightning_deepr.packages.names import is_a
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class BestWeights(Callback):
@@ -41,4 +48,8 @@ class BestWeights(Callback):
 
     @staticmethod
     def _watching(trainer: Trainer) -> list[ModelCheckpoint]:
-        return [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.monitor]
+        return [
+            one  # type: ignore[misc]
+            for one in trainer.checkpoint_callbacks
+            if is_a(one, "callbacks.model_checkpoint", "ModelCheckpoint") and one.monitor  # type: ignore[attr-defined]
+        ]

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from lightning_deepr.conversion.convert import connections
 from lightning_deepr.conversion.report import connectivity_report
 from lightning_deepr.files.checkpoint import save_sparse
+from lightning_deepr.packages.classes import Callback, WeightAveraging
+from lightning_deepr.packages.messages import rank_zero_info, rank_zero_only
+from lightning_deepr.packages.names import is_a
 from lightning_deepr.weights.find import converted_tensors
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class ConnectivityTable(Callback):
     """Prints the connectivity table before and after training."""
 
     @rank_zero_only
-    def _print(self, when: str, module: nn.Module) -> None:
+    def _print(self, when: str, trainer: Trainer, module: nn.Module) -> None:
         newborn = {c.name: int((c.theta.detach() == 0).sum()) for c in converted_tensors(module)}
-        print(f"\nConnectivity {when} training\n{connectivity_report(module)}")
-        print(f"connections at exactly 0: {', '.join(f'{name} {count}' for name, count in newborn.items())}\n")
+        if not newborn:  # --sparsity null
+            say(trainer, f"\nNothing is sparse {when} training: all weights are dense.\n")
+            return
+        zeros = ", ".join(f"{name} {count}" for name, count in newborn.items())
+        table = f"Connectivity {when} training\n{connectivity_report(module)}"
+        say(trainer, f"\n{table}\n{textwrap.fill(f'connections at exactly 0: {zeros}', 80)}\n")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._print("before", pl_module)
+        self._print("before", trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._print("after", pl_module)
+        self._print("after", trainer, pl_module)
 
 
 class ConnectivityPicture(Callback):
@@ -47,18 +55,23 @@ class ConnectivityPicture(Callback):
     ) -> None:
         self.filename, self.tensor, self.grid = filename, tensor, tuple(grid)
         self._before: Tensor | None = None
+        self.written: Path | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not connections(pl_module):  # --sparsity null
+            rank_zero_info("ConnectivityPicture: the network has no converted tensor, nothing is drawn.")
+            return
         self._before = inputs_per_pixel(pl_module, self.tensor, self.grid)
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._before is not None
+        if self._before is None:
+            return
         after = inputs_per_pixel(pl_module, self.tensor, self.grid)
-        path = Path(self.filename)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = _in_run(self.filename, trainer)
         draw(self._before, after, self.tensor, path)
-        print(f"picture: {path}")
+        self.written = path
+        say(trainer, f"picture: {path}")
 
 
 def inputs_per_pixel(module: nn.Module, tensor: str, grid: tuple[int, ...]) -> Tensor:
@@ -136,14 +149,39 @@ class SparseCheckpoint(Callback):
 
     def __init__(self, filename: str = "sparse.safetensors", submodule: str = "net") -> None:
         self.filename, self.submodule = filename, submodule
+        self.recipe = ""  # its name, if the command line knows it
+        self.written: Path | None = None
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         part = pl_module.get_submodule(self.submodule) if self.submodule else pl_module
-        path = Path(self.filename)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_sparse(part, path, hyperparameters=_plain(dict(pl_module.hparams)), steps=trainer.global_step)
-        print(f"sparse checkpoint: {path} ({path.stat().st_size:,} bytes)")
+        path = _in_run(self.filename, trainer)
+        record: dict[str, Any] = {"hyperparameters": _plain(dict(pl_module.hparams)), "steps": trainer.global_step}
+        if self.submodule:
+            record["submodule"] = self.submodule
+        if self.recipe:
+            record["recipe"] = self.recipe
+        self.written = save_sparse(part, path, **record)
+        say(trainer, f"sparse checkpoint: {path} ({path.stat().st_size:,} bytes)")
+
+
+def _in_run(filename: str, trainer: Trainer) -> Path:
+    """Return a file's path, in the Trainer's ``default_root_dir`` if only its name is given; its folder is made."""
+    path = Path(filename)
+    if path.parent == Path() and not filename.startswith("."):
+        path = Path(trainer.default_root_dir) / path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def say(trainer: Trainer, text: str) -> None:
+    """Print a text above the progress bar, if one is shown: it would break the bar's line."""
+    if is_a(getattr(trainer, "progress_bar_callback", None), "callbacks.progress.tqdm_progress", "TQDMProgressBar"):
+        from tqdm import tqdm  # Lightning's bars are of this class
+
+        tqdm.write(text)
+    else:
+        print(text)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

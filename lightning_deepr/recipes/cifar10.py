@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_deepr.recipes.crops import Crops
 from lightning_deepr.recipes.resumable import ResumableDataModule
+from lightning_deepr.training.run_config import digest_of
 
 
 class CIFAR10DataModule(ResumableDataModule):
@@ -67,6 +68,10 @@ class CIFAR10DataModule(ResumableDataModule):
                 raise ValueError(
                     f"val_size: expected fewer than the {len(self._images[1])} training images, found {self.val_size}."
                 )
+
+    def digest(self) -> str:
+        """Hash the training images and labels: runs on the same data have the same digest in their loggers."""
+        return digest_of(self._part(0))
 
     def train_dataloader(self) -> Crops:
         images, labels = self._part(0)

@@ -6,12 +6,12 @@ import math
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_deepr.models import CIFAR10CNN, LeNet300100
+from lightning_deepr.packages.classes import LightningModule
 
 _OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("constant", "cosine", "exponential")

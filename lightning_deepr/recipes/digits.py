@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_deepr.recipes.batches import Batches
 from lightning_deepr.recipes.resumable import ResumableDataModule
+from lightning_deepr.training.run_config import digest_of
 
 EMBEDDED = "mnist_digits.xz"
 EMBEDDED_TRAIN, EMBEDDED_TEST = 17_000, 3_000
@@ -78,6 +79,10 @@ class DigitsDataModule(ResumableDataModule):
                 raise ValueError(
                     f"val_size: expected fewer than the {len(self._digits[1])} training images, found {self.val_size}."
                 )
+
+    def digest(self) -> str:
+        """Hash the training images and labels: runs on the same data have the same digest in their loggers."""
+        return digest_of(self._part(0))
 
     def train_dataloader(self) -> Batches:
         images, labels = self._part(0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
-from lightning.pytorch.loggers import WandbLogger as _WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_deepr.packages.classes import WandbLogger as _WandbLogger
+from lightning_deepr.packages.messages import rank_zero_info
 
 
 def wandb_mode() -> str:
@@ -35,6 +36,7 @@ class WandbLogger(_WandbLogger):
         mode = wandb_mode()
         where = f"offline, in {os.path.join(save_dir, 'wandb')} (`wandb sync` uploads it)" if mode == "offline" else mode
         rank_zero_info(f"wandb logs {where}.")
-        os.makedirs(save_dir, exist_ok=True)
+        with contextlib.suppress(OSError):  # wandb then writes to a temporary folder, and says so
+            os.makedirs(save_dir, exist_ok=True)
         os.environ.setdefault("WANDB_SILENT", "true")
         super().__init__(project=project, save_dir=save_dir, name=name, offline=mode == "offline", mode=mode, **kwargs)

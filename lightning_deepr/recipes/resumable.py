@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from lightning.pytorch import LightningDataModule
-
+from lightning_deepr.packages.classes import LightningDataModule
 from lightning_deepr.recipes.batches import ResumableBatches
 
 _Loader = TypeVar("_Loader", bound=ResumableBatches)

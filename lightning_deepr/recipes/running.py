@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import logging
-import re
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_deepr.packages.names import in_use
+from lightning_deepr.recipes import recipe_arguments, run_folders
+from lightning_deepr.recipes.recipe_arguments import (
+    TRAINING,
+    find_recipe,
+    packaged_recipes,
+    settings_of_data,
+    with_packaged_recipes,
+)
+from lightning_deepr.recipes.recipe_cli import cli_class
+from lightning_deepr.recipes.refusals import nearest, refuse
+
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
-TRAINING = ("fit", "validate", "test", "predict")
+__all__ = ["TRAINING", "data_of_recipe", "find_recipe", "has_root", "packaged_recipes", "quiet", "train"]
+
 _HARMLESS = (
     ".*does not have many workers.*",  # batches in memory need no workers
     "Total length of `list` across ranks is zero.*",  # some recipes have no validation on purpose
@@ -24,43 +35,7 @@ _HARMLESS = (
 )
 
 
-def packaged_recipes() -> dict[str, Path]:
-    """Return the paths of the recipes that come with the package, by name."""
-    folder = Path(str(resources.files("lightning_deepr.recipes.data")))
-    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-
-
-def find_recipe(name: str) -> str:
-    """Return the path of a recipe.
-
-    Args:
-        name: the path of an existing file, or the name of a packaged recipe.
-
-    Raises:
-        SystemExit: ``name`` is neither. The message lists the recipes.
-    """
-    if Path(name).is_file():
-        return name
-    recipes = packaged_recipes()
-    stem = Path(name).name.removesuffix(".yaml")
-    # "recipes/mnist.yaml" also names the packaged recipe if the folder does not exist.
-    if stem in recipes and Path(name).parent.as_posix() in (".", "recipes"):
-        return str(recipes[stem])
-    raise SystemExit(f"lightning-deepr: no file {name!r}, and no recipe of that name. Recipes: {', '.join(recipes)}.")
-
-
-def _with_packaged_recipes(arguments: Sequence[str]) -> list[str]:
-    """Replace the name in each ``--config NAME`` by the recipe's path."""
-    result = list(arguments)
-    for i, argument in enumerate(result):
-        if argument in ("--config", "-c") and i + 1 < len(result):
-            result[i + 1] = find_recipe(result[i + 1])
-        elif argument.startswith("--config="):
-            result[i] = "--config=" + find_recipe(argument.removeprefix("--config="))
-    return result
-
-
-def _refuse_unknown_methods(arguments: Sequence[str]) -> None:
+def _refuse_unknown_methods(arguments: Sequence[str], command: str) -> None:
     """Check that a bare name in ``--sparsity NAME`` is one of the methods.
 
     Raises:
@@ -71,11 +46,24 @@ def _refuse_unknown_methods(arguments: Sequence[str]) -> None:
     given = [(*argument.split("=", 1), *after)[:2] for argument, *after in zip(arguments, [*arguments[1:], ""], strict=True)]
     for option, value in given:
         if option in ("--sparsity", "--sparsity.class_path") and value.isidentifier() and value not in (*methods, "null"):
-            raise SystemExit(f"lightning-deepr: no method {value!r}. Methods: {', '.join(methods)}.")
+            near = nearest(value, methods)
+            refuse(
+                f"no method {value!r}. Methods: {', '.join(methods)}.",
+                f"The nearest is {near}." if near else "",
+                "null trains the dense network.",
+                command=command,
+            )
 
 
 def train(arguments: Sequence[str], run: bool = True) -> LightningCLI:
     """Run ``fit``, ``validate``, ``test`` or ``predict`` by LightningCLI; the arguments can override any value of a recipe.
+
+    ``fit`` takes a folder for the run (:mod:`lightning_deepr.recipes.run_folders`): ``--out DIR``, or
+    ``trainer.default_root_dir``. Everything that the recipe writes moves there, and a second run in the same place gets a
+    folder of its own. ``--resume DIR`` goes on with a run; ``test DIR`` tests it.
+
+    One ``--seed_everything`` seeds the start, the order of the data and the rewiring; ``--sparsity.seed`` overrides it.
+    The LightningCLI is that of ``lightning`` or ``pytorch_lightning``, see :func:`lightning_deepr.packages.names.in_use`.
 
     The function neither reads nor changes ``sys.argv``, and it filters warnings only while it runs. LightningCLI seeds the
     global generators, as ``seed_everything`` does, unless ``--seed_everything=false`` is among the arguments.
@@ -90,55 +78,33 @@ def train(arguments: Sequence[str], run: bool = True) -> LightningCLI:
         the LightningCLI, with ``model``, ``datamodule``, ``trainer`` and ``config``.
 
     Raises:
-        SystemExit: a recipe or method is unknown, or LightningCLI refuses the arguments. The message names them.
+        SystemExit: with status 2, the arguments are wrong: an unknown recipe, method, key or value, or a test without a
+            checkpoint. With status 1, a run or a checkpoint that is named can't be read. The message has what is nearest.
     """
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-    from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-
     import lightning_deepr.methods  # noqa: F401 (jsonargparse finds loaded classes by their bare names: --sparsity SET)
-    from lightning_deepr.training.callback import SparseTraining
 
-    class RecipeCLI(LightningCLI):
-        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-            # LightningCLI's own method warns if sys.argv has arguments as well. Here ``args`` always decides.
-            assert isinstance(args, list)
-            self.config = parser.parse_args(args)
-
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            # "sparsity" is a separate key because the command line can't override items of the list trainer.callbacks.
-            parser.add_subclass_arguments(SparseTraining, "sparsity", fail_untyped=False, required=False)
-            # One --seed_everything seeds the start, the order of the data and the rewiring.
-            parser.link_arguments("seed_everything", "sparsity.init_args.seed", compute_fn=_seed)
-
-        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-            sparsity = self._get(self.config_init, "sparsity")
-            listed = self._get(self.config_init, "trainer")["callbacks"] or []
-            listed = listed if isinstance(listed, list) else [listed]
-            # The sparsity callback comes first, so that an averaging callback copies the converted network.
-            return super().instantiate_trainer(callbacks=[*([sparsity] if sparsity else []), *listed], **kwargs)
-
-        def after_fit(self) -> None:
-            self.trainer.test(self.model, datamodule=self.datamodule)
-
-    _refuse_unknown_methods(arguments)
-    given = _with_packaged_recipes(arguments)
+    package = in_use()
+    module, data = (package.get("", name) for name in ("LightningModule", "LightningDataModule"))
+    given = recipe_arguments.read(arguments)
+    _refuse_unknown_methods(arguments, given.command)
+    told = os.environ.get(run_folders.VARIABLE)
     # The imports above install Lightning's own filters, which therefore outlast this block.
     with warnings.catch_warnings():
         for message in _HARMLESS:
             warnings.filterwarnings("ignore", message)
-        return RecipeCLI(
-            LightningModule,
-            LightningDataModule,
-            args=given,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
-            run=run,
-        )
-
-
-def _seed(seed_everything: bool | int | None) -> int:
-    return seed_everything if isinstance(seed_everything, int) and not isinstance(seed_everything, bool) else 0
+        try:
+            return cli_class(package, given)(
+                module,
+                data,
+                args=with_packaged_recipes(given.arguments),
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,  # the run's folder has its configuration from the beginning
+                run=run,
+            )
+        finally:
+            if told is None:
+                os.environ.pop(run_folders.VARIABLE, None)
 
 
 def data_of_recipe(info: Mapping[str, Any], folder: str = "") -> Iterable[Any]:
@@ -166,7 +132,7 @@ def data_of_recipe(info: Mapping[str, Any], folder: str = "") -> Iterable[Any]:
     root = [f"--data.root={folder}"] if folder and has_root(name) else []
     unseeded = "--seed_everything=false"  # a test set needs no seed, and the caller's seed stays
     with quiet(), torch.random.fork_rng():  # LightningCLI also makes the recipe's network, which draws its weights
-        made = train(["--config", name, *_settings_of_data(overrides), *root, "--trainer.logger=false", unseeded], run=False)
+        made = train(["--config", name, *settings_of_data(overrides), *root, "--trainer.logger=false", unseeded], run=False)
     data = made.datamodule
     data.prepare_data()
     data.setup("test")
@@ -183,9 +149,9 @@ def has_root(recipe: str) -> bool:
 @contextmanager
 def quiet() -> Iterator[None]:
     """A context that silences Lightning's messages on seeds and devices, which do not matter for a test set."""
-    import lightning.pytorch  # noqa: F401 (sets the levels)
-
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    package = in_use()
+    package.get("", "Trainer")  # the import sets the levels
+    loggers = [logging.getLogger(name) for name in (package.trainer, package.fabric)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)
@@ -194,26 +160,3 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _settings_of_data(overrides: Any) -> list[str]:
-    """Select the overrides that set a number or a word of the recipe's data.
-
-    Args:
-        overrides: the overrides in a file: {"data.classes": 39} or ["--data.classes", "39"] or ["--data.classes=39"]; anything
-            else is ignored.
-
-    Example::
-
-        >>> _settings_of_data(["--data.classes", "39", "--data.class_path=os.system", "--model.lr", "1", "--data.root", "/etc"])
-        ['--data.classes=39']
-    """
-    if isinstance(overrides, Mapping):
-        words = [f"--{key}={value}" for key, value in overrides.items()]
-    else:
-        words = [str(word) for word in overrides] if isinstance(overrides, (list, tuple)) else []
-    joined = [
-        f"{word}={after}" if "=" not in word and not after.startswith("--") else word
-        for word, after in zip(words, [*words[1:], ""], strict=False)  # the second list is longer if there are no words
-    ]
-    return [word for word in joined if re.fullmatch(r"--data\.(?!class_path|init_args|dict_kwargs)[a-z_]+=[\w.+-]+", word)]

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 
 from lightning_deepr.algorithm import randomness
 from lightning_deepr.models import BLSTMClassifier
+from lightning_deepr.packages.classes import LightningModule
 from lightning_deepr.recipes.classifier import check_choices, cosine_factor
 from lightning_deepr.recipes.sequences import SequenceBatch
 from lightning_deepr.recipes.timit_phones import IGNORED, folding

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lightning_deepr.packages.messages import rank_zero_info
 from lightning_deepr.recipes.timit_corpus import CorpusError, Utterance
 from lightning_deepr.recipes.timit_features import VERSION, FeatureSettings, features
 from lightning_deepr.recipes.timit_files import labels_at, read_audio, read_phones

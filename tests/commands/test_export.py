@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_deepr import load_state_dict, save_sparse
+from lightning_deepr import load_state_dict, prune_dead_units, save_sparse, zoo
 from lightning_deepr.commands.main import main
 from lightning_deepr.export import to_csr, to_dense_state_dict
 from lightning_deepr.models import LeNet300100
@@ -44,11 +44,53 @@ def test_command_line_writes_dense_csr_and_c(checkpoint: Path, tmp_path: Path, c
         (["--to", "csr", "--out", "net.txt"], r"expected \.npz"),
         (["--to", "dense", "--out", "net.txt"], r"expected \.safetensors"),
         (["--to", "c", "--out", "net.h", "--submodule", "head"], "head"),
+        (["--to", "csr", "--out", "net.npz", "--train"], "--train: expected --to c, found --to csr"),
+        (["--to", "c", "--out", "net.h", "--batch", "2"], "--batch needs --train"),
+        (["--to", "c", "--out", "net", "--train", "--weights", "int8"], "--theta int16 stores"),
+        (["--to", "c", "--out", "net", "--train", "--prune"], "--prune is for inference"),
+        (["--to", "c", "--out", "net", "--train", "--ram", "1000"], "No connectivity fits"),
+        (["--to", "c", "--out", "net", "--train", "--l1", "-1"], "l1: expected finite values"),
     ],
 )
 def test_command_line_says_what_is_wrong(checkpoint: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         main(["export", str(checkpoint), *arguments, "--module", "lightning_deepr.models.LeNet300100"])
+
+
+def test_command_line_leaves_dead_units_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "lenet300_100.deepr_1pct_mnist"
+    report = prune_dead_units(zoo.load(name))
+    main(["export", name, "--to", "dense", "--out", str(tmp_path / "net.pt"), "--prune"])
+    assert str(report) in capsys.readouterr().out
+    state = torch.load(tmp_path / "net.pt", weights_only=True)
+    assert state["fc1.weight"].shape == (105, 784) and state["fc2.weight"].shape == (41, 105)
+
+
+def test_command_line_writes_a_program_that_trains(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "build"
+    options = [
+        "--batch",
+        "4",
+        "--untrained",
+        "--l1",
+        "2e-4:0",
+        "--temperature",
+        "1e-12",
+        "--theta",
+        "int16",
+        "--inputs",
+        "float",
+    ]
+    main(["export", str(checkpoint), "--to", "c", "--train", "--out", str(out), *options, "--ram", "65536", "--prefix", "tiny"])
+    assert "training of 2,682 of 266,200 connections in batches of 4" in capsys.readouterr().out
+    header = (out / "tiny_net.h").read_text(encoding="utf-8")
+    assert "#define TINY_BATCH 4" in header and "typedef float tiny_input;" in header
+    assert "alpha 0.0002 to 0, T 1e-12" in header
+    main(["export", "lenet300_100.deepr_1pct_mnist", "--to", "c", "--train", "--out", str(out)])
+    assert "float deepr_train_step(deepr_net *net, const deepr_input *x," in (out / "deepr_net.h").read_text(encoding="utf-8")
+    assert (out / "deepr_net.c").is_file()
 
 
 def test_command_line_finds_the_network_or_asks_for_it(checkpoint: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from lightning_deepr.recipes.loggers import wandb_mode
 from tests.helpers.command_line import run
 
 
+@pytest.mark.slow
 def test_unknown_recipe_lists_the_recipes(tmp_path: Path) -> None:
     done = run("fit", "--config", "mnist_fast", cwd=tmp_path)
     assert done.returncode != 0

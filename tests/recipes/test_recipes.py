@@ -19,6 +19,7 @@ from tests.helpers.paths import ROOT
 
 
 @pytest.mark.parametrize("name", sorted(running.packaged_recipes()))
+@pytest.mark.feature("Command line: every recipe")
 def test_every_recipe_instantiates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-deepr"])
@@ -54,7 +55,7 @@ def test_quickstart_leaves_what_it_promises(tmp_path: Path) -> None:
     assert "offline" in done.stdout + done.stderr
     with next(left.glob("csv/*/metrics.csv")).open() as file:
         columns = next(csv.reader(file))
-    assert {"train_loss", "test_accuracy", "deepr/net.fc1.weight/turnover"} <= set(columns)
+    assert {"train_loss", "test_accuracy", "deepr/turnover"} <= set(columns)
 
     net = load_state_dict(LeNet300100(), left / "sparse.safetensors")
     assert sum(values.numel() for _, _, values in connections(net).values()) == 2662
@@ -106,7 +107,7 @@ def test_the_wheel_carries_recipes_and_digits(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    for name in ("mnist_quickstart.yaml", "mnist.yaml", "mnist_best.yaml", "mnist_digits.xz"):
+    for name in ("mnist_quickstart.yaml", "mnist.yaml", "mnist_best.yaml", "mnist_digits.xz", "sweeps/method.yaml"):
         assert f"lightning_deepr/recipes/data/{name}" in names
     assert "lightning_deepr/py.typed" in names
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
