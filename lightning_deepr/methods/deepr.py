@@ -1,9 +1,10 @@
 """DEEP R, the callback."""
 
-from __future__ import annotations
+# no `from __future__ import annotations`: see training/arguments.py
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -13,7 +14,7 @@ from lightning_deepr.algorithm.shared_rewiring import RULES
 from lightning_deepr.conversion.sharing import refuse_small_total
 from lightning_deepr.methods.slot_training import SlotTraining
 from lightning_deepr.training import backends, guards, invariants
-from lightning_deepr.training.arguments import SCOPES, RewiringArguments, check_count, check_word
+from lightning_deepr.training.arguments import SCOPES, Alpha, RewiringArguments, check_count, check_word
 from lightning_deepr.training.backends import Batch
 from lightning_deepr.training.tracked import Stepped, TrackedTensor
 from lightning_deepr.weights.shared import Pool, SharedSlots
@@ -27,9 +28,13 @@ class DeepR(RewiringArguments, SlotTraining):
 
     1. theta loses eta * alpha and takes a step of a random walk; eta is the plain learning rate of theta's parameter group.
     2. Connections with theta < 0 go dormant.
-    3. The same number of dormant places, drawn uniformly, become active at theta = 0 with the optimizer's starting state.
+    3. The same number of dormant places, drawn uniformly, become active at theta = 0.
 
     Args:
+        l1: alpha; "auto" (the same as ``TurnoverTarget()``) | TurnoverTarget(start, shape): alpha is steered so that the wanted
+            share of the connections is reborn per step, which falls to 0 over the training | float | LinearDecay(start, end)
+            | function of the progress | dict {pattern: one of these}; None: a constant by the optimizer (1e-4 /
+            (1 - momentum) under SGD, .03 under Adam's family and RMSprop).
         scope: "layer": K per tensor. "global": one K for the whole network; a connection that goes dormant may be replaced by
             one in another layer. All layers share one theta, so they belong in one parameter group of one optimizer.
             ``connectivity`` sets K, ``distribution`` the start. (A compiled network is compiled again when counts change, and
@@ -45,8 +50,7 @@ class DeepR(RewiringArguments, SlotTraining):
         RuntimeError: a theta or a gradient is not finite before the step.
 
     Note:
-        With Adam a newborn has zero moments but the shared step count, so its first step is about 3 times the learning rate for
-        any gradient (RMSprop: 10 times). Only the sign of its gradient decides whether it survives.
+        The paper's setting is ``l1=1e-4, lr_scale=1, newborn="start"``.
         Strategies that shard parameters are refused.
 
     Example::
@@ -56,10 +60,12 @@ class DeepR(RewiringArguments, SlotTraining):
         >>> trainer = Trainer(callbacks=[DeepR(connectivity=0.01)], logger=False, enable_checkpointing=False)
     """
 
+    l1: Alpha | dict[str, Alpha] | Callable | None = "auto"
     scope: str = "layer"
     reactivation: str = "budget"
     least_per_layer: int = 1
     watches_for_collapse = True
+    log_name = "deepr"
 
     def __post_init__(self) -> None:
         check_word("reactivation", self.reactivation, RULES)
@@ -95,7 +101,8 @@ class DeepR(RewiringArguments, SlotTraining):
     def _batch(self, items: Sequence[Stepped], optimizer: Optimizer) -> Batch:
         step = items[0].tensor.step
         tables = self._runs.of(optimizer).tables
-        return Batch(items, self.seed, step, self.newborn_since(step), tables, look=self.check_invariants)
+        seed = cast("int", self.seed)  # known since the conversion
+        return Batch(items, seed, step, self.newborn_since(step), tables, look=self.check_invariants)
 
     # -- one K for a whole network ----------------------------------------------------------------------------------------
 
@@ -114,14 +121,13 @@ class DeepR(RewiringArguments, SlotTraining):
 
     @override
     def check(self, item: Stepped, optimizer: Optimizer) -> None:
-        invariants.check_invariants(item, optimizer, self._runs.of(optimizer).starts, least=self.least_per_layer)
+        invariants.check_invariants(item, least=self.least_per_layer)
 
     @override
-    def statistics(self) -> dict[str, float]:
-        """Return the statistics of the base. Under ``scope="global"``, add ``deepr/<tensor>/connectivity``, which changes."""
-        found = super().statistics()
+    def _of_tensors(self) -> dict[str, float]:
+        found = super()._of_tensors()
         if self.scope == "global":
-            found.update({f"deepr/{t.name}/connectivity": t.slots.count / t.slots.total for t in self.tracked})
+            found.update({f"{t.name}/connectivity": t.slots.count / t.slots.total for t in self.tracked})
         return found
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_deepr.conversion.convert import convert
+from lightning_deepr.conversion.restrictions import part
 from lightning_deepr.conversion.selection import Candidate
 from lightning_deepr.conversion.start import STARTS
 from lightning_deepr.training.callback import Rewiring, SparseTraining
@@ -30,7 +31,18 @@ class DenseTraining(SparseTraining):
     @override
     def convert(self, module: nn.Module, new: list[Candidate], counts: Mapping[str, int]) -> list[Converted]:
         begin = STARTS[self.kind]
-        return convert(module, new, counts, init=self.init, seed=self.seed, compute="dense", begin=begin)
+        restriction = part(self.candidates, new, {candidate.name for candidate in new})
+        return convert(
+            module,
+            new,
+            counts,
+            init=self.init,
+            seed=cast("int", self.seed),
+            compute="dense",
+            begin=begin,
+            given=getattr(counts, "given", None),
+            restriction=restriction,
+        )
 
     @override
     def check_kind(self, name: str, slots: Any) -> None:

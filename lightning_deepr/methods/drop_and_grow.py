@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_deepr.algorithm import rewiring
+from lightning_deepr.algorithm.signs import Dale
 from lightning_deepr.methods.slot_training import SlotTraining
 from lightning_deepr.training import invariants
 from lightning_deepr.training.arguments import check_count, check_until
@@ -20,14 +22,19 @@ from lightning_deepr.training.tracked import Stepped
 class DropAndGrow(SlotTraining):
     """Base of the methods that periodically drop the weakest connections and grow as many elsewhere.
 
-    Signs are free: theta may be negative, and |theta| is a connection's strength. A grown connection starts at 0, with the
-    optimizer's starting state. There is no L1 and no noise.
+    Signs are free by default: theta may be negative, and |theta| is a connection's strength. A grown connection starts at 0,
+    with the optimizer's starting state. There is no L1 and no noise.
 
     Args:
         drop_fraction: the fraction of each tensor's K connections that an update drops, in [0, 1).
         rewire_every_n_steps: the number of steps between updates.
         rewire_until: a step (int) or a fraction of the training (float). Then the connectivity is frozen.
+        signs: "free" | "place" | Dale(excitatory) | a tensor of signs | dict {pattern: one of the last three}. Unless they are
+            free, theta < 0 becomes 0 after each step, as in DEEP R without rewiring.
     """
+
+    signs: str | Dale | dict[str, str | Dale] = "free"
+    sign_words = ("free", "place")
 
     drop_fraction: float = 0.3
     rewire_every_n_steps: int = 100
@@ -66,6 +73,9 @@ class DropAndGrow(SlotTraining):
 
     @override
     def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> None:
+        bound = [item.theta for item in stepped if not self.has_free_signs(item)]
+        if bound:
+            rewiring.keep_active(bound)
         updated = [item for item in stepped if item.rewires and self.can_update(item)]
         if updated:
             self.grow(updated, [self._weakest(item) for item in updated])
@@ -76,4 +86,4 @@ class DropAndGrow(SlotTraining):
 
     @override
     def check(self, item: Stepped, optimizer: Optimizer) -> None:
-        invariants.check_invariants(item, optimizer, self._runs.of(optimizer).starts, signed=True)
+        invariants.check_invariants(item, signed=self.has_free_signs(item))

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_deepr.algorithm import rewiring
+from lightning_deepr.algorithm.signs import Dale
 from lightning_deepr.methods.slot_training import SlotTraining
 from lightning_deepr.training import guards, invariants
 from lightning_deepr.training.tracked import Stepped, TrackedTensor
@@ -21,8 +22,9 @@ class FixedRandom(SlotTraining):
     There is no L1 and no noise.
 
     Args:
-        signs: "fixed" | "free". "fixed": theta < 0 becomes 0, so every connection keeps the sign of its place, as in DEEP R
-            without rewiring. "free": ordinary weights under a fixed mask; this gives the better results.
+        signs: "fixed" | "free" | Dale(excitatory) | a tensor of signs | dict of these by pattern. "fixed":
+            theta < 0 becomes 0, so every connection keeps the sign of its place, as in DEEP R without rewiring; the same holds
+            for signs that are given. "free": ordinary weights under a fixed mask; this gives the better results.
 
     Example::
 
@@ -32,25 +34,22 @@ class FixedRandom(SlotTraining):
         >>> rewiring = FixedRandom().attach(net, torch.optim.SGD(net.parameters(), lr=0.1))
     """
 
-    signs: str = "fixed"
+    signs: str | Dale | dict[str, str | Dale] = "fixed"
+    sign_words = ("fixed", "free", "place")
     rewire_until = 0
     without_turnover = "It has no L1 and no rebirths: leave l1 out."
 
-    def __post_init__(self) -> None:
-        if self.signs not in ("fixed", "free"):
-            raise ValueError(f'signs: expected "fixed" or "free", found {self.signs!r}.')
-        super().__post_init__()
-
     @override
     def begin(self, tensors: Sequence[TrackedTensor]) -> None:
-        if self.signs == "fixed":
+        if self.signs != "free":
             guards.warn_of_free_signs(type(self).__name__, tensors, "they become 0")
 
     @override
     def after_step(self, stepped: Sequence[Stepped], optimizer: Optimizer) -> None:
-        if self.signs == "fixed":
-            rewiring.keep_active([item.theta for item in stepped])
+        bound = [item.theta for item in stepped if not self.has_free_signs(item)]
+        if bound:
+            rewiring.keep_active(bound)
 
     @override
     def check(self, item: Stepped, optimizer: Optimizer) -> None:
-        invariants.check_invariants(item, optimizer, self._runs.of(optimizer).starts, signed=self.signs == "free")
+        invariants.check_invariants(item, signed=self.has_free_signs(item))

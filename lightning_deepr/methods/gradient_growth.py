@@ -69,7 +69,8 @@ class GradientGrowth(DropAndGrow):
                 "(torch.compile hides it.)"
             )
         gradient, collected.sum = collected.sum, None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        alone = item.tensor.slots.is_block  # this rank has all of these rows
+        if not alone and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(gradient)  # the sum ranks places as the mean does
         return gradient
 
@@ -84,6 +85,10 @@ class GradientGrowth(DropAndGrow):
         slots, score = item.tensor.slots, score.reshape(-1)
         survives = torch.ones_like(slots.places, dtype=torch.bool)
         survives[dropped] = False
+        if slots.allowed is not None:
+            elsewhere = torch.ones_like(score, dtype=torch.bool)
+            elsewhere[slots.allowed.places(score.device)] = False
+            score[elsewhere] = -1.0
         score[slots.places[survives]] = -1.0
         grown = score.topk(dropped.numel()).indices
         again = torch.isin(slots.places[dropped], grown)

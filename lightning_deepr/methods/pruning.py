@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_deepr.conversion import restrictions
+from lightning_deepr.conversion.selection import Candidate
 from lightning_deepr.methods.dense_training import DenseTraining
 from lightning_deepr.training import invariants
 from lightning_deepr.training.arguments import check_count, check_fraction, check_word
 from lightning_deepr.training.schedules import LinearDecay, check_l1
-from lightning_deepr.training.tracked import Stepped
+from lightning_deepr.training.statistics import connectivity_of
+from lightning_deepr.training.tracked import Stepped, TrackedTensor
 from lightning_deepr.weights.dense_theta import MaskedTheta
+from lightning_deepr.weights.find import Converted
 
 THRESHOLDS = ("layer", "network")
 
@@ -39,7 +43,7 @@ class _Masking(DenseTraining):
         self.act(stepped)
         for item in stepped:
             slots = _masked(item)
-            if slots.fixed:  # neither momentum nor weight decay may bring a connection back
+            if slots.fixed or slots.allowed is not None:  # neither momentum nor weight decay may bring a connection back
                 item.theta.masked_fill_(~slots.mask, 0.0)
             slots.steps = item.tensor.step + 1
             if slots.averages:
@@ -69,11 +73,16 @@ class _Masking(DenseTraining):
             )
 
     @override
-    def statistics(self) -> dict[str, float]:
-        """Return ``deepr/<tensor>/connectivity`` of each tensor."""
+    def _of_network(self) -> dict[str, float]:
+        found = super()._of_network()
+        found.pop("turnover", None)  # nothing is reborn
+        return found | {"connectivity": connectivity_of(self.tracked)}
+
+    @override
+    def _of_tensors(self) -> dict[str, float]:
         for tensor in self.tracked:
             tensor.turnover.take()
-        return {f"deepr/{t.name}/connectivity": t.slots.count / t.slots.total for t in self.tracked}
+        return {f"{t.name}/connectivity": t.slots.count / t.slots.total for t in self.tracked}
 
     @override
     def check(self, item: Stepped, optimizer: Optimizer) -> None:
@@ -81,7 +90,8 @@ class _Masking(DenseTraining):
         require = invariants.requirement(item.tensor)
         require(theta.shape == slots.shape, f"expected theta of shape {tuple(slots.shape)}, found {tuple(theta.shape)}")
         require(bool(torch.isfinite(theta).all()), "theta is not finite")
-        require(slots.fixed or bool(slots.mask.all()), "connections are masked, but the mask is not fixed")
+        unmasked = bool(slots.mask.all()) or slots.allowed is not None
+        require(slots.fixed or unmasked, "connections are masked, but the mask is not fixed")
         require(not theta[~slots.mask].any(), "a connection outside the mask has a weight")
 
 
@@ -124,6 +134,7 @@ class MagnitudePruning(_Masking):
     prune_until: float = 0.6
     prunings: int = 4
     threshold: str = "layer"
+    _catches_up = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,9 +162,17 @@ class MagnitudePruning(_Masking):
         return {self.step_at(self.prune_from + i * each): (i + 1) / self.prunings for i in range(self.prunings)}
 
     @override
+    def begin(self, tensors: Sequence[TrackedTensor]) -> None:
+        # In a training that goes on with fewer steps than it was to have, a pruning may lie in the past and not be done.
+        self._catches_up = any(tensor.done for tensor in tensors)
+
+    @override
     def act(self, stepped: Sequence[Stepped]) -> None:
         schedule = self.schedule()
         due = [(item, schedule.get(item.tensor.step - item.tensor.start + 1)) for item in stepped]
+        if self._catches_up:
+            self._catches_up = False
+            due = [(item, max((e for s, e in schedule.items() if s <= item.tensor.done + 1), default=None)) for item in stepped]
         if all(exponent is None for _, exponent in due):
             return
         if self.threshold == "layer":
@@ -232,6 +251,14 @@ class L1Shrinkage(_Masking):
     @override
     def needs_length(self) -> str:
         return "freeze_at is" if self.freezes else ""
+
+    @override
+    def convert(self, module: nn.Module, new: list[Candidate], counts: Mapping[str, int]) -> list[Converted]:
+        if not self.freezes:  # all that is allowed
+            names = {candidate.name for candidate in new}
+            allowed = restrictions.allowed_of(new, restrictions.part(self.candidates, new, names))
+            counts = {name: min(count, allowed[name].count) if name in allowed else count for name, count in counts.items()}
+        return super().convert(module, new, counts)
 
     @override
     def act(self, stepped: Sequence[Stepped]) -> None:

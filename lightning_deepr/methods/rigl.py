@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -36,14 +37,23 @@ class RigL(GradientGrowth):
         >>> rewiring = RigL().attach(net, torch.optim.SGD(net.parameters(), lr=0.1), total_steps=1000)
     """
 
+    log_name = "rigl"
+
     @override
     def fraction(self, item: Stepped) -> float:
         until = self.rewire_until
         end = self.total_steps if until is None else until * (self.total_steps or 0.0) if isinstance(until, float) else until
-        done = item.tensor.done
+        done = item.tensor.elapsed
         return self.drop_fraction / 2 * (1 + math.cos(math.pi * min(done / end, 1.0))) if end else self.drop_fraction
 
     @override
     def grow(self, items: Sequence[Stepped], weakest: Sequence[Tensor]) -> None:
         for item, dropped in zip(items, weakest, strict=True):
-            self.regrow(item, dropped, self.gradient_of(item).abs_())
+            gradient = self.gradient_of(item)
+            if self.has_free_signs(item):
+                self.regrow(item, dropped, gradient.abs_())
+                continue
+            # with constant signs only a gradient that makes theta positive helps
+            slots = item.tensor.slots
+            signs = slots.signs_at(torch.arange(slots.total, device=gradient.device), gradient.dtype)
+            self.regrow(item, dropped, gradient.neg_().mul_(signs.view_as(gradient)).clamp_(min=0))

@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lightning_deepr.algorithm.candidates import Candidates
 from lightning_deepr.algorithm.steering import TurnoverTarget
 from lightning_deepr.conversion.allocation import DISTRIBUTIONS, check_connectivity
+from lightning_deepr.conversion.connectivities import StartingPlaces
 from lightning_deepr.conversion.convert import check_seed
+from lightning_deepr.conversion.restrictions import check_candidates
 from lightning_deepr.conversion.selection import check_modules
 from lightning_deepr.conversion.start import INITS
 from lightning_deepr.training.scaled_steps import check_lr_scale
 from lightning_deepr.training.schedules import LinearDecay, LrPower, check_l1, check_temperature
+from lightning_deepr.training.statistics import LEVELS
 from lightning_deepr.training.stepping import Stepper
 
 SCOPES = {"layer": '"layer" (K per tensor)', "global": '"global" (one K for the whole network)'}
@@ -30,24 +34,40 @@ class SharedArguments(Stepper):
     """The arguments of every method.
 
     Args:
-        connectivity: float in (0, 1] | int | dict {pattern: float | int}; None: the network is converted already.
+        connectivity: float in (0, 1] | int | "nonzero" (the weights that are not 0) | Topology(path) | dict {pattern: float |
+            int | "nonzero" | mask | places}; None: the network is converted already.
         target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
         exclude_modules: the modules to leave out, in the same forms.
         distribution: "erdos_renyi" | "erk" | "uniform" | "deepr" (0.75, 2.3, 22.8 for three layers) | a function.
         init: the starting connections and values: "module" | "largest" | "deepr".
-        seed: the seed of places, signs and noise; ``seed_everything`` does not change it.
+        candidates: where connections may be: a bool mask | Band | Blocks | NoSelf | Local | a function of (rows, columns) |
+            several of them with & | dict {pattern: one of these}; None: everywhere.
+        seed: the seed of places, signs and noise. None: that of ``seed_everything`` if it was called before the callback is
+            made, or else before the conversion; 0 otherwise. A training that goes on from a checkpoint keeps the seed that it
+            had.
         check_invariants: whether to check all invariants after every step; an error names the tensor and the step.
-        log_every_n_steps: the number of steps between two logs of the statistics.
+        log_every_n_steps: 50: the statistics are logged when the Trainer logs (its own ``log_every_n_steps``), and once at the
+            end of a fit that was shorter. Another number is an interval of its own.
+        log_statistics: "network": a few values for the network as a whole | "tensors": also those of each tensor | "all": also
+            ages, survival, overlaps, degrees and theta | "none". :meth:`statistics` defines every key.
+        check_ranks_every_n_steps: None: the ranks of a distributed run are compared once, at the start. n: also after every n
+            steps, by 32 bytes per tensor; an error names rank, step and tensor. 0: never, for ranks that train networks of
+            their own.
     """
 
-    connectivity: int | float | dict[str, int | float] | None = field(default=None, kw_only=False)
+    connectivity: int | float | str | StartingPlaces | dict[str, int | float | str | list[int]] | None = field(
+        default=None, kw_only=False
+    )
     target_modules: str | list[str] | Callable = "all"
     exclude_modules: str | Iterable[str] | Callable = ()
     distribution: str | Callable = "erdos_renyi"
     init: str = "module"
-    seed: int = 0
+    candidates: Candidates | dict[str, Candidates] | Callable | None = None
+    seed: int | None = None  # type: ignore[assignment]
     check_invariants: bool = False
     log_every_n_steps: int = 50
+    log_statistics: str = "network"
+    check_ranks_every_n_steps: int | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -56,12 +76,17 @@ class SharedArguments(Stepper):
     def __post_init__(self) -> None:
         if self.connectivity is not None:
             check_connectivity(self.connectivity)
+        check_candidates(self.candidates)
         check_modules(self.target_modules, "target_modules")
         check_modules(self.exclude_modules, "exclude_modules")
         check_start(self.distribution, self.init)
-        check_seed(self.seed)
+        if self.seed is not None:
+            check_seed(self.seed)
         check_flag("check_invariants", self.check_invariants)
         check_count("log_every_n_steps", self.log_every_n_steps)
+        check_word("log_statistics", self.log_statistics, LEVELS)
+        if self.check_ranks_every_n_steps is not None:
+            check_count("check_ranks_every_n_steps", self.check_ranks_every_n_steps, least=0)
         super().__post_init__()
 
     def __repr__(self) -> str:
@@ -103,7 +128,7 @@ class ScaledArguments(Stepper):
     Args:
         lr_scale: the factor of every step of theta; the effect is that of a learning rate of lr_scale times the parameter
             group's. float | dict {pattern: float or "auto"} | "auto": N / K under an optimizer that normalizes its gradients
-            (Adam's family, RMSprop), (N / K) ** .25 under SGD. A probe of the optimizer finds out its kind. "auto" is at most
+            (Adam's family, RMSprop), (N / K) ** .5 under SGD. A probe of the optimizer finds out its kind. "auto" is at most
             500, and 1 at K = N. L1 and noise keep the group's learning rate.
     """
 
@@ -195,6 +220,7 @@ def shown(callback: Any) -> str:
     given = []
     for one in dataclasses.fields(callback):
         value = getattr(callback, one.name)
-        if not (value is one.default or value == one.default):
+        taken = one.name == "seed" and not getattr(callback, "_has_own_seed", True)  # seed_everything's, or 0
+        if not (taken or value is one.default or value == one.default):
             given.append(f"{one.name}={value!r}")
     return f"{type(callback).__name__}({', '.join(given)})"

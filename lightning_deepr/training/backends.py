@@ -8,18 +8,21 @@ in Triton. Every backend takes a batch of tensors and writes ``item.reborn``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_deepr import kernels
-from lightning_deepr.algorithm import rewiring
+from lightning_deepr.algorithm import newborns, rewiring
+from lightning_deepr.algorithm.newborns import State
+from lightning_deepr.kernels import gate
 from lightning_deepr.kernels.cpu.fields import MOST_STATES
 from lightning_deepr.training import gpu_check
 from lightning_deepr.training.tracked import Reborn, Stepped
 from lightning_deepr.weights.averages import restart_averages
+from lightning_deepr.weights.copies import places_moved
 from lightning_deepr.weights.shared import Pool
 
 
@@ -69,6 +72,9 @@ def step(batch: Batch) -> None:
         in_triton(batch)
     elif all(kernels.suits(item.theta) for item in items):
         in_numba(batch)
+    elif fast := [item for item in items if gpu_check.rewires(item.theta, item.tensor.slots)]:
+        in_triton(replace(batch, items=fast))
+        in_pytorch(replace(batch, items=[item for item in items if all(item is not one for one in fast)]))
     else:
         in_pytorch(batch)
 
@@ -98,7 +104,7 @@ def drift(batch: Batch) -> None:
 
 
 def rebirth(item: Stepped, dropped: Tensor, places: Tensor, newborn_since: int) -> None:
-    """Give slots new places. Each newborn starts at theta 0 with the sign of its place and the optimizer's starting state.
+    """Give slots new places. Each newborn starts at theta 0, with the sign of its place and a state of its own.
 
     Args:
         item: the tensor; its ``reborn`` is written.
@@ -109,13 +115,17 @@ def rebirth(item: Stepped, dropped: Tensor, places: Tensor, newborn_since: int) 
     if dropped.numel() == 0:
         return
     slots = item.tensor.slots
-    newborns = int((slots.born[dropped] >= newborn_since).sum())
-    rewiring.start_anew([(item.theta, 0.0), *item.states()], dropped)
+    young = int((slots.born[dropped] >= newborn_since).sum())
+    if slots.notes is not None:
+        slots.notes.note(slots.born[dropped], places, item.tensor.step)
+    newborns.start_newborns([State("theta", item.theta, 0.0), *item.states()], dropped)
     rewiring.move(slots, dropped, places, item.tensor.step)
     slots.places_changed()
     if slots.averages:
         restart_averages(slots, dropped)
-    item.reborn = Reborn(dropped.numel(), newborns, dropped)
+    if slots.copies or slots.has_handed_out:
+        places_moved([slots])
+    item.reborn = Reborn(dropped.numel(), young, dropped)
 
 
 def step_of_network(batch: Batch, pool: Pool, *, rule: str, least: int) -> None:
@@ -126,9 +136,19 @@ def step_of_network(batch: Batch, pool: Pool, *, rule: str, least: int) -> None:
         pool: the layers' pool.
         rule, least: see :func:`lightning_deepr.algorithm.shared_rewiring.plan`.
     """
+    theta = batch.items[0].tensor.theta.detach()
+    before = theta.clone()
+    try:
+        _step_of_network(batch, pool, theta, rule=rule, least=least)
+    except Exception:
+        theta.copy_(before)  # without memory for the rewiring, the step does not happen
+        raise
+
+
+def _step_of_network(batch: Batch, pool: Pool, theta: Tensor, *, rule: str, least: int) -> None:
     items = batch.items
     whole = items[0].tensor.theta
-    theta = whole.detach()
+    pool.births = []
     # theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu
     drift(batch)
     moves = None
@@ -147,6 +167,11 @@ def step_of_network(batch: Batch, pool: Pool, *, rule: str, least: int) -> None:
         )
     else:
         rewiring.keep_active([theta])
+    if moves is not None:
+        pool.births = moves.births
+        for one in batch.slots:
+            if one.notes is not None:
+                one.notes.note_shared(batch.step)
     for i, (item, count) in enumerate(zip(items, pool.counts, strict=True)):
         item.tensor.turnover.count = max(count, 1)
         if moves is not None:
@@ -171,20 +196,22 @@ def in_numba(batch: Batch) -> None:
     states = [item.states() for item in items]
     within = [found if not found or _kernel_can_write(found) else [] for found in states]
     rewires = [item.rewires for item in items]
-    counts, newborns = table.step(
-        thetas, batch.decrements, batch.scales, rewires, within, batch.newborn_since, batch.seed, batch.step
+    counts, all_young = table.step(
+        thetas, batch.decrements, batch.scales, rewires, within, batch.newborn_since, batch.seed, batch.step, checked=True
     )
-    for item, births, young, numbers, found, done in zip(items, counts, newborns, table.reborn, states, within, strict=True):
+    for item, births, young, numbers, found, done in zip(items, counts, all_young, table.reborn, states, within, strict=True):
         if births:
             item.reborn = Reborn(births, young, numbers)
             if len(done) < len(found):
-                rewiring.start_anew(found, numbers[:births])
+                newborns.start_newborns(found, numbers[:births])
             if item.tensor.slots.averages:
                 restart_averages(item.tensor.slots, numbers[:births])
+            if item.tensor.slots.copies or item.tensor.slots.has_handed_out:
+                places_moved([item.tensor.slots])
 
 
-def _kernel_can_write(states: list[tuple[Tensor, float]]) -> bool:
-    return len(states) <= MOST_STATES and all(kernels.suits(value) for value, _ in states)
+def _kernel_can_write(states: list[State]) -> bool:
+    return len(states) <= MOST_STATES and all(kernels.suits(state.value) for state in states)
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------------
@@ -206,6 +233,13 @@ def in_triton(batch: Batch) -> None:
         batch.thetas, batch.decrements, batch.scales, rewires, states, batch.newborn_since, batch.seed, batch.step,
         want_dormant=look,
     )  # fmt: skip
+    for one in slots:
+        gate.note(one)  # or the next step would read the places, for which the host has to wait
+    if any(one.copies or one.has_handed_out for one in slots):
+        places_moved(slots)
+    for one in slots:
+        if one.notes is not None:
+            one.notes.note_on_device(batch.step)
     if not look:
         for i, item in enumerate(items):
             if item.rewires:
@@ -213,8 +247,8 @@ def in_triton(batch: Batch) -> None:
         return
     if not any(rewires):
         return
-    for item, (births, newborns), mask in zip(items, counts.tolist(), dormant, strict=True):
+    for item, (births, young), mask in zip(items, counts.tolist(), dormant, strict=True):
         reborn = mask.nonzero().view(-1)
-        item.reborn = Reborn(births, newborns, reborn)
+        item.reborn = Reborn(births, young, reborn)
         if births and item.tensor.slots.averages:
             restart_averages(item.tensor.slots, reborn)

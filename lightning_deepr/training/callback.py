@@ -12,19 +12,31 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.wrappers import _FabricOptimizer
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_deepr.conversion.selection import Candidate
-from lightning_deepr.training import fabric_hooks, guards
+from lightning_deepr.packages.classes import Callback
+from lightning_deepr.packages.messages import rank_zero_info, rank_zero_warn
+from lightning_deepr.packages.names import is_a, overrides
+from lightning_deepr.packages.seeds import seed_everything_seed, seed_or_default
+from lightning_deepr.training import (
+    cli_optimizers,
+    fabric_hooks,
+    finetuning,
+    fitness,
+    guarded_loggers,
+    guards,
+    length,
+    markers,
+    run_config,
+    state_keys,
+)
 from lightning_deepr.training.arguments import SharedArguments
 from lightning_deepr.training.claim import claim
+from lightning_deepr.training.precision import cast_early
+from lightning_deepr.training.ranks import SameOnAllRanks
 from lightning_deepr.training.schedules import is_documented
 from lightning_deepr.weights.averages import follow
 from lightning_deepr.weights.base import nobody
@@ -32,6 +44,9 @@ from lightning_deepr.weights.find import Converted, converted_tensors
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+
+OF_TRAINER = 50  # the default of ``log_every_n_steps``: the Trainer's own interval
 
 
 @dataclass
@@ -56,13 +71,20 @@ class Rewiring:
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:
     """Return the torch optimizer without the wrapper of Fabric or the Trainer."""
-    return optimizer.optimizer if isinstance(optimizer, (_FabricOptimizer, LightningOptimizer)) else optimizer
+    wrapped = is_a(optimizer, "core.optimizer", "LightningOptimizer") or is_a(
+        optimizer, "wrappers", "_FabricOptimizer", fabric=True
+    )
+    return optimizer.optimizer if wrapped else optimizer  # type: ignore[attr-defined]
 
 
-class SparseTraining(SharedArguments, Callback):
+class SparseTraining(SameOnAllRanks, SharedArguments, Callback):
     """Base of the callbacks that train a sparse network: it converts, notices when an optimizer has stepped, saves and logs.
 
     A method on K slots derives from :class:`lightning_deepr.methods.SlotTraining` and overrides :meth:`after_step`.
+
+    Attributes:
+        keeps_history: whether a fit keeps what it logs in ``history``; :class:`lightning_deepr.pictures.Pictures` sets it.
+        history: [(step, statistics)] of the last fit.
     """
 
     scope: str = "layer"  # K per tensor
@@ -70,8 +92,16 @@ class SparseTraining(SharedArguments, Callback):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._at_fabric = False
-        self._state_key: tuple[Any, ...] = ()
+        self._has_logged = False  # in the present fit
+        self.keeps_history = False
+        self.history: list[tuple[int, dict[str, float]]] = []
+        self._state_key: str | None = None
+        self._has_own_seed = self.seed is not None  # False: it is seed_everything's, or the default
+        if self.seed is None:
+            self.seed = seed_everything_seed()
         self._loaded: dict[str, Any] | None = None
+        self._marking: markers.Marking | None = None
+        self._resumed_total: float | None = None  # the length of the training that a checkpoint continues
 
     # -- conversion -------------------------------------------------------------------------------------------------------
 
@@ -81,17 +111,30 @@ class SparseTraining(SharedArguments, Callback):
         guards.refuse_sharding(trainer.strategy)
         if stage == "fit":
             guards.refuse_earlier_averaging(trainer, self)
-        if is_overridden("configure_model", pl_module):
+        if overrides(pl_module, "configure_model", trainer):
             # A callback's setup precedes the module's own hooks, so the layers are built here, as Lightning's WeightAveraging
             # does.
             pl_module.configure_model()
-        new = self._take(pl_module, watch=True)
+        with finetuning.thawed(trainer, pl_module, self), cli_optimizers.following(pl_module):
+            new = self._take(pl_module, watch=True)
+        cast_early(trainer, pl_module)
         guards.refuse_spawn(trainer, new)
+        if stage == "fit":
+            guarded_loggers.guard(trainer)
+            run_config.log_config(self, trainer, pl_module)
+            run_config.warn_of_watched(pl_module, new)
+        if stage == "fit" and self._marking is None:
+            self._marking = markers.Marking(pl_module)
 
     def _take(self, module: nn.Module, watch: bool = False, early: bool = True) -> int:
         """Convert the requested weights and take charge of them; see :func:`lightning_deepr.training.claim.claim`."""
+        if self.seed is None:
+            self.seed = seed_or_default(None)
         new = claim(self, module, watch, early)
+        if self._observer is not None:
+            self._observer.add(module)
         self._forget_matches()
+        self._state_key = None
         self._apply_loaded()
         return new
 
@@ -119,7 +162,7 @@ class SparseTraining(SharedArguments, Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         guards.refuse_lost_conversions(pl_module, [tensor.converted for tensor in self.tracked])
         self._watch(False)
-        guards.refuse_unequal_ranks(trainer, self.tracked)
+        finetuning.refuse_frozen_pools(trainer, self.tracked)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             average = getattr(callback, "_average_model", None)
             if isinstance(average, nn.Module):
@@ -128,14 +171,28 @@ class SparseTraining(SharedArguments, Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._apply_loaded()
+        self._has_logged, self.history = False, []
         self._continues = self._continues or trainer.global_step > 0
-        total = trainer.estimated_stepping_batches
-        self.total_steps = float(total) if total != float("inf") and total > 0 else None
-        self._check_schedules("Give the Trainer max_epochs or max_steps.")
+        before, self.total_steps = self._resumed_total, length.total_steps(trainer)
+        self._resumed_total, self._advice = None, length.advice(trainer)
+        self._check_schedules(self._advice)
+        done = max((tensor.done for tensor in self.tracked), default=0)
+        if self._follows_progress:
+            if self._continues and (line := length.change(before, self.total_steps, done)):
+                rank_zero_warn(f"{type(self).__name__}: {line}.")
+            if self.total_steps is not None and (seconds := length.time_limit(trainer)) is not None:
+                rank_zero_info(
+                    f"{type(self).__name__}: schedules over the training count on {self.total_steps:g} steps; max_time "
+                    f"({seconds:g} s) may end it before."
+                )
+        fitness.refuse_unfit(trainer.model or pl_module, [tensor.converted for tensor in self.tracked])
+        self._compare_ranks(trainer.model or pl_module, trainer.strategy)
         self._begin_training()
-        found = [self._wire(optimizer) for optimizer in trainer.optimizers]
-        if not any(found):
-            raise RuntimeError(guards.OPTIMIZER_TOO_EARLY)
+        # a fine-tuning callback gives thetas to an optimizer later
+        waits = bool(finetuning.finetuning(trainer)) and any(not tensor.theta.requires_grad for tensor in self.tracked)
+        found = [self._wire(optimizer, waits=waits) for optimizer in trainer.optimizers]
+        if not any(found) and not waits:
+            raise RuntimeError(guards.unmatched(pl_module, trainer.optimizers, self.tracked))
         known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
         idle = [t.name for t in self.tracked if id(t.theta) not in known and t.theta.requires_grad]
         if idle:
@@ -147,21 +204,44 @@ class SparseTraining(SharedArguments, Callback):
         # and backward run inside `optimizer.step`.)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._refuse_non_finite(optimizer, gradients=not scaled)
+        if (run := self._runs.of(optimizer)).joined:
+            self._welcome(run, optimizer, trainer.global_step)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        step = max((tensor.step for tensor in self.tracked), default=0)
-        if not trainer.loggers or step % self.log_every_n_steps:
+        if self.log_every_n_steps == OF_TRAINER:
+            due = trainer._logger_connector.should_update_logs
+        else:
+            due = max((tensor.step for tensor in self.tracked), default=0) % self.log_every_n_steps == 0
+        if due:
+            self._log(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _log(self, trainer: pl.Trainer, step: int) -> None:
+        """Log the statistics, if there were steps since the last log. A logger that fails does not end the training."""
+        if not (trainer.loggers or self.keeps_history) or self.log_statistics == "none":
             return
         self._settle()
         if not any(t.turnover.steps for t in self.tracked):
             return
-        metrics = self.statistics()
+        metrics = self.statistics(self.log_statistics)
+        if self.keeps_history:
+            self.history.append((step, metrics))
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            try:
+                logger.log_metrics(metrics, step=step)
+            except Exception as error:
+                if "logger" not in self._told:
+                    self._told.add("logger")
+                    rank_zero_warn(
+                        f"{type(self).__name__}: {type(logger).__name__} could not log the statistics "
+                        f"({type(error).__name__}: {error}). The training goes on; this is said once."
+                    )
+        self._has_logged = True
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._has_logged:  # a fit that was shorter than the interval
+            self._log(trainer, max(trainer.fit_loop.epoch_loop._batches_that_stepped - 1, 0))
         self._settle()
         self._unhook()
 
@@ -170,16 +250,25 @@ class SparseTraining(SharedArguments, Callback):
         meaning = guards.explain(str(exception), pl_module)
         if meaning is not None and meaning not in str(exception):
             exception.args = (f"{exception} {meaning}", *exception.args[1:])
+        self._unmark()
         self._stop()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._unmark()
         self._stop()
+
+    def _unmark(self) -> None:
+        if self._marking is not None:
+            self._marking.remove()
+            self._marking = None
 
     def _stop(self) -> None:
         self._unhook()
         self._watch(False)
-        self._continues = False
+        self._continues, self._rank_check = False, None
+        if self._observer is not None:
+            self._observer.end()
         for tensor in self.tracked:
             if tensor.slots.owner() is self:
                 tensor.slots.owner = nobody
@@ -254,16 +343,21 @@ class SparseTraining(SharedArguments, Callback):
                 "`sparsify(net, connectivity)` before you make the optimizer."
             )
         optimizer = _unwrapped(optimizer)
+        fitness.refuse_unfit(net, converted_tensors(net))
         self._take_charge(net, keep=self._is_at_work)
         if total_steps is not None:
             self.total_steps = float(total_steps)
         self._check_schedules("Give attach(..., total_steps=...).")
-        if not self._is_at_work:
-            self._begin_training()
-        if not self._wire(optimizer, check_before=True):
+        try:
+            self._compare_ranks(net)
+            if not self._is_at_work:
+                self._begin_training()
+            if not self._wire(optimizer, check_before=True):
+                raise ValueError(guards.unmatched(net, [optimizer], self.tracked))
+        except (ValueError, RuntimeError):
             if not self._is_at_work:
                 self._stop()
-            raise ValueError(guards.OPTIMIZER_TOO_EARLY)
+            raise
         run = self._runs.of(optimizer)
 
         def remove() -> None:
@@ -298,6 +392,8 @@ class SparseTraining(SharedArguments, Callback):
                 self.begin(self.tracked)
             self.tracked = kept + self.tracked
             self._forget_matches()
+            if kept and self._observer is not None:
+                self._observer.begin(self.tracked, anew=False)
         for tensor in self.tracked:
             tensor.slots.owner = weakref.ref(self)
 
@@ -308,11 +404,13 @@ class SparseTraining(SharedArguments, Callback):
         guards.refuse_sharding(fabric.strategy)
         if not any(True for _ in converted_tensors(module)):
             return  # another module of the same script, for example a discriminator
+        fitness.refuse_unfit(module, converted_tensors(module))
         at_work = self._is_at_work or self._at_fabric
         self._take_charge(module, keep=at_work)
         self._check_schedules(
             "Fabric does not know the length of the training: call attach(net, optimizer, total_steps=...) on the callback."
         )
+        self._compare_ranks(module, fabric.strategy)
         if not at_work:
             self._begin_training()
         self._at_fabric = True
@@ -346,7 +444,10 @@ class SparseTraining(SharedArguments, Callback):
                     "`attach(net, optimizer)` on the callback there.)"
                 )
             run = self._runs.of(optimizer)
-            was_taken, run.took_step = run.took_step, False
+            runs = [self._runs.of(one) for one in run.chain(optimizer)]
+            was_taken = any(one.took_step for one in runs)
+            for one in runs:
+                one.took_step = False
             if run.is_hooked or not was_taken:
                 return  # the callback is also attached and the optimizer's own hook has run, or the step was skipped
         self._after_optimizer_step(optimizer)
@@ -356,20 +457,13 @@ class SparseTraining(SharedArguments, Callback):
     @property
     @override
     def state_key(self) -> str:
-        # Lightning reads it at every hook, to label its profile
-        known = self._state_key
-        if known and known[:3] == (id(self.target_modules), id(self.exclude_modules), id(self.connectivity)):
-            return str(known[3])
+        if self._state_key is None:  # Lightning reads it at every hook, to label its profile
+            self._state_key = state_keys.key(self)
+        return self._state_key
 
-        def text(value: Any) -> Any:
-            return getattr(value, "__qualname__", None) or (value if isinstance(value, str) else list(value))
-
-        targets = text(self.target_modules)
-        if isinstance(self.connectivity, Mapping):  # its keys are the targets
-            targets = [targets, *self.connectivity]
-        key = self._generate_state_key(target_modules=targets, exclude_modules=text(self.exclude_modules))
-        self._state_key = (id(self.target_modules), id(self.exclude_modules), id(self.connectivity), key)
-        return key
+    @override
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state_keys.find_state(self, [one for one in trainer.callbacks if isinstance(one, SparseTraining)], checkpoint)  # type: ignore[attr-defined]
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -381,16 +475,21 @@ class SparseTraining(SharedArguments, Callback):
                 "use LinearDecay and LrPower."
             )
         self._settle()
-        extra = self.extra_state()
+        extra, tried = self.extra_state(), {} if self._observer is None else self._observer.state()
         return {
             **({"extra": extra} if extra else {}),
+            **({"tried": tried} if tried else {}),
             "version": 2,
+            "method": state_keys.method(self),
             "seed": self.seed,
+            "newborn": self._resumed_newborn or self.newborn,
+            "total_steps": self.total_steps,
             "tensors": {
                 t.name: {
                     "K": t.slots.wanted,
                     "step": t.step,
                     "start": t.start,
+                    "missed": t.missed,
                     "lr_scale": t.scale,
                     "streak": t.turnover.streak,
                     "warned": t.turnover.warned,
@@ -427,18 +526,24 @@ class SparseTraining(SharedArguments, Callback):
                     f"`{name}`: expected a checkpoint with K = {tensor.slots.wanted}, found {recorded[name]['K']}. Give the "
                     "same connectivity as in the run that wrote it."
                 )
-        if state["seed"] != self.seed:
+        if state["seed"] != self.seed and self._has_own_seed:
             rank_zero_warn(f"{type(self).__name__}: goes on with the checkpoint's seed {state['seed']} (given: {self.seed}).")
-            self.seed = state["seed"]
+        self.seed = state["seed"]
         for name, tensor in mine.items():
             entry = recorded[name]
-            tensor.step, tensor.start = entry["step"], entry["start"]
+            tensor.step, tensor.start, tensor.missed = entry["step"], entry["start"], entry.get("missed", 0)
             for key in ("streak", "warned", "steps", "reborn", "newborn_deaths"):
                 setattr(tensor.turnover, key, entry[key])
         self._load_steering(recorded, state.get("version", 1))
         self._take_over_scales(recorded)
+        self._take_over_newborn(state.get("newborn"))
+        self._resumed_total = state.get("total_steps")
         self.load_extra_state(state.get("extra", {}))
+        if self._observer is not None:
+            self._observer.load(state.get("tried", {}))
         if self._is_at_work or self._at_fabric:  # a loop is running: the method begins again with the loaded state
+            if self._observer is not None:
+                self._observer.begin(self.tracked, anew=False)
             self.begin(self.tracked)
 
     def _load_steering(self, recorded: Mapping[str, Any], version: int) -> None:

@@ -6,15 +6,16 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_deepr.algorithm.statistics import Turnover
 from lightning_deepr.algorithm.steering import Steering, TurnoverTarget
-from lightning_deepr.conversion import sharing
-from lightning_deepr.conversion.allocation import allocate
+from lightning_deepr.conversion import connectivities, pruned, restrictions, sharing, tied
+from lightning_deepr.conversion.allocation import shares
 from lightning_deepr.conversion.convert import nothing_to_convert
-from lightning_deepr.conversion.selection import Candidate, candidates, entry_for, refuse_unknown, select
+from lightning_deepr.conversion.selection import Candidate, candidates, entry_for, refuse_unknown, select, takes_what_is_usual
+from lightning_deepr.packages.messages import rank_zero_info, rank_zero_warn
+from lightning_deepr.training.adoption import adopt_rules, refuse_other_connectivity
 from lightning_deepr.training.schedules import is_steered
 from lightning_deepr.training.tracked import TrackedTensor
 from lightning_deepr.weights.find import Converted, converted_tensors
@@ -27,6 +28,8 @@ class Method(Protocol):
     """The attributes of a callback that this module uses (see :class:`lightning_deepr.training.callback.SparseTraining`)."""
 
     connectivity: Any
+    candidates: Any
+    seed: int
     target_modules: Any
     exclude_modules: Any
     distribution: Any
@@ -56,12 +59,18 @@ def claim(callback: Method, module: nn.Module, watch: bool = False, early: bool 
     Raises:
         ValueError: no tensor is found, a tensor does not fit the method, or another callback is at work on the tensors.
     """
+    connectivity = connectivities.as_mapping(callback.connectivity)
+    with pruned.made_plain(module, early and connectivities.asks_for_nonzero(connectivity)):
+        return _claim(callback, module, connectivity, watch, early)
+
+
+def _claim(callback: Method, module: nn.Module, connectivity: Any, watch: bool, early: bool) -> int:
     found = candidates(module)
     for argument in BY_TENSOR:
         value = getattr(callback, argument)
         if isinstance(value, Mapping):
             refuse_unknown(list(value), found, argument)
-    chosen = _chosen(callback, module, found)
+    chosen = _chosen(callback, module, found, connectivity)
     entries: Entries = {
         c.name: (
             entry_for("l1", callback.l1, c),
@@ -76,27 +85,39 @@ def claim(callback: Method, module: nn.Module, watch: bool = False, early: bool 
     if callback.scope == "global":
         sharing.check(chosen, early)
     old, new = [c for c in chosen if c.slots is not None], [c for c in chosen if c.slots is None]
+    mine = {tensor.weight for tensor in callback.tracked}
+    adopted = [c for c in old if c.slots not in mine]
+    if early and connectivity is not None:
+        refuse_other_connectivity(callback, adopted, new)
+    rules = {"candidates": callback.candidates, "signs": getattr(callback, "signs", None)}
+    restrictions.refuse_unnamed(chosen, rules)
+    adopt_rules(callback, adopted, chosen)
     if new:
-        _convert(callback, module, new, watch)
+        if takes_what_is_usual(callback.target_modules, connectivity) and (line := tied.left_out(module, found)):
+            rank_zero_warn(f"{type(callback).__name__}: {line}")
+        _convert(callback, module, new, connectivity, watch)
     if callback.scope == "global":
         sharing.join([converted for converted in converted_tensors(module) if converted.name in entries])
-    mine = {tensor.weight for tensor in callback.tracked}
-    if any(c.slots not in mine for c in old):
+    if adopted:
         rank_zero_info(f"{type(callback).__name__}: {len(old)} tensors are converted already; their connections are kept.")
     callback.tracked = _tracked(callback, module, entries)
     return len(new)
 
 
-def _chosen(callback: Method, module: nn.Module, found: list[Candidate]) -> list[Candidate]:
+def _chosen(callback: Method, module: nn.Module, found: list[Candidate], connectivity: Any) -> list[Candidate]:
     """List the tensors that a callback's arguments select, except those on which another callback is at work."""
     method = type(callback).__name__
     free = [c for c in found if c.slots is None or c.slots.owner() in (None, callback)]
-    if callback.connectivity is not None:
-        chosen = select(free, callback.target_modules, callback.exclude_modules, callback.connectivity)
+    asked = select(found, callback.target_modules, callback.exclude_modules, connectivity)
+    if connectivity is not None:
+        chosen = [c for c in asked if c in free]
+        named = isinstance(connectivity, Mapping) or isinstance(callback.target_modules, (list, tuple, set))
+        if len(chosen) < len(asked) and (named or not chosen):  # who asks for "all" gets what is left
+            raise ValueError(_taken(callback, [c for c in asked if c not in free]))
         if not chosen:
             raise ValueError(nothing_to_convert(module))
         return chosen
-    chosen = [c for c in select(free, callback.target_modules, callback.exclude_modules) if c.slots is not None]
+    chosen = [c for c in asked if c.slots is not None and c in free]
     if chosen:
         return chosen
     busy = [c.name for c in found if c.slots is not None and c not in free]
@@ -111,9 +132,21 @@ def _chosen(callback: Method, module: nn.Module, found: list[Candidate]) -> list
     )
 
 
-def _convert(callback: Method, module: nn.Module, new: list[Candidate], watch: bool) -> None:
-    assert callback.connectivity is not None
-    counts = allocate(new, callback.connectivity, callback.distribution)
+def _taken(callback: Method, taken: list[Candidate]) -> str:
+    """Write the message for a callback that asks for tensors of which another one has taken charge."""
+    assert taken[0].slots is not None
+    method, other = type(callback).__name__, type(taken[0].slots.owner()).__name__
+    names = ", ".join(f"`{c.name}`" for c in taken[:3]) + (", ..." if len(taken) > 3 else "")
+    return (
+        f"{method} and {other} both ask for {names}: expected one callback for each weight, found two. Give each its own "
+        f'target_modules (or exclude_modules), for example {other}(..., target_modules=["encoder"]) and '
+        f'{method}(..., exclude_modules=["encoder"]), or leave one of them out.'
+    )
+
+
+def _convert(callback: Method, module: nn.Module, new: list[Candidate], connectivity: Any, watch: bool) -> None:
+    assert connectivity is not None
+    counts = shares(new, connectivity, callback.distribution)
     for converted in callback.convert(module, new, counts):
         converted.slots.watch(watch)
     total, count = sum(c.total for c in new), sum(counts.values())
@@ -168,8 +201,13 @@ def _steer(tensors: list[TrackedTensor]) -> None:
 def _keep_draws_apart(tensors: list[Any]) -> None:
     """Make the indices of layers unique. Layers that were converted one by one would otherwise draw the same numbers."""
     taken: set[int] = set()
-    following = 1 + max((slots.index for slots in tensors), default=0)
+    following = 1 + max((slots.index for slots in tensors if not slots.is_block), default=0)
     for slots in tensors:
         if slots.index in taken:
+            if slots.is_block:  # its number must be the same on every rank
+                raise ValueError(
+                    f"`{slots.name}`: expected blocks with draws of their own, found two layers that draw alike. Give the plan "
+                    "of each layer another number, RowBlocks(..., layer=...), or one plan to all of them."
+                )
             slots.index, following = following, following + 1
         taken.add(slots.index)

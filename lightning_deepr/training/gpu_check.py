@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_deepr.algorithm import rewiring
+from lightning_deepr.algorithm.newborns import State, start_newborns
 from lightning_deepr.kernels.gpu import gate
 from lightning_deepr.weights.k_slots import KSlots
 
@@ -24,14 +25,15 @@ class Network:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.slots: list[Any] = []
         self.thetas: list[Tensor] = []
-        self.states: list[list[tuple[Tensor, float]]] = []
+        self.states: list[list[State]] = []
         for i, (total, count) in enumerate(SIZES):
             places = rewiring.random_places(total, count, i, SEED)
             exceptions = places[::3].sort().values if i % 2 else None
             slots = KSlots(torch.Size([1, total]), places, i, SEED + i, exceptions, dtype)
             self.slots.append(slots.to(device))
             self.thetas.append(torch.empty(count, dtype=dtype, device=device))
-            self.states.append([(torch.ones(count, dtype=dtype, device=device), float(start)) for start in range(1 + i % 2)])
+            kinds = [(0.0, False), (1.0, True), (1.0, False)][: 2 + i % 2]  # start, and whether the mean counts
+            self.states.append([State("", torch.ones(count, dtype=dtype, device=device), *kind) for kind in kinds])
 
     def descend(self, step: int) -> None:
         """Imitate an optimizer's step: some slots fall below zero; in the last step all of them do."""
@@ -40,13 +42,14 @@ class Network:
             value = torch.rand(theta.numel(), generator=generator) + 0.25
             value[torch.rand(theta.numel(), generator=generator) < (0.3, 0.6, 1.0)[step]] *= -1
             theta.copy_(value)
-            for state, _ in states:
-                state.fill_(5.0)
+            for state in states:
+                state.value.copy_(torch.rand(theta.numel(), generator=generator))
 
 
 def rewires(theta: Tensor, slots: Any) -> bool:
-    """Whether the Triton kernels can rewire a tensor."""
-    return gate.admits("rewiring", theta, slots, rewiring_differs)
+    """Whether the Triton kernels can rewire a tensor. Those with candidates or a table of signs are left to PyTorch."""
+    admitted = gate.admits("rewiring", theta, slots, rewiring_differs)
+    return admitted and slots.allowed is None and slots.sign_table is None
 
 
 def rewiring_differs(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -77,8 +80,8 @@ def rewiring_differs(device: torch.device, dtype: torch.dtype) -> str | None:
             off = float((fast.thetas[i].double() - plain.thetas[i].double()).abs().max())
             if not off <= 4 * eps:  # theta is at most 1.3
                 return f"{where}: theta differs from PyTorch's by {off:.3g}"
-            for (value, _), (other, _) in zip(fast.states[i], plain.states[i], strict=True):
-                if not torch.equal(value, other):
+            for one, other in zip(fast.states[i], plain.states[i], strict=True):
+                if not torch.equal(one.value, other.value):
                     return f"{where}: the optimizer's state of the reborn differs from PyTorch's"
     return None
 
@@ -94,6 +97,5 @@ def _in_pytorch(
     newborns = [int((tensor.born[d] >= step - 1).sum()) for tensor, d in zip(slots, dormant, strict=True)]
     rewiring.reactivate(thetas, slots, dormant, SEED, step)
     for states, d in zip(network.states, dormant, strict=True):
-        for value, start in states:
-            value.index_fill_(0, d, start)
+        start_newborns(states, d)
     return [[d.numel(), n] for d, n in zip(dormant, newborns, strict=True)]

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_deepr import kernels
 from lightning_deepr.algorithm import randomness
+from lightning_deepr.packages.messages import rank_zero_warn
 from lightning_deepr.weights.find import Converted, converted_tensors
 
 if TYPE_CHECKING:
@@ -21,6 +21,51 @@ OPTIMIZER_TOO_EARLY = (
     "The optimizer holds none of the converted weights: it was made before the network was converted (optimizer made before "
     "sparsify). Expected an optimizer over the converted parameters: call sparsify(net, ...) first, then make the optimizer."
 )
+
+
+def unmatched(net: nn.Module, optimizers: Sequence[Optimizer], tensors: Sequence[TrackedTensor]) -> str:
+    """Say why no optimizer holds any theta of a network.
+
+    Args:
+        net: the network.
+        optimizers: those that train it.
+        tensors: the converted tensors that a callback tracks.
+    """
+    if all(not tensor.theta.requires_grad for tensor in tensors):
+        names = ", ".join(f"`{tensor.name}`" for tensor in tensors[:3]) + (", ..." if len(tensors) > 3 else "")
+        return (
+            f"All {len(tensors)} converted tensors ({names}) are frozen (requires_grad=False), and no optimizer holds them: "
+            "nothing would be rewired. Expected at least one that is trained: unfreeze them (net.requires_grad_(True)) before "
+            "the optimizer is made, or train without this callback. Frozen connections stay as they are."
+        )
+    for optimizer in optimizers:
+        if any(kind.__module__.partition(".")[0] == "deepspeed" for kind in type(optimizer).__mro__):
+            return (
+                f"{type(optimizer).__name__} (DeepSpeed) holds flat buffers in place of the parameters, in which the K slots "
+                "of theta can't be found. Expected the plain optimizer under DistributedDataParallel, ZeroRedundancyOptimizer "
+                "(ZeRO 1), or FSDP with theta left out (docs/distributed.md)."
+            )
+    held = {id(p): p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    mine = {id(p) for p in net.parameters()}
+    shapes = {tuple(tensor.weight.shape) for tensor in tensors}
+    replaced = any(tuple(p.shape) in shapes for key, p in held.items() if key not in mine)  # the weights before the conversion
+    others = len(mine & held.keys())
+    if others and not replaced:
+        return (
+            f"The optimizer holds {others} parameters of the network, but none of its {len(tensors)} converted weights: "
+            f"expected theta, which is named `{theta_name(tensors[0].name)}` and is a vector. A choice by the name `.weight` "
+            "or by the number of dimensions leaves it out. Give `net.parameters()`, or the groups of "
+            "`lightning_deepr.decay_groups(net, weight_decay)`."
+        )
+    return OPTIMIZER_TOO_EARLY
+
+
+def theta_name(name: str) -> str:
+    """Return the name of the parameter of a converted tensor."""
+    prefix, _, tensor_name = name.rpartition(".")
+    return f"{prefix}.parametrizations.{tensor_name}.original".removeprefix(".")
+
+
 _SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
 
 
@@ -33,6 +78,27 @@ def refuse_sharding(strategy: Any) -> None:
                 f'DeepR expects whole parameters on every rank, found {names[0]}, which shards them. Use strategy="ddp": a '
                 "converted weight holds only K values."
             )
+
+
+_KNOWN = ("SingleDeviceStrategy", "DDPStrategy", "DataParallelStrategy", "XLAStrategy")
+
+
+def is_unknown(strategy: Any) -> bool:
+    """Whether a strategy of Lightning on several ranks is none of those whose behaviour is known."""
+    if strategy is None or getattr(strategy, "world_size", 1) <= 1:
+        return False
+    return not any(kind.__name__ in _KNOWN for kind in type(strategy).__mro__)
+
+
+def watch_unknown(strategy: Any, callback: Any) -> int:
+    """Say that a strategy is not known, and return the number of steps between two comparisons of the ranks."""
+    every: int = callback.log_every_n_steps
+    rank_zero_warn(
+        f"{type(strategy).__name__} is not known to {type(callback).__name__}: expected a strategy that keeps parameters whole "
+        f"and averages gradients over all ranks, as DDPStrategy does. The ranks are compared every {every} steps "
+        "(check_ranks_every_n_steps), and a difference stops the training."
+    )
+    return every
 
 
 def refuse_earlier_averaging(trainer: Any, callback: Any) -> None:
@@ -54,7 +120,9 @@ def refuse_spawn(trainer: Any, converted_now: int) -> None:
     if converted_now and type(launcher).__name__.startswith("_MultiProcessing"):
         raise ValueError(
             "A strategy that starts its processes with spawn or fork returns the weights to a process whose network is not "
-            'converted. Expected strategy="ddp", which runs the script once per process.'
+            'converted. Expected strategy="ddp", which runs the script once per process; or a network that is converted before '
+            "the fit, in `__init__`: `sparsify(self.net, connectivity)`, with the callback's connectivity=None. Then "
+            '"ddp_fork" and "ddp_notebook" work, too.'
         )
 
 
@@ -94,10 +162,24 @@ def warn_of_free_signs(method: str, tensors: Sequence[TrackedTensor], fate: str)
 
 
 def refuse_unequal_ranks(trainer: Any, tensors: Sequence[TrackedTensor]) -> None:
-    """Refuse ranks that start with different connections. Equal ranks stay equal without communication."""
+    """Refuse ranks that start with different connections, under a strategy without a process group of torch (XLA).
+
+    Args:
+        trainer: the Trainer, or what has its ``world_size``, ``global_rank`` and ``strategy``.
+        tensors: the converted tensors.
+    """
     if trainer.world_size <= 1:
         return
-    own = [(t.name, checksum(t.slots.active(t.theta)[0]), checksum(t.slots.exceptions), t.slots.sign_seed) for t in tensors]
+    own = [
+        (
+            t.name,
+            checksum(t.slots.active(t.theta)[0]),
+            checksum(t.slots.exceptions),
+            t.slots.sign_seed,
+            _rules(t.slots),
+        )
+        for t in tensors
+    ]
     first = trainer.strategy.broadcast(own, src=0)
     for mine, theirs in zip(own, first, strict=True):
         if tuple(mine) != tuple(theirs):
@@ -105,6 +187,12 @@ def refuse_unequal_ranks(trainer: Any, tensors: Sequence[TrackedTensor]) -> None
                 f"`{mine[0]}` has other connections on rank {trainer.global_rank} than on rank 0: expected the same seed and "
                 'the same weights (for init="largest") on every rank. Load the weights before the fit, or call seed_everything.'
             )
+
+
+def _rules(slots: Any) -> list[int]:
+    """Hash where the connections of a tensor may be, and its table of signs."""
+    records = [rule.record() for rule in (slots.allowed, slots.sign_table) if rule is not None]
+    return [checksum(part) for numbers, items in records for part in (torch.tensor(numbers), items)]
 
 
 def checksum(places: torch.Tensor) -> int:
@@ -115,6 +203,24 @@ def checksum(places: torch.Tensor) -> int:
     return int(randomness.bits(randomness.key(0), places * 31 + position).sum())
 
 
+def refuse_negative_rates(optimizer: Optimizer, matched: Sequence[tuple[TrackedTensor, int]]) -> None:
+    """Stop before a step whose learning rate is below 0. (A rate in a tensor is not read: on a device, the host would wait.)
+
+    Args:
+        optimizer: the optimizer.
+        matched: the tensors whose theta it holds, each with the index of its parameter group.
+    """
+    groups = optimizer.param_groups
+    for tensor, index in matched:
+        lr = groups[index].get("lr")
+        if type(lr) is float and lr < 0:
+            raise ValueError(
+                f"`{tensor.name}`, step {tensor.step}: expected a learning rate of at least 0 in theta's parameter group, "
+                f"found {lr:g}: L1 would let theta grow, and the noise has the root of the learning rate. For ascent give the "
+                "optimizer maximize=True."
+            )
+
+
 def was_skipped(optimizer: Optimizer) -> bool:
     """Whether GradScaler found infinities and the (fused) optimizer skipped its step."""
     found_inf = getattr(optimizer, "found_inf", None)
@@ -123,7 +229,7 @@ def was_skipped(optimizer: Optimizer) -> bool:
 
 def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None:
     """Stop before a step if a theta or a gradient is not finite. The message names the tensor and the step."""
-    values: list[torch.Tensor] = list({id(t.theta): t.theta for t in tensors}.values())  # layers may share one theta
+    values: list[torch.Tensor] = list({id(theta := t.theta): theta for t in tensors}.values())  # layers may share one theta
     if gradients:
         values += [theta.grad for theta in values if theta.grad is not None]
     if kernels.all_finite(values):
@@ -163,7 +269,15 @@ def refuse_sharing(optimizer: Optimizer, others: Sequence[Optimizer], tensors: S
 
 
 def explain(message: str, module: nn.Module) -> str | None:
-    """Explain torch's error about duplicate parameter groups. None: it is another error, or the layers share no theta."""
+    """Explain an error of torch that a converted weight causes. None: it is another error, or nothing is converted.
+
+    These are the errors of a parameter in several groups (the layers share one theta), and of pickling a converted network.
+    """
+    if message.startswith("Serialization of parametrized modules") and any(True for _ in converted_tensors(module)):
+        return (
+            "A strategy that starts its processes with spawn sends them the network by pickle, and the network has converted "
+            'weights. Expected strategy="ddp", or in a notebook "ddp_notebook" or "ddp_fork", found a spawned process.'
+        )
     if "more than one parameter group" not in message:
         return None
     for one in converted_tensors(module):

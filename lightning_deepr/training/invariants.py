@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-import torch
-from torch.optim import Optimizer
-
+from lightning_deepr.algorithm import newborns
 from lightning_deepr.training.tracked import Stepped, TrackedTensor
 
 
@@ -22,8 +20,6 @@ def requirement(tensor: TrackedTensor) -> Callable[[bool, str], None]:
 
 def check_invariants(
     item: Stepped,
-    optimizer: Optimizer,
-    starts_of: Callable[[Stepped], Mapping[str, float]],
     *,
     least: int = 0,
     signed: bool = False,
@@ -32,8 +28,6 @@ def check_invariants(
 
     Args:
         item: the tensor that took the step, with its reborn slots.
-        optimizer: the optimizer that holds its theta.
-        starts_of: a function that returns the starting value of each of the optimizer's state tensors, by name.
         least: the least number of connections of a layer that shares one theta with others.
         signed: whether theta may be negative.
 
@@ -44,15 +38,9 @@ def check_invariants(
     require = requirement(tensor)
     count = tensor.turnover.count
     require(bool(slots.shares) or slots.count == count, f"expected {count} slots, found {slots.count}")
-    state = optimizer.state.get(theta, {})
-    starts = starts_of(item) if state else {}
-    states = [
-        (name, value, starts.get(name, 0.0))
-        for name, value in state.items()
-        if isinstance(value, torch.Tensor) and value.shape == theta.shape
-    ]
     born = item.reborn.slots
     if born is None:
         born = slots.places[:0]
+    states = [(state.name, state.value, newborns.expected(state, born, slots.own)) for state in item.states()]
     problem = slots.problem(theta.detach(), born, states, least=least, signed=signed)
     require(problem is None, str(problem))

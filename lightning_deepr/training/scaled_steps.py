@@ -130,5 +130,20 @@ class ScaledSteps:
             self._table = Table(self.thetas, self._befores, self._scales)
 
 
+def kept_first(chain: Sequence[ScaledSteps | None]) -> ScaledSteps | None:
+    """Return the outermost of some optimizers' scaled steps that was announced, and forget what inner ones kept in this step.
+
+    Fabric's hooks announce the step of each optimizer that calls hooks; not all that hold another one do.
+
+    Args:
+        chain: the scaled steps of an optimizer and of those that it holds, the outermost first.
+    """
+    there = [one for one in chain if one is not None]
+    announced = [one for one in there if one._kept]
+    for one in announced[1:]:
+        one._kept = False
+    return announced[0] if announced else next(iter(there), None)
+
+
 def _whole(theta: Tensor) -> Tensor:
     return theta

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lightning_deepr.algorithm.newborns import State
 from lightning_deepr.algorithm.statistics import Turnover
 from lightning_deepr.algorithm.steering import Steering
 from lightning_deepr.weights.base import Parametrization
@@ -15,8 +16,6 @@ from lightning_deepr.weights.k_slots import KSlots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-State = tuple[Tensor, float]  # a state tensor of theta's shape, and the value with which the optimizer starts it
 
 
 @dataclass
@@ -31,6 +30,8 @@ class TrackedTensor:
     scale: float | None = None  # the factor of this tensor's steps; None: not known before there is an optimizer
     step: int = 0  # number of optimizer steps that the tensor has taken
     start: int = 0  # value of ``step`` at which the present training began
+    missed: int = 0  # steps of the present training that it took no part in: it was frozen, or had no gradient
+    last_alpha: Any = None  # alpha of the last step; None: there was none yet
     steering: Steering | None = None  # of alpha, if ``alpha`` is a target; layers that share a theta may share it
 
     @property
@@ -55,6 +56,11 @@ class TrackedTensor:
     def done(self) -> int:
         """Number of steps of the present training."""
         return self.step - self.start
+
+    @property
+    def elapsed(self) -> int:
+        """Number of steps of the present training so far, also of those that the tensor took no part in."""
+        return self.step - self.start + self.missed
 
     @property
     def is_steered(self) -> bool:
@@ -92,7 +98,8 @@ class Stepped:
     """A tensor that has just taken an optimizer step, with the values of this step."""
 
     tensor: TrackedTensor
-    theta: Tensor  # detached; methods write to it in place
+    parameter: nn.Parameter  # theta, of all layers that share it
+    theta: Tensor  # the tensor's own part, detached; methods write to it in place
     group_index: int
     lr: Any
     alpha: Any
@@ -110,5 +117,5 @@ class Stepped:
         return self.tensor.step
 
     def states(self) -> list[State]:
-        """List every state tensor of the optimizer that has theta's shape, with its starting value."""
+        """List every state tensor of the optimizer that has theta's shape, with what a newborn gets there."""
         return self.states_of(self)

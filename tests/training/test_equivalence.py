@@ -48,6 +48,7 @@ def needs_total_steps(setting: Setting) -> bool:
 
 
 @EVERY_SETTING
+@pytest.mark.feature("Loops: Trainer, Fabric and plain loop, equal to the bit")
 def test_trainer_fabric_and_plain_loop_are_equal(setting: Setting) -> None:
     plain = by_plain_loop(setting)
     assert sum(int((slots.born >= 0).sum()) for slots in all_slots(plain.net)) >= 5, "too little was rewired"
@@ -65,6 +66,7 @@ def test_trainer_fabric_and_plain_loop_are_equal(setting: Setting) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:A backward pass reached")
+@pytest.mark.feature("Loops: Fabric without a converted network", refused=True)
 def test_a_fabric_without_a_converted_network_is_refused() -> None:
     """The network is not converted, or ``setup_module`` set it up, which Fabric does not report to its callbacks."""
     for how in ("dense", "setup_module"):
@@ -80,6 +82,7 @@ def test_a_fabric_without_a_converted_network_is_refused() -> None:
             train(wrapped, wrapped_optimizer, batches(1))
 
 
+@pytest.mark.feature("Loops: Fabric's setup_module and setup_optimizers")
 def test_setup_module_and_attach_are_equal_to_setup() -> None:
     callback = Setting().callback()
     fabric = Fabric(accelerator="cpu", devices=1, callbacks=[callback])
@@ -91,6 +94,7 @@ def test_setup_module_and_attach_are_equal_to_setup() -> None:
     assert_equal_states(state_of(net, optimizer), by_plain_loop(Setting()).state)
 
 
+@pytest.mark.feature("Length: Fabric or a plain loop of unknown length, with a schedule over the training", refused=True)
 def test_fabric_refuses_a_schedule_without_a_length() -> None:
     net = mlp()
     callback = DeepR(l1=LinearDecay(0.1))
@@ -107,7 +111,15 @@ def test_the_order_of_a_step_is_the_oracles(make: Any, every: int, until: int | 
     slow = oracle_of(net)
     optimizer = make(net.parameters())
     lr = optimizer.param_groups[0]["lr"]
-    callback = DeepR(l1=alpha, temperature=temperature, seed=SEED, rewire_every_n_steps=every, rewire_until=until)
+    callback = DeepR(
+        l1=alpha,
+        temperature=temperature,
+        seed=SEED,
+        lr_scale=1.0,
+        newborn="start",
+        rewire_every_n_steps=every,
+        rewire_until=until,
+    )
     callback.attach(net, optimizer)
     kept = reborn = 0
     for step, batch in enumerate(batches(50)):

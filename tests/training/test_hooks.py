@@ -44,6 +44,7 @@ def test_hooks_are_gone_after_a_fit() -> None:
 
 
 @pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt])
+@pytest.mark.feature("Loops: an exception or Ctrl-C within fit")
 def test_hooks_are_gone_after_an_exception(exception: type[BaseException]) -> None:
     class Failing(Regression):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
@@ -100,6 +101,7 @@ def test_attach_after_remove_goes_on() -> None:
     assert runs[0].steps == runs[1].steps == [20, 20]
 
 
+@pytest.mark.feature("Loops: attached twice, or attached and given to Fabric")
 def test_attach_twice_rewires_once() -> None:
     net = mlp()
     optimizer, callback = sgd(net.parameters()), Setting().callback()
@@ -109,6 +111,7 @@ def test_attach_twice_rewires_once() -> None:
     assert_equal_states(state_of(net, optimizer), by_plain_loop(Setting()).state)
 
 
+@pytest.mark.feature("Callbacks: two callbacks on one tensor, in a plain loop", refused=True)
 def test_a_second_callback_on_the_same_tensors_is_refused() -> None:
     net = mlp()
     optimizer, first = sgd(net.parameters()), Setting().callback()

@@ -117,6 +117,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.feature("Checkpoints: crash in the middle of an epoch, resumed exactly")
 def test_crashing_and_resuming_changes_nothing(setting: Setting, tmp_path: Path) -> None:
     """The training crashes in the middle of an epoch, at its end, and twice in one training."""
     whole, whole_trainer = setting.fit(tmp_path / "whole")
@@ -164,6 +165,7 @@ def plain_sgd(params: Any) -> optim.Optimizer:
 
 
 @pytest.mark.parametrize("same_trainer", [True, False], ids=["the same trainer", "a new trainer"])
+@pytest.mark.feature("Loops: fit twice")
 def test_a_second_fit_goes_on(same_trainer: bool) -> None:
     options = {"connectivity": 0.3, "distribution": "uniform", "l1": 0.1, "temperature": 1e-5, "seed": SEED}
     once, callback_once = Continued(plain_sgd, EPOCH), DeepR(**options)
@@ -255,7 +257,9 @@ def test_a_new_callback_takes_the_connections_of_an_earlier_fit() -> None:
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             begun.append(state_of(pl_module))
 
-    trainer(DeepR(0.1, l1=0.1, seed=2), Noting()).fit(module)
+    with pytest.raises(ValueError, match=r"DeepR\(connectivity=0\.1\) asks for K = .* converted already"):
+        trainer(DeepR(0.1, l1=0.1, seed=2)).fit(module)
+    trainer(DeepR(l1=0.1, seed=2), Noting()).fit(module)
     assert_equal_states(begun[0], trained)
 
 
@@ -272,6 +276,7 @@ def tensors_in(value: Any, name: str = "") -> list[tuple[str, Tensor]]:
 @pytest.mark.parametrize(
     "setting", [SETTINGS["adam averaged"], SETTINGS["sgd momentum"]], ids=["adam averaged", "sgd momentum"]
 )
+@pytest.mark.feature("Checkpoints: everything of a converted tensor has K entries")
 def test_everything_of_a_converted_tensor_is_k_sized(setting: Setting, tmp_path: Path) -> None:
     module, _ = setting.fit(tmp_path, crash_at=9)
     counts = {theta.numel() for theta in thetas(module)}
@@ -289,6 +294,7 @@ def test_everything_of_a_converted_tensor_is_k_sized(setting: Setting, tmp_path:
     assert len(k_sized) == 2 * 3
 
 
+@pytest.mark.feature("Checkpoints: save_weights_only")
 def test_a_weights_only_checkpoint_is_complete(tmp_path: Path) -> None:
     module = Regression(sgd)
     runner = trainer(DeepR(0.3, l1=0.1, seed=SEED))
@@ -300,6 +306,7 @@ def test_a_weights_only_checkpoint_is_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", [SETTINGS["sgd momentum"], SETTINGS["sgd averaged"]], ids=["plain", "averaged"])
+@pytest.mark.feature("Checkpoints: test on a checkpoint, with the callback")
 def test_a_fresh_model_is_tested_on_a_checkpoint(setting: Setting, tmp_path: Path) -> None:
     module, runner = setting.fit(tmp_path)
     (trained,) = runner.test(module, verbose=False)
@@ -323,6 +330,7 @@ def test_a_fresh_model_is_tested_on_a_checkpoint(setting: Setting, tmp_path: Pat
     ],
     ids=["another connectivity", "another K of one tensor", "other targets"],
 )
+@pytest.mark.feature("Checkpoints: a checkpoint with another selection of tensors", refused=True)
 def test_a_checkpoint_of_another_selection_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     setting = SETTINGS["sgd momentum"]
     setting.fit(tmp_path, crash_at=5)
@@ -341,6 +349,7 @@ def test_the_state_of_another_selection_is_refused() -> None:
         DeepR().attach(part, sgd(part.parameters())).load_state_dict(state)
 
 
+@pytest.mark.feature("Callbacks: two callbacks in one Trainer, resumed")
 def test_two_callbacks_of_one_trainer_keep_their_states_apart(tmp_path: Path) -> None:
     def both() -> list[DeepR]:
         return [DeepR(0.3, target_modules=["net.0"], l1=0.1, seed=1), DeepR(0.5, target_modules=["net.2"], l1=0.2, seed=2)]

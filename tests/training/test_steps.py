@@ -25,6 +25,7 @@ from tests.helpers.trainer import trainer
 # -- skipped and real steps -- ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.feature("Optimizers: training_step returns None")
 def test_a_training_step_that_returns_none_is_no_step() -> None:
     skipped = {0, 4, 11, 12, STEPS - 1}
 
@@ -46,6 +47,7 @@ def test_a_training_step_that_returns_none_is_no_step() -> None:
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.feature("Optimizers: a parameter frozen for a while (plain loop)")
 def test_a_frozen_tensor_waits(set_to_none: bool) -> None:
     """A frozen tensor keeps its connections, theta and step count, even if a gradient of 0 is left in it."""
     net = mlp()
@@ -80,6 +82,7 @@ def test_a_frozen_tensor_waits(set_to_none: bool) -> None:
 
 @pytest.mark.parametrize("lr_scale", [1.0, 2.5])
 @pytest.mark.parametrize("make", [sgd, adam])
+@pytest.mark.feature("Optimizers: step with a closure")
 def test_a_closure_counts_once(make: Any, lr_scale: float) -> None:
     net, other = mlp(), mlp()
     setting = Setting(make, options={"lr_scale": lr_scale})
@@ -102,6 +105,7 @@ def test_a_closure_counts_once(make: Any, lr_scale: float) -> None:
 
 
 @pytest.mark.parametrize("lr_scale", [1.0, 2.5])
+@pytest.mark.feature("Compilers: torch.compile of optimizer.step")
 def test_a_compiled_step_rewires_as_any_other(lr_scale: float) -> None:
     setting, states = Setting(options={"lr_scale": lr_scale}), []
     for compiled in (False, True):
@@ -150,6 +154,7 @@ class FabricScaler(FabricPrecision):
 @pytest.mark.parametrize("how", ["plain", "fabric", "fabric, attached", "trainer"])
 @pytest.mark.parametrize("lr_scale", [1.0, 2.5])
 @pytest.mark.parametrize("make", [sgd, adam, adam_fused])
+@pytest.mark.feature("Precision: GradScaler skips a step")
 def test_a_step_that_gradscaler_skips_is_none(make: Any, how: str, lr_scale: float) -> None:
     """A fused optimizer calls its hooks even for a skipped step, and Fabric always calls its own."""
     overflowing = {0, 3, 4, 17, STEPS - 1}
@@ -232,6 +237,7 @@ class Adversaries(pl.LightningModule):
         return DataLoader(batches(STEPS), batch_size=None)  # type: ignore[arg-type]
 
 
+@pytest.mark.feature("Optimizers: manual optimization with several optimizers")
 def test_each_tensor_counts_its_own_steps_under_manual_optimization() -> None:
     options = {"connectivity": 0.3, "distribution": "uniform", "l1": 0.2, "seed": SEED, "check_invariants": True}
     module, callback = Adversaries(), DeepR(**options)

@@ -21,6 +21,7 @@ from tests.helpers.trainer import trainer
 
 
 @pytest.mark.parametrize("averaging", [WeightAveraging, EMAWeightAveraging, lambda: StochasticWeightAveraging(swa_lrs=0.1)])
+@pytest.mark.feature("Callbacks: an averaging callback listed before", refused=True)
 def test_averaging_listed_before(averaging: Any) -> None:
     net, average = Net(), averaging()
     name = type(average).__name__
@@ -32,6 +33,7 @@ def test_averaging_listed_before(averaging: Any) -> None:
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, FabricFSDPStrategy, ModelParallelStrategy])
+@pytest.mark.feature("Sharding: strategies that shard parameters", refused=True)
 def test_strategies_that_shard_are_refused_by_name(strategy: Any) -> None:
     with pytest.raises(ValueError, match=rf'found {strategy.__name__}, which shards them\. Use strategy="ddp"'):
         refuse_sharding(strategy())
@@ -61,6 +63,7 @@ class BuiltIn(Net):
         self.build("configure_model")
 
 
+@pytest.mark.feature("Modules: layers made in configure_model")
 def test_a_model_built_in_configure_model_is_converted() -> None:
     net = BuiltIn("configure_model")
     trainer(DeepR(0.3, check_invariants=True)).fit(net, batches(3))
@@ -68,6 +71,7 @@ def test_a_model_built_in_configure_model_is_converted() -> None:
     assert len(net.losses) == 3
 
 
+@pytest.mark.feature("Modules: layers made in the module's setup", refused=True)
 def test_a_model_built_in_setup_is_told_where_to_build() -> None:
     with pytest.raises(
         ValueError, match=r"BuiltIn has nothing to convert.*Build the layers in `__init__` or in `configure_model`"
@@ -113,6 +117,7 @@ def test_layers_that_are_only_read_after_conversion() -> None:
     assert net.norm_at_start > 0
 
 
+@pytest.mark.feature("Callbacks: several callbacks, each for its own layers")
 def test_two_callbacks_each_rewire_their_own_tensors() -> None:
     net = Net()
     options: dict[str, Any] = {"l1": 0.05, "check_invariants": True}
@@ -153,7 +158,7 @@ def test_training_without_a_callback_warns_once() -> None:
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        callback = DeepR()
+        callback = DeepR(l1=None)
         for _ in range(2):  # also the second time
             rewiring = callback.attach(other, optimizer)
             fit_plain(other, optimizer, 3)

@@ -15,9 +15,9 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn, optim
 
+import lightning_deepr
 from lightning_deepr import (
     SET,
-    DeepR,
     FixedRandom,
     L1Shrinkage,
     MagnitudePruning,
@@ -37,6 +37,7 @@ from tests.data import make as old
 from tests.helpers import global_scope
 from tests.helpers.optimizers import adam, sgd
 from tests.helpers.oracle_turnover import alpha_after
+from tests.helpers.plain import PlainDeepR as DeepR
 from tests.helpers.regression import SEED, Regression, batches, loss_of, mlp, plain_mlp, train
 from tests.helpers.state import all_slots, assert_equal_states, oracle_of, state_of, thetas
 from tests.helpers.trainer import trainer
@@ -147,6 +148,7 @@ def test_layers_with_one_k_have_one_alpha(rule: str) -> None:
         assert len({id(states[i]) for i in together}) == 1 and (len(together) == 3) == (states[0] is states[1])
 
 
+@pytest.mark.slow
 def test_a_constant_target_is_met() -> None:
     """The share that is reborn per step reaches the target from a start that is far from it."""
     for start, make in ((0.02, sgd), (0.2, sgd), (0.05, adam)):
@@ -364,7 +366,7 @@ def test_a_file_of_before_goes_on_as_by_the_default_then() -> None:
     options = {"connectivity": 0.3, "temperature": 1e-4, "seed": 5}
     ends = []
     for l1 in (None, "auto"):
-        callback = DeepR(**options, l1=l1)
+        callback = lightning_deepr.DeepR(**options, l1=l1)  # its state has the name of the class
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             ends.append(old.state_of(old.fit(callback, ckpt_path=path)))
@@ -503,6 +505,7 @@ def test_the_present_alpha_is_logged() -> None:
             logged.append({key: value for key, value in metrics.items() if key.endswith("/l1")})
 
     module, callback = Regression(sgd, 12), Noting(0.3, l1=target(), log_every_n_steps=4, distribution="uniform", seed=SEED)
+    callback.log_statistics = "tensors"
     trainer(callback, logger=Noted()).fit(module)
     found = [{f"deepr/net.{i}.weight/l1": callback.alphas[step][n] for n, i in enumerate((0, 2))} for step in (4, 8)]
     logged = [entry for entry in logged if entry]
