@@ -11,32 +11,43 @@ parameters. The gradients of one are ten times as large. If its steps are about 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_deepr.algorithm.optimizer_state import _by_constructor, _by_copy
+from lightning_deepr.algorithm import probe
 
-# lr_scale="auto": (N / K) ** exponent
-EXPONENT_NORMALIZING = 1.0  # Adam's family, RMSprop, Rprop, Adagrad, ...
-EXPONENT_PLAIN = 0.25  # SGD
+
+class Exponents(NamedTuple):
+    """The exponents of ``lr_scale="auto"``: the scale is (N / K) ** exponent. Each method has its own.
+
+    Attributes:
+        normalizing: for optimizers that normalize their gradients: Adam's family, RMSprop, Rprop, Adagrad, ...
+        plain: for others: SGD.
+    """
+
+    normalizing: float
+    plain: float
+
+
+DEEPR = Exponents(normalizing=1.0, plain=0.5)
 LARGEST_SCALE = 500.0  # larger scales have not been tried
 
 _LR, _START = 2.0**-6, 2.0**-10  # of the probe; theta is not 0: the step of some optimizers depends on its size
 _STEPS = 10  # RAdam begins to normalize in its sixth step
 
 
-def automatic(ratio: float, normalizing: bool) -> float:
+def automatic(ratio: float, normalizing: bool, exponents: Exponents = DEEPR) -> float:
     """Return the scale that ``lr_scale="auto"`` takes.
 
     Args:
         ratio: N / K.
         normalizing: whether the optimizer normalizes its gradients, see :func:`normalizes`.
+        exponents: the method's exponents.
 
     Returns:
         the scale: 1 at K = N, and at most 500. It is rounded to 6 digits, so that it is the same on every machine.
@@ -44,9 +55,9 @@ def automatic(ratio: float, normalizing: bool) -> float:
     Example::
 
         >>> automatic(100.0, normalizing=True), automatic(100.0, normalizing=False)
-        (100.0, 3.16228)
+        (100.0, 10.0)
     """
-    scale = ratio ** (EXPONENT_NORMALIZING if normalizing else EXPONENT_PLAIN)
+    scale = ratio ** (exponents.normalizing if normalizing else exponents.plain)
     return min(float(f"{scale:.6g}"), LARGEST_SCALE)
 
 
@@ -61,11 +72,9 @@ def normalizes(optimizer: Optimizer, group: Mapping[str, Any], device: torch.dev
     Returns:
         True or False; None if it could not be found out.
     """
-    # the probe has its own learning rate: the group's may be 0 now, in a warm-up
-    options = {name: value for name, value in group.items() if name not in ("params", "initial_lr")} | {"lr": _LR}
-    for make in (_by_copy, _by_constructor):
+    for make in probe.WAYS:
         try:
-            short, long = (_last_step(make, optimizer, options, gradient, device) for gradient in (1.0, 10.0))
+            short, long = (_last_step(make, optimizer, group, gradient, device) for gradient in (1.0, 10.0))
         except Exception:
             continue
         if short > 0 and math.isfinite(short) and math.isfinite(long):
@@ -73,17 +82,11 @@ def normalizes(optimizer: Optimizer, group: Mapping[str, Any], device: torch.dev
     return None
 
 
-def _last_step(make: Any, optimizer: Optimizer, options: dict[str, Any], gradient: float, device: torch.device) -> float:
+def _last_step(make: Any, optimizer: Optimizer, group: Mapping[str, Any], gradient: float, device: torch.device) -> float:
     """Return the length of a second optimizer's last step. All of its steps have the same gradient."""
-    probe = nn.Parameter(torch.full((1,), _START, device=device))
-    step, before = inspect.unwrap(type(optimizer).step), _START  # unwrapped: no hook fires
+    one = nn.Parameter(torch.full((1,), _START, device=device))
     with torch.no_grad():
-        second = make(optimizer, dict(options), probe)
-        for _ in range(_STEPS):
-            before = float(probe.detach())
-            probe.grad = torch.full_like(probe, gradient)
-            step(second)
-    return abs(float(probe.detach()) - before)
+        return probe.take_steps(make(optimizer, probe.options_of(group, _LR), one), one, gradient, _STEPS)
 
 
 def stretch(thetas: list[Tensor], befores: list[Tensor], scales: list[float]) -> None:

@@ -7,16 +7,21 @@ step changes it: zero for moments, an accumulator's initial value, or a step siz
 
 from __future__ import annotations
 
-import copy
-import inspect
 import warnings
 import weakref
 from collections import defaultdict
+from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_deepr.algorithm import probe
+from lightning_deepr.algorithm.inner_optimizers import slot_tensors
+from lightning_deepr.algorithm.newborns import State
+
+_ONE = torch.Size([1])  # the shape of a probe
 
 
 class StartingState:
@@ -35,19 +40,24 @@ class StartingState:
             theta: [K], the parameter.
             reborn: int64 [R], the reborn slots.
         """
-        for value, start in self.tensors(optimizer, group_index, theta):
+        for _, value, start, _ in self.tensors(optimizer, group_index, theta):
             value.index_fill_(0, reborn, start)
 
-    def tensors(self, optimizer: Optimizer, group_index: int, theta: Tensor) -> list[tuple[Tensor, float]]:
-        """List every state tensor that has theta's shape, with its starting value."""
+    def tensors(self, optimizer: Optimizer, group_index: int, theta: Tensor, averaged: Set[str] = frozenset()) -> list[State]:
+        """List every state tensor that has theta's shape, with its starting value.
+
+        Args:
+            optimizer, group_index, theta: as in :meth:`reset`.
+            averaged: the names of the states of which a newborn gets the mean of the living slots.
+        """
         state = optimizer.state.get(theta)
         if not state:
             return []
-        found = [(name, value) for name, value in state.items() if isinstance(value, Tensor) and value.shape == theta.shape]
+        found = slot_tensors(state, theta.shape)
         if not found:
             return []
         start = self.of(optimizer, group_index, theta)
-        return [(value, start.get(name, 0.0)) for name, value in found]
+        return [State(name, value, start.get(name, 0.0), name in averaged) for name, value in found]
 
     def of(self, optimizer: Optimizer, group_index: int, theta: Tensor) -> dict[str, float]:
         """Map the name of each state tensor to its starting value."""
@@ -77,20 +87,20 @@ def starting_values(optimizer: Optimizer, group: dict[str, Any], theta: Tensor) 
     Returns:
         the starting value of each state tensor, by name.
     """
-    options = {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
-    for make in (_by_copy, _by_constructor):
-        probe = nn.Parameter(torch.zeros(1, dtype=theta.dtype, device=theta.device))
-        probe.grad = torch.zeros_like(probe)
+    for make in probe.WAYS:
+        one = nn.Parameter(torch.zeros(1, dtype=theta.dtype, device=theta.device))
         try:
             with torch.no_grad():
-                second = make(optimizer, options, probe)
+                second = make(optimizer, probe.options_of(group), one)
                 begun, second.state = second.state, _States()
                 second.state.update(begun)
-                inspect.unwrap(type(optimizer).step)(second)  # unwrapped: no hook fires
-            first = second.state[probe].first
+                probe.take_steps(second, one, gradient=0.0, count=1)
+            first = second.state[one].first
         except Exception:
             continue
-        return {name: float(value.reshape(-1)[0]) for name, value in first.items() if value.shape == probe.shape}
+        # a list or dict that was filled after it was put into the state: a step of a gradient of 0 nearly keeps the start
+        later = dict(slot_tensors(second.state[one], one.shape))
+        return {name: float(value.reshape(-1)[0]) for name, value in (later | first).items() if value.shape == one.shape}
     warnings.warn(
         f"The starting state of {type(optimizer).__name__} could not be found out (a second optimizer could not take a step on "
         "its own parameter); the state of reborn connections is set to 0.",
@@ -108,8 +118,9 @@ class _State(dict[str, Any]):
         self.update(entries)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor) and name not in self.first:
-            self.first[name] = value.detach().clone()
+        for path, tensor in slot_tensors({name: value}, _ONE):
+            if path not in self.first:
+                self.first[path] = tensor.detach().clone()
         super().__setitem__(name, value)
 
     def setdefault(self, name: str, default: Any = None) -> Any:
@@ -134,26 +145,3 @@ class _States(defaultdict[Tensor, _State]):
     def update(self, states: Any) -> None:  # type: ignore[override]
         for parameter, state in states.items():
             self[parameter] = state
-
-
-def _by_copy(optimizer: Optimizer, options: dict[str, Any], probe: nn.Parameter) -> Optimizer:
-    """Copy an optimizer, with one parameter. The copy has all attributes that the constructor set."""
-    second = object.__new__(type(optimizer))
-    for name, value in vars(optimizer).items():
-        if isinstance(value, Optimizer):
-            raise TypeError("A wrapped optimizer would take a real step.")
-        if name not in ("state", "param_groups"):
-            own = isinstance(value, (list, dict, set, Tensor)) and not name.startswith("_optimizer_")  # torch's dicts of hooks
-            second.__dict__[name] = copy.deepcopy(value) if own else value
-    second.state = defaultdict(dict)
-    second.param_groups = [{**options, "params": [probe]}]
-    return second
-
-
-def _by_constructor(optimizer: Optimizer, options: dict[str, Any], probe: nn.Parameter) -> Optimizer:
-    """Construct a new optimizer, for a class that makes its state in the constructor (Adagrad)."""
-    accepted = inspect.signature(type(optimizer).__init__).parameters
-    return type(optimizer)(
-        [probe],  # type: ignore[arg-type]
-        **{name: value for name, value in options.items() if name in accepted},
-    )

@@ -22,9 +22,12 @@ MULTIPLIER_2 = 0x94D049BB133111EB
 WORD = (1 << 64) - 1
 LARGEST = (1 << 63) - 1
 """Largest value of a 63-bit draw."""
+# bits(key, counter) hashes key + counter * golden. With the inverse of golden, one call with key 0 serves different keys.
+INVERSE = pow(GOLDEN, -1, 1 << 64)
 
 # Draws for different purposes use different streams, so that they differ at the same seed and step.
-START_PLACES, START_THETA, SIGN, BIRTH, NOISE, LAYER = range(1, 7)
+# (ROUND: a theta of 16 bits in exported C.)
+START_PLACES, START_THETA, SIGN, BIRTH, NOISE, LAYER, DALE, ROUND = range(1, 9)
 
 # A counter holds the tensor's index above the slot's number: 2**23 tensors of 2**40 slots each.
 SLOT_BITS = 40
@@ -72,6 +75,16 @@ def bits(stream_key: int, counter: Tensor) -> Tensor:
     word.bitwise_xor_((word >> 30).bitwise_and_((1 << 34) - 1)).mul_(_signed(MULTIPLIER_1))
     word.bitwise_xor_((word >> 27).bitwise_and_((1 << 37) - 1)).mul_(_signed(MULTIPLIER_2))
     return word.bitwise_xor_((word >> 31).bitwise_and_((1 << 33) - 1))
+
+
+def bits_of(words: Tensor, counter: Tensor) -> Tensor:
+    """Hash counters like :func:`bits`, with a key of its own for each.
+
+    Args:
+        words: int64, the keys.
+        counter: int64, broadcastable.
+    """
+    return bits(0, counter + words * _signed(INVERSE))
 
 
 def uniform_places(stream_key: int, counter: Tensor, totals: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ This module uses neither nn.Module nor Lightning. Most functions take the tensor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_deepr.algorithm import randomness
+from lightning_deepr.algorithm.allowed import Allowed
 
 
 class SlotTensor(Protocol):
@@ -33,6 +34,8 @@ class SlotTensor(Protocol):
     born: Tensor  # int64 [K]: the step of each slot's last rebirth
     total: int  # N, the number of potential connections
     index: int  # the tensor's position in the order of conversion; it makes the draws of tensors differ
+    stays: bool  # whether no slot ever moves: a tensor that began with K = N
+    allowed: Allowed | None  # the places where connections may be; None: everywhere
 
     def signs_at(self, places: Tensor) -> Tensor: ...
 
@@ -159,6 +162,11 @@ def new_places(tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], seed: i
     rejected and repeated if its place is taken. This costs O(R) draws, since at most half of the places are taken. A denser
     tensor lists its dormant places, which are fewer than its slots. Both ways are exact and terminate at any density.
 
+    Where K = N, the dormant places are those of the dormant slots, and each slot keeps its own: which of them gets which place
+    makes no difference to the network, and nothing moves. (What an older version has saved goes on with a list.)
+
+    A tensor whose places are restricted draws from the allowed ones in the same two ways, with their number in the place of N.
+
     Args:
         tensors: the tensors with their present places.
         dormant: the result of :func:`dormant_slots`.
@@ -169,14 +177,18 @@ def new_places(tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], seed: i
         int64 [R_i] for each tensor, in the order of ``dormant``.
     """
     reborn: list[Tensor] = list(dormant)
-    rejecting = [i for i, slots in enumerate(dormant) if slots.numel() and 2 * tensors[i].places.numel() <= tensors[i].total]
-    listing = [i for i, slots in enumerate(dormant) if slots.numel() and 2 * tensors[i].places.numel() > tensors[i].total]
+    restricted = [i for i, slots in enumerate(dormant) if tensors[i].allowed is not None and slots.numel()]
+    unrestricted = [i for i, slots in enumerate(dormant) if tensors[i].allowed is None and slots.numel()]
+    rejecting = [i for i in unrestricted if 2 * tensors[i].places.numel() <= tensors[i].total]
+    listing = [i for i in unrestricted if 2 * tensors[i].places.numel() > tensors[i].total]
     if rejecting:
         found = draw_by_rejection([tensors[i] for i in rejecting], [dormant[i] for i in rejecting], seed, step)
         for i, places in zip(rejecting, found, strict=True):
             reborn[i] = places
     for i in listing:
         reborn[i] = draw_from_list(tensors[i], dormant[i], seed, step)
+    for i in restricted:
+        reborn[i] = draw_allowed(tensors[i], dormant[i], seed, step)
     return reborn
 
 
@@ -200,8 +212,44 @@ def draw_by_rejection(tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], 
     return list((chosen - layout.place_starts[owner]).split(counts))
 
 
-def first_free(  # type: ignore[no-untyped-def]
-    stream_key, counters: Tensor, totals: Tensor, starts: Tensor, taken: Tensor
+def draw_allowed(tensor: SlotTensor, dormant: Tensor, seed: int, step: int) -> Tensor:
+    """Draw new places for the dormant slots of a tensor whose places are restricted (see :func:`new_places`)."""
+    allowed = tensor.allowed
+    assert allowed is not None
+    if tensor.stays:
+        return tensor.places[dormant]
+    taken = tensor.places.clone()
+    taken[dormant] = -1  # the places of connections that went dormant in this step are free again
+    taken = ascending(taken)
+    if 2 * tensor.places.numel() <= allowed.count:
+        return first_free_allowed(
+            lambda attempt: randomness.key(seed, randomness.BIRTH, step, attempt),
+            randomness.counters(tensor.index, dormant),
+            allowed,
+            taken,
+        )
+    free = allowed.places(dormant.device)
+    free = free[~contains(taken, free)]
+    return shuffled(randomness.key(seed, randomness.BIRTH, step, 0), tensor.index, free)[: dormant.numel()]
+
+
+def first_free_allowed(stream_key: Callable[[int], int], counters: Tensor, allowed: Allowed, taken: Tensor) -> Tensor:
+    """Do what :func:`first_free` does, for one tensor whose places are restricted."""
+    zeros = torch.zeros_like(counters)
+
+    def draw(key: int, ask: Tensor, _: Tensor) -> Tensor:
+        return allowed.draw(randomness.bits(key, ask))
+
+    return first_free(stream_key, counters, zeros, zeros, taken, draw)
+
+
+def first_free(
+    stream_key: Callable[[int], int],
+    counters: Tensor,
+    totals: Tensor,
+    starts: Tensor,
+    taken: Tensor,
+    draw_places: Callable[[int, Tensor, Tensor], Tensor] = randomness.uniform_places,
 ) -> Tensor:
     """Find the first free draw of each counter.
 
@@ -215,6 +263,7 @@ def first_free(  # type: ignore[no-untyped-def]
         totals: int64 [R], the number of places of each slot's tensor.
         starts: int64 [R], the first global place of each slot's tensor.
         taken: int64 [A], sorted: the global places of active connections. Entries of -1 are ignored.
+        draw_places: the function that draws: it takes a key, counters and totals.
 
     Returns:
         int64 [R], global places.
@@ -225,7 +274,7 @@ def first_free(  # type: ignore[no-untyped-def]
     attempt = 0
     while pending is None or pending.numel():
         ask, n, start = (counters, totals, starts) if pending is None else (counters[pending], totals[pending], starts[pending])
-        draw = randomness.uniform_places(stream_key(attempt), ask, n)
+        draw = draw_places(stream_key(attempt), ask, n)
         # equal draws: the stable sort keeps the order of the slots, and the first draw of each run wins
         place, order = torch.where(draw >= 0, draw + start, -1).sort(stable=True)
         free = (place >= 0) & ~contains(taken, place) & ~contains(newly_taken, place)
@@ -254,6 +303,8 @@ def contains(ordered: Tensor, values: Tensor) -> Tensor:
 
 def draw_from_list(tensor: SlotTensor, dormant: Tensor, seed: int, step: int) -> Tensor:
     """Draw new places for the dormant slots of a tensor that is more than half full: shuffle its dormant places, take R."""
+    if tensor.stays:
+        return tensor.places[dormant]
     active = torch.zeros(tensor.total, dtype=torch.bool, device=dormant.device)
     active[tensor.places] = True
     active[tensor.places[dormant]] = False
@@ -266,7 +317,14 @@ def shuffled(stream_key: int, index: int, places: Tensor) -> Tensor:
     return places[randomness.bits(stream_key, randomness.counters(index, places)).argsort(stable=True)]
 
 
-def random_places(total: int, count: int, index: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+def random_places(
+    total: int,
+    count: int,
+    index: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    allowed: Allowed | None = None,
+) -> Tensor:
     """Draw K of N places, uniformly and without replacement: the starting connectivity of a tensor.
 
     Args:
@@ -275,11 +333,24 @@ def random_places(total: int, count: int, index: int, seed: int, device: torch.d
         index: the tensor's position in the order of conversion.
         seed: the seed of all draws.
         device: the device of the result; the places are the same on every device.
+        allowed: the places to draw from; None: all of them.
 
     Returns:
-        int64 [K], in O(K) time and memory for any N.
+        int64 [K], in O(K) time and memory for any N. Where K = N, they are in ascending order.
     """
+    if count == total:
+        return torch.arange(total, device=device)
     stream = randomness.key(seed, randomness.START_PLACES)
+    if allowed is not None:
+        if 2 * count > allowed.count:
+            return shuffled(stream, index, allowed.places(device))[:count].contiguous()
+        slots = torch.arange(count, device=device)
+        return first_free_allowed(
+            lambda attempt: randomness.key(seed, randomness.START_PLACES, attempt),
+            randomness.counters(index, slots),
+            allowed,
+            slots[:0],
+        )
     if 2 * count > total:
         return shuffled(stream, index, torch.arange(total, device=device))[:count].contiguous()
     slots = torch.arange(count, device=device)

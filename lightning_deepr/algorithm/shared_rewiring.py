@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from lightning_deepr.algorithm import randomness
-from lightning_deepr.algorithm.rewiring import SlotTensor, ascending, first_free, shuffled
+from lightning_deepr.algorithm.allowed import Allowed, draw_codes
+from lightning_deepr.algorithm.rewiring import SlotTensor, ascending, contains, first_free, first_free_allowed, shuffled
 
 RULES = ("budget", "uniform")
-
-# bits(key, counter) hashes key + counter * golden. With the inverse of golden, one call with key 0 serves layers with different
-# keys.
-_INVERSE = pow(randomness.GOLDEN, -1, 1 << 64)
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,8 @@ class Geometry:
         sign_offsets: int64 [layers]. The hash of place + offset with key 0 is the hash of the place with the layer's sign seed.
         weights: int64 [layers], the number of connections of each layer at the start (N_l * p_l).
         sizes: the values of ``totals`` as Python integers.
+        limits: int64 [layers], the most connections of each layer: the number of its allowed places.
+        allowed: where the connections of each layer may be; None: everywhere.
     """
 
     totals: Tensor
@@ -42,6 +41,8 @@ class Geometry:
     sign_offsets: Tensor
     weights: Tensor
     sizes: tuple[int, ...]
+    limits: Tensor
+    allowed: tuple[Allowed | None, ...]
 
     @classmethod
     def of(cls, tensors: Sequence[SlotTensor], sign_seeds: Sequence[int], budgets: Sequence[int]) -> Geometry:
@@ -50,10 +51,18 @@ class Geometry:
             raise ValueError(f"The layers have {sum(sizes)} potential connections in all, expected at most 2**63 - 1.")
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         counters = [tensor.index << randomness.SLOT_BITS for tensor in tensors]
-        offsets = [randomness._signed(seed * _INVERSE & randomness.WORD) for seed in sign_seeds]
+        offsets = [randomness._signed(seed * randomness.INVERSE & randomness.WORD) for seed in sign_seeds]
         device = tensors[0].places.device
-        first, second, third, fourth, fifth = torch.tensor([sizes, starts, counters, offsets, list(budgets)], device=device)
-        return cls(first, second, third, fourth, fifth, tuple(sizes))
+        allowed = tuple(tensor.allowed for tensor in tensors)
+        limits = [size if one is None else one.count for size, one in zip(sizes, allowed, strict=True)]
+        columns = torch.tensor([sizes, starts, counters, offsets, list(budgets), limits], device=device)
+        first, second, third, fourth, fifth, last = columns
+        return cls(first, second, third, fourth, fifth, tuple(sizes), last, allowed)
+
+    @property
+    def restricted(self) -> bool:
+        """Whether the places of some layer are restricted."""
+        return any(one is not None for one in self.allowed)
 
 
 @dataclass(frozen=True)
@@ -127,11 +136,11 @@ def plan(
     taken = ascending(taken)
 
     every = torch.arange(layers, device=device)
-    short = (geometry.totals.clamp(max=least) - alive).clamp_(min=0)
+    short = (geometry.limits.clamp(max=least) - alive).clamp_(min=0)
     first = torch.repeat_interleave(every, short)[:count]
     rest = count - first.numel()
     if rule == "budget":
-        room = geometry.totals - alive - torch.bincount(first, minlength=layers)
+        room = geometry.limits - alive - torch.bincount(first, minlength=layers)
         chosen = torch.cat([first, draw_layers(geometry.weights, room, rest, seed, step)])
         births = torch.bincount(chosen, minlength=layers)
         new = draw_within(tensors, geometry, alive, births, taken, seed, step)
@@ -217,7 +226,7 @@ def draw_within(
     owners = torch.repeat_interleave(torch.arange(len(tensors), device=device), births, output_size=sum(number))
     if not sum(number):
         return owners
-    dense = (2 * (alive + births) > geometry.totals).tolist()
+    dense = (2 * (alive + births) > geometry.limits).tolist()
     slot = torch.arange(owners.numel(), device=device) + (alive - births.cumsum(0) + births)[owners]
     counters = slot + geometry.counter_starts[owners]
     lists = [i for i, (count, full) in enumerate(zip(number, dense, strict=True)) if count and full]
@@ -231,15 +240,26 @@ def draw_within(
             taken,
         )
 
-    if not lists:
+    special = [i for i, one in enumerate(geometry.allowed) if one is not None and number[i] and not dense[i]]
+    if not lists and not special:
         return reject(torch.arange(owners.numel(), device=device))
     chosen = torch.empty_like(owners)
-    rejecting = (~torch.isin(owners, torch.tensor(lists, device=device))).nonzero().view(-1)
+    rejecting = (~torch.isin(owners, torch.tensor(lists + special, device=device))).nonzero().view(-1)
     if rejecting.numel():
         chosen[rejecting] = reject(rejecting)
     starts = geometry.place_starts.tolist()
+    for i in special:
+        one = geometry.allowed[i]
+        assert one is not None
+        found = first_free_allowed(
+            lambda attempt: randomness.key(seed, randomness.BIRTH, step, attempt),
+            counters[owners == i],
+            one,
+            taken_within(taken, starts[i], geometry.sizes[i]),
+        )
+        chosen[owners == i] = found + starts[i]
     for i in lists:
-        free = dormant_places(taken, starts[i], geometry.sizes[i])
+        free = dormant_places(taken, starts[i], geometry.sizes[i], geometry.allowed[i])
         stream = randomness.key(seed, randomness.BIRTH, step, 0)
         chosen[owners == i] = shuffled(stream, tensors[i].index, free)[: number[i]] + starts[i]
     return chosen
@@ -260,6 +280,8 @@ def draw_anywhere(geometry: Geometry, more: Tensor, taken: Tensor, count: int, s
     """
     taken = torch.cat([taken, more]).sort().values if more.numel() else taken
     total = sum(geometry.sizes)
+    if geometry.restricted:
+        return _draw_anywhere_allowed(geometry, taken, count, seed, step)
     if 2 * taken.numel() > total:
         free = dormant_places(taken, 0, total)
         return shuffled(randomness.key(seed, randomness.LAYER, step, 0), 0, free)[:count]
@@ -273,11 +295,55 @@ def draw_anywhere(geometry: Geometry, more: Tensor, taken: Tensor, count: int, s
     )
 
 
-def dormant_places(taken: Tensor, start: int, total: int) -> Tensor:
-    """List the places p in 0 ... total - 1 for which ``start + p`` is not taken (int64, ascending)."""
-    free = torch.ones(total, dtype=torch.bool, device=taken.device)
+def _draw_anywhere_allowed(geometry: Geometry, taken: Tensor, count: int, seed: int, step: int) -> Tensor:
+    """Do what :func:`draw_anywhere` does, if the places of some layer are restricted.
+
+    The codes of all layers form one space (see :mod:`.allowed`); those of an unrestricted layer are its places.
+    """
+    device, starts = taken.device, geometry.place_starts.tolist()
+    limit = int(geometry.limits.sum())
+    if 2 * taken.numel() > limit:
+        layers = zip(starts, geometry.sizes, geometry.allowed, strict=True)
+        free = torch.cat([dormant_places(taken, start, size, one) + start for start, size, one in layers])
+        return shuffled(randomness.key(seed, randomness.LAYER, step, 0), 0, free)[:count]
+    spaces = [size if one is None else one.space for size, one in zip(geometry.sizes, geometry.allowed, strict=True)]
+    ends = torch.tensor(spaces, device=device).cumsum(0)
+
+    def decode(codes: Tensor) -> Tensor:
+        layer = torch.searchsorted(ends, codes, right=True)
+        places = torch.full_like(codes, -1)
+        for i, one in enumerate(geometry.allowed):
+            mine = layer == i
+            own = codes[mine] - (int(ends[i]) - spaces[i])
+            found = own if one is None else one.decode(own)
+            places[mine] = torch.where(found >= 0, found + starts[i], -1)
+        return places
+
+    births = torch.arange(count, device=device)
+    zeros = torch.zeros_like(births)
+    return first_free(
+        lambda attempt: randomness.key(seed, randomness.LAYER, step, attempt),
+        births,
+        zeros,
+        zeros,
+        taken,
+        lambda key, ask, _: draw_codes(randomness.bits(key, ask), int(ends[-1]), limit, decode),
+    )
+
+
+def taken_within(taken: Tensor, start: int, total: int) -> Tensor:
+    """Return the places p in 0 ... total - 1 for which ``start + p`` is taken (int64, ascending)."""
     ends = torch.searchsorted(taken, torch.tensor([start, start + total], device=taken.device)).tolist()
-    free[taken[ends[0] : ends[1]] - start] = False
+    return taken[ends[0] : ends[1]] - start
+
+
+def dormant_places(taken: Tensor, start: int, total: int, allowed: Allowed | None = None) -> Tensor:
+    """List the places p in 0 ... total - 1 for which ``start + p`` is not taken (int64, ascending), or the allowed of them."""
+    if allowed is not None:
+        places = allowed.places(taken.device)
+        return places[~contains(taken_within(taken, start, total), places)]
+    free = torch.ones(total, dtype=torch.bool, device=taken.device)
+    free[taken_within(taken, start, total)] = False
     return free.nonzero().view(-1)
 
 

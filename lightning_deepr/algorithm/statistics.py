@@ -19,6 +19,7 @@ class Turnover:
     steps: int = 0
     reborn: int = 0
     newborn_deaths: int = 0
+    moved: int = 0  # deaths whose connections were born in other tensors, minus births in place of others' (scope="global")
     streak: int = field(default=0)  # consecutive steps in which more than half of the connections were reborn
     warned: bool = False
 
@@ -51,7 +52,7 @@ class Turnover:
             "newborn_deaths": self.newborn_deaths / steps,
             "mature_deaths": (self.reborn - self.newborn_deaths) / steps,
         }
-        self.steps = self.reborn = self.newborn_deaths = 0
+        self.steps = self.reborn = self.newborn_deaths = self.moved = 0
         return taken
 
 

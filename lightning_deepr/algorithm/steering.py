@@ -22,10 +22,11 @@ class TurnoverTarget:
 
     ``l1="auto"`` is a target with the default values.
 
-    alpha starts at the value that ``l1=None`` takes for the optimizer. At the end of every interval of a tensor's steps it is
-    multiplied by exp(clip(gain * log(wanted / seen), -limit, limit)). ``seen`` is the share that was reborn per step, the mean
-    over the rewiring steps of the interval. ``wanted`` is the target at the end of the interval. An interval stays open, and
-    the next one is added to it, if nothing was reborn and the target asks for less than one connection, or if no step rewired.
+    alpha starts at the value that ``l1=None`` takes for the optimizer, times ``lr_scale``. At the end of every interval of a
+    tensor's steps it is multiplied by exp(clip(gain * log(wanted / seen), -limit, limit)). ``seen`` is the share that was
+    reborn per step, the mean over the rewiring steps of the interval. ``wanted`` is the target at the end of the interval. An
+    interval stays open, and the next one is added to it, if nothing was reborn and the target asks for less than one
+    connection, or if no step rewired.
 
     Args:
         start: the wanted share at the start of the training, in (0, .5].
@@ -47,7 +48,7 @@ class TurnoverTarget:
 
     def __init__(
         self,
-        start: float = 0.05,
+        start: float = 0.1,
         shape: str = "cosine",
         interval: int = 50,
         gain: float = 0.5,

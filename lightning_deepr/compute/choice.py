@@ -51,7 +51,9 @@ SPARSE_CONV = (32.0, 7.9e-5, 1.57e-3, 1.3e-3, 0.29)
 DENSE_CONV = (344.0, 3.94e-5, 1.09e-3, 4e-3)
 
 
-def prefers_sparse_conv(shape: torch.Size, count: int, batch: int, pixels_in: int, pixels_out: int) -> bool:
+def prefers_sparse_conv(
+    shape: torch.Size, count: int, batch: int, pixels_in: int, pixels_out: int, stretch: float = 1.0
+) -> bool:
     """Answer the question of :func:`prefers_sparse` for a two-dimensional convolution.
 
     Args:
@@ -59,11 +61,13 @@ def prefers_sparse_conv(shape: torch.Size, count: int, batch: int, pixels_in: in
         count: K, the number of connections.
         batch: the number of images.
         pixels_in, pixels_out: the number of pixels of one channel of the input and of the output.
+        stretch: the pixels of a padded channel, divided by those with the padding of a kernel that is not dilated. The kernels
+            lay out whole padded channels: with a dilation of 36, 4 x 4 pixels become 76 x 76.
     """
     padded = 10 if batch <= 8 else 16 * math.ceil(batch / 16)
     both = shape[1] * pixels_in + shape[0] * pixels_out
     a, b, c, d, e = SPARSE_CONV
-    sparse = a + padded * (b * count * pixels_out + c * both + d * count) + e * (shape[0] + shape[1])
+    sparse = a + padded * (b * count * pixels_out + c * both * stretch + d * count) + e * (shape[0] + shape[1])
     a, b, c, d = DENSE_CONV
     return sparse < a + batch * (b * shape.numel() * pixels_out + c * both) + d * shape.numel()
 

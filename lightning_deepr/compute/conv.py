@@ -14,16 +14,21 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import conv2d as torch_conv2d
 
 from lightning_deepr import kernels
-from lightning_deepr.compute.eager import is_plain
+from lightning_deepr.compute import flops
+from lightning_deepr.compute.dense import rounded
+from lightning_deepr.compute.eager import check_backward, is_plain, needs_operators
 from lightning_deepr.compute.gather import TWICE
-from lightning_deepr.compute.order import addresses
+from lightning_deepr.compute.order import addresses, size_of
 from lightning_deepr.compute.slots import SparseSlots
 from lightning_deepr.kernels.cpu.fields import ConvArguments, ConvPhase, filler, pack_order
+from lightning_deepr.kernels.gate import check_values, fault
 
 CACHE = 1 << 20  # the bytes of planes that a band may read: they fit into a second-level cache
 MOST_BANDS = 8  # the limit in the backward pass: each band has K sums of its own there
@@ -105,12 +110,14 @@ class Geometry:
         y_rows = max(moves[0]) - least[0] + back_last
         y_columns = max(moves[1]) - least[1] + back_columns
 
-        channel = torch.arange(inputs).view(-1, 1, 1) * x_rows
-        shift = (channel + torch.tensor(reach[0]).view(-1, 1)) * x_columns + torch.tensor(reach[1])
-        self._forward_shift = (shift * pixel).flatten().contiguous()
-        shift = (torch.tensor(moves[0]).view(-1, 1) - least[0]) * y_columns + torch.tensor(moves[1]) - least[1]
-        self._backward_shift = (shift * pixel).flatten().contiguous()
-        self._meets = (torch.tensor(phases[0]).view(-1, 1) * stride[1] + torch.tensor(phases[1])).flatten().contiguous()
+        # (arrays of NumPy: torch's default device, or a mode, may be another one)
+        rows, columns_of = (np.array(one, np.int64) for one in reach)
+        channel = np.arange(inputs, dtype=np.int64)[:, None, None] * x_rows
+        self._forward_shift = np.ascontiguousarray(((channel + rows[:, None]) * x_columns + columns_of) * pixel)
+        down_moves, across_moves = (np.array(one, np.int64) - first for one, first in zip(moves, least, strict=True))
+        self._backward_shift = np.ascontiguousarray((down_moves[:, None] * y_columns + across_moves) * pixel)
+        down_phases, across_phases = (np.array(one, np.int64) for one in phases)
+        self._meets = np.ascontiguousarray(down_phases[:, None] * stride[1] + across_phases)
 
         self.planes = inputs * x_rows * x_columns * lanes, outputs * y_rows * y_columns * lanes  # floats of one tile
         sizes = {
@@ -124,7 +131,7 @@ class Geometry:
         self.scratch = band * columns * lanes
         self.forward_words = {
             **sizes, "SCRATCH_COLUMNS": columns, "SCRATCH_BYTES": self.scratch * size,
-            "LAST_ROW": last, "BAND": band, "BANDS": -(-last // band), "SHIFT": self._forward_shift.data_ptr(),
+            "LAST_ROW": last, "BAND": band, "BANDS": -(-last // band), "SHIFT": self._forward_shift.ctypes.data,
         }  # fmt: skip
         band = _band(back_last, back_down, outputs * y_columns * pixel, MOST_BANDS)
         self.bands = -(-back_last // band)
@@ -132,7 +139,7 @@ class Geometry:
         self.backward_words = {
             **sizes, "SCRATCH_COLUMNS": back_columns * stride[1], "SCRATCH_BYTES": self.back_scratch * size,
             "LAST_ROW": back_last, "BAND": band, "BANDS": self.bands,
-            "SHIFT": self._backward_shift.data_ptr(), "MEETS": self._meets.data_ptr(),
+            "SHIFT": self._backward_shift.ctypes.data, "MEETS": self._meets.ctypes.data,
         }  # fmt: skip
 
 
@@ -245,6 +252,7 @@ class ConvFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(TWICE)
         planes, theta, _ = ctx.saved_tensors  # raises if a rewiring came in between
+        check_backward(planes.dtype, (dy,), (theta, ctx.order.count))
         need = ctx.needs_input_grad[:3]
         found = _backward(dy.contiguous(), planes, theta, ctx.order.packed, ctx.image, ctx.weight, ctx.how, *need)
         return *found, None, None, None, None
@@ -267,10 +275,36 @@ def conv2d_op(
     ``order`` is the buffer of a :class:`lightning_deepr.compute.order.Order`, ``weight`` the shape (O, C, KH, KW) and
     ``padding`` (top, bottom, left, right).
     """
+    x, theta, bias = x.contiguous(), theta.contiguous(), None if bias is None else bias.contiguous()
+    size = output_size(x.shape[2:], weight[2:], stride, padding, dilation)
+    _check_operator(x, theta, order, weight, size, bias)
     if x.shape[0] == 0:
-        return x.new_empty((0, weight[0], *output_size(x.shape[2:], weight[2:], stride, padding, dilation)))
+        return x.new_empty((0, weight[0], *size))
     how = tuple(stride), tuple(padding), tuple(dilation)
-    return _forward(x.contiguous(), theta, bias, _places(order, theta, weight), tuple(weight), how)[0]
+    return _forward(x, theta, bias, _places(order, theta, weight), tuple(weight), how)[0]
+
+
+def _check_operator(
+    x: Tensor, theta: Tensor, order: Tensor, weight: Sequence[int], size: Pair, bias: Tensor | None = None,
+    dy: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Refuse arguments of an operator that do not fit each other: a compiled graph may hold tensors that were exchanged."""
+    words = size_of(weight[0], math.prod(weight[1:]), theta.numel())
+    for word, value, shape, dtype in (
+        ("x", x, (x.shape[0], weight[1], *x.shape[2:]), x.dtype),
+        ("theta", theta, (theta.numel(),), x.dtype),
+        ("the order of the connections", order, (words,), torch.int32),
+        ("the bias", bias, (weight[0],), x.dtype),
+        ("the gradient", dy, (x.shape[0], weight[0], *size), x.dtype),
+    ):
+        found = None if value is None else fault(value, shape, dtype, x.device)
+        if found is not None:
+            raise RuntimeError(f"lightning_deepr::conv2d: {word}: {found}.")
+    if x.dtype not in kernels.TYPES or not x.is_cpu or x.dim() != 4 or min(size) < 1:
+        raise RuntimeError(
+            f"lightning_deepr::conv2d: expected float32 or float64 images on the CPU, not smaller than the kernel, found "
+            f"{x.dtype} {tuple(x.shape)} on {x.device}."
+        )
 
 
 @conv2d_op.register_fake
@@ -290,11 +324,14 @@ def conv2d_backward_op(
     if dy.shape[0] == 0:
         dx = x.new_zeros(x.shape if need_x else (0,))
         return dx, theta.new_zeros(theta.shape if need_theta else (0,)), dy.new_zeros(weight[0] if need_bias else 0)
+    dy, x, theta = dy.contiguous(), x.contiguous(), theta.contiguous()
+    size = output_size(x.shape[2:], weight[2:], stride, padding, dilation)
+    _check_operator(x, theta, order, weight, size, dy=dy)
     how, places = (tuple(stride), tuple(padding), tuple(dilation)), _places(order, theta, weight)
     # A graph keeps x, not its planes: the first phase of the forward kernel makes them again.
-    planes = _planes(x.contiguous(), tuple(weight), how) if need_theta else None
+    planes = _planes(x, tuple(weight), how) if need_theta else None
     image = tuple(x.shape[1:])
-    found = _backward(dy.contiguous(), planes, theta, places, image, tuple(weight), how, need_x, need_theta, need_bias)
+    found = _backward(dy, planes, theta, places, image, tuple(weight), how, need_x, need_theta, need_bias)
     dx, dtheta, dbias = (dy.new_empty(0) if gradient is None else gradient for gradient in found)
     return dx, dtheta, dbias
 
@@ -360,12 +397,26 @@ def suits(module: nn.Module, x: Tensor) -> bool:
     theta: Tensor = module.parametrizations["weight"].original  # type: ignore[union-attr, index, assignment]
     if not kernels.suits(theta) or x.device.type != "cpu" or x.shape[1] != module.in_channels:
         return False
-    if x.dtype != theta.dtype and not torch.is_autocast_enabled("cpu"):
+    narrow: torch.dtype | None = module.parametrizations["weight"][0].narrow  # type: ignore[union-attr, index, assignment]
+    if x.dtype != (narrow or theta.dtype) and not torch.is_autocast_enabled("cpu"):
         return False
     around = _around(module.padding, module.kernel_size, module.dilation)
     return (
         min(x.shape[2:]) > 0 and min(output_size(x.shape[2:], module.kernel_size, module.stride, around, module.dilation)) > 0
     )
+
+
+def stretch_of(image: Sequence[int], kernel: Sequence[int], around: Sequence[int]) -> float:
+    """Compute how many times more pixels a padded image has than with the padding of a kernel without dilation; at least 1.
+
+    Args:
+        image: (H, W).
+        kernel: (down, across).
+        around: the padding (top, bottom, left, right).
+    """
+    padded = (image[0] + around[0] + around[1]) * (image[1] + around[2] + around[3])
+    ordinary = (image[0] + kernel[0] - 1) * (image[1] + kernel[1] - 1)
+    return max(1.0, padded / ordinary)
 
 
 def padding_of(module: nn.Conv2d) -> tuple[int, int, int, int]:
@@ -419,16 +470,24 @@ def conv2d(
         torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and torch.float64 not in (x.dtype, theta.dtype)
     )
     size = output_size(x.shape[2:], weight[2:], stride, around, dilation)
-    fits = x.device == theta.device and x.shape[1] == weight[1] and min(size) > 0 and (autocast or x.dtype == theta.dtype)
+    own = slots.narrow or theta.dtype
+    fits = x.device == theta.device and x.shape[1] == weight[1] and min(size) > 0 and (autocast or x.dtype == own)
     if bias is not None:
-        fits = fits and bias.device == theta.device and bias.shape == weight[:1] and (autocast or bias.dtype == theta.dtype)
+        fits = fits and bias.device == theta.device and bias.shape == weight[:1] and (autocast or bias.dtype == own)
     if not fits:  # torch writes the error message; one expanded number stands for the weight
-        return torch_conv2d(x, theta.sum().expand(weight), bias, stride, padding, dilation)
+        return torch_conv2d(x, theta.to(own).sum().expand(weight), bias, stride, padding, dilation)
     if theta.numel() != slots.count:
-        raise RuntimeError(f"Expected theta of K = {slots.count} connections, found {theta.numel()} values.")
+        check_values(theta, slots)  # raises
+    if not torch.compiler.is_dynamo_compiling() and needs_operators(convolution=True) and not slots.is_large:
+        return torch_conv2d(
+            F.pad(x, (around[2], around[3], around[0], around[1])), slots.weight_of(theta), bias, stride, 0, dilation
+        )
     cast = None
     if autocast:
         cast = torch.get_autocast_dtype(x.device.type)
+    elif slots.narrow is not None and kernels.suits(theta):
+        cast, theta = slots.narrow, rounded(theta, slots.narrow)
+    if cast is not None:
         x = x.to(theta.dtype)
         bias = bias if bias is None else bias.to(theta.dtype)
     theta = theta.contiguous()  # kernels take addresses and no strides
@@ -438,6 +497,8 @@ def conv2d(
         return y if cast is None else y.to(cast)
     order = slots.ordered()
     if torch.compiler.is_compiling() or not is_plain(x) or x.shape[0] == 0:
+        if not torch.compiler.is_compiling():
+            flops.register()
         y = conv2d_op(x, theta, bias, order.buffer, weight, stride, around, dilation)
     elif torch.is_grad_enabled():
         y = ConvFunction.apply(x.contiguous(), theta, bias, order.buffer, order, weight, (stride, around, dilation))

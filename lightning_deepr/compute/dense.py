@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lightning_deepr import kernels
-from lightning_deepr.compute import sparse
+from lightning_deepr.compute.eager import is_jit_tracing, is_plain, is_recorded
+from lightning_deepr.compute.stacked import in_transform
+from lightning_deepr.kernels.cpu.buffers import kept
 
 LARGE = 1 << 13  # from this number of connections on, the kernels save more time than their calls cost
 
 
-def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size, narrow: torch.dtype | None = None) -> Tensor:
     """Build the dense-shaped weight: w_k = s_k * theta_k at the K places, exactly 0 elsewhere.
 
     The value is not clamped, so that the gradient dE/dtheta_k = s_k * dE/dw_k also reaches a connection at theta = 0. The
@@ -25,21 +26,37 @@ def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size
         signs: [K], +-1 in theta's dtype.
         places: int64 [K], unique flat indices.
         shape: the shape of the weight.
+        narrow: the dtype of the weight if it has fewer bits than theta.
 
     Returns:
-        a tensor of ``shape`` in theta's dtype.
+        a tensor of ``shape`` in theta's dtype, or in ``narrow``.
     """
-    if places.numel() >= LARGE and not torch.compiler.is_compiling() and _fits(theta, signs, places):
+    if narrow is not None:
+        return _scattered((theta * signs).to(narrow), places, shape)
+    if (
+        not torch.compiler.is_compiling()
+        and isinstance(theta, Tensor)
+        and not is_jit_tracing()
+        and places.numel() >= LARGE
+        and _fits(theta, signs, places)
+    ):
         weight: Tensor = _Scatter.apply(theta, signs, places, shape)
         return weight
     return _scattered(theta * signs, places, shape)
 
 
+def rounded(theta: Tensor, narrow: torch.dtype) -> Tensor:
+    """Round theta to the weight's dtype: sparse compute then multiplies with the values that dense compute has."""
+    return theta.to(narrow).to(theta.dtype)
+
+
 def _scattered(values: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
     weight = torch.zeros(shape.numel(), dtype=values.dtype, device=values.device)
-    # vmap refuses to write into a tensor that it does not map over.
-    if not torch.compiler.is_compiling() and sparse.transforms() is not None:
+    # vmap refuses to write into a tensor that it does not map over, and exporters do not like writing in place
+    if in_transform():
         return weight.index_copy(0, places, values).view(shape)
+    if not torch.compiler.is_dynamo_compiling() and is_recorded():
+        return weight.scatter(0, places, values).view(shape)
     return weight.index_copy_(0, places, values).view(shape)
 
 
@@ -49,21 +66,26 @@ def _fits(*tensors: Tensor) -> bool:
     return (
         theta.dtype in (torch.float32, torch.float64)
         and tensors[1].dtype is theta.dtype
+        and all(t.numel() == tensors[1].numel() for t in (theta, *tensors[2:]) if t.dim() == 1)
         and all(t.is_cpu and t.is_contiguous() and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-        and sparse.is_plain(tensors[1])
-        and forward_ad._current_level < 0
+        and is_plain(tensors[1])
         and kernels.available()
     )
+
+
+def write_weight(theta: Tensor, signs: Tensor, places: Tensor, weight: Tensor) -> None:
+    """Write the K values to their places, by a kernel. The arguments are plain CPU tensors of one dtype, float32 or float64."""
+    from lightning_deepr.kernels.cpu import scatter
+
+    scatter.run(scatter.scatter_kernel(theta.element_size()), theta, signs, places, weight)
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size) -> Tensor:  # type: ignore[override]
-        from lightning_deepr.kernels.cpu import scatter
-
         ctx.save_for_backward(signs, places)  # autograd refuses a backward pass after a rewiring
-        weight = torch.zeros(shape, dtype=theta.dtype)
-        scatter.run(scatter.scatter_kernel(theta.element_size()), theta, signs, places, weight)
+        weight = kept(tuple(shape), theta).zero_()
+        write_weight(theta, signs, places, weight)
         return weight
 
     @staticmethod

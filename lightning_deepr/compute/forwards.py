@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-from lightning_deepr.compute import choice, conv
+from lightning_deepr.compute import choice, conv, dense_linear
+from lightning_deepr.compute.eager import needs_operators
 from lightning_deepr.compute.layer import Shape, Slots, matrix, slots_and_theta, with_forward
 from lightning_deepr.compute.sparse import linear, quick_linear
 from lightning_deepr.compute.weight import SparseWeight
@@ -24,6 +26,10 @@ def linear_forward(self: Any, input: Tensor) -> Tensor:
             if y is not None:
                 return y
         return linear(input, theta, bias, slots)
+    if found is not None and not torch.compiler.is_dynamo_compiling() and found[0].is_simple_dense:
+        y = dense_linear.quick_linear(input, found[0].own(found[1]), _bias_of(self), found[0])
+        if y is not None:
+            return y
     return F.linear(input, _built(self.weight), self.bias)
 
 
@@ -33,7 +39,13 @@ LINEAR = with_forward(nn.Linear, linear_forward, capable=matrix)
 def conv2d_forward(self: Any, input: Tensor) -> Tensor:
     """Replace ``nn.Conv2d.forward`` in a converted layer: compute sparsely, or with the transient weight."""
     found = slots_and_theta(self)
-    if found is not None and conv.suits(self, input) and found[0].uses_sparse(input, self):
+    if (
+        found is not None
+        and isinstance(input, Tensor)  # torch.fx records with proxies
+        and (torch.compiler.is_dynamo_compiling() or not needs_operators(convolution=True) or found[0].is_large)
+        and conv.suits(self, input)
+        and found[0].uses_sparse(input, self)
+    ):
         slots, theta = found
         # Dynamo can't trace the making of an order. The conversion makes one if there are kernels; without it, run dense.
         if not torch.compiler.is_dynamo_compiling() or slots.order is not None:
@@ -43,7 +55,11 @@ def conv2d_forward(self: Any, input: Tensor) -> Tensor:
 
 
 def _conv2d_capable(module: Any, tensor_name: str, shape: Shape) -> bool:
-    return module.groups == 1 and module.padding_mode == "zeros"
+    kind: Any = type_before_parametrizations(module)
+    own = (
+        kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward or "forward" in vars(module)
+    )
+    return module.groups == 1 and module.padding_mode == "zeros" and not own
 
 
 def _conv2d_guess(slots: Slots) -> bool:
@@ -54,7 +70,8 @@ def _conv2d_prefers(slots: Slots, module: Any, x: Tensor) -> bool:
     around = conv.padding_of(module)
     pixels = conv.output_size(x.shape[2:], module.kernel_size, module.stride, around, module.dilation)
     size_in, size_out = x.shape[2] * x.shape[3], pixels[0] * pixels[1]
-    return choice.prefers_sparse_conv(slots.shape, slots.count, x.shape[0], size_in, size_out)
+    stretch = conv.stretch_of(x.shape[2:], module.kernel_size, around)
+    return choice.prefers_sparse_conv(slots.shape, slots.count, x.shape[0], size_in, size_out, stretch)
 
 
 CONV2D = with_forward(nn.Conv2d, conv2d_forward, capable=_conv2d_capable, guess=_conv2d_guess, prefers=_conv2d_prefers)

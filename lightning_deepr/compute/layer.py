@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_deepr.compute import choice
+from lightning_deepr.compute.stacked import is_stacked
 
 Shape = tuple[int, ...]
 Hook = Callable[[Any, str], None]
@@ -78,6 +79,9 @@ class LayerCompute:
         take_over: a hook that runs after the conversion, with the module and the tensor's name. The module has a class of its
             own by then, so the hook may set ``type(module).forward``.
         give_back: a hook that runs after the weight has become dense again, with the same arguments.
+        forward: the forward that ``take_over`` gives to a layer whose class has none of its own; None: there is no such
+            forward.
+        reads: True if the layer always runs its author's forward, which reads the weight.
     """
 
     capable: Callable[[nn.Module, str, Shape], bool] = never
@@ -85,6 +89,12 @@ class LayerCompute:
     prefers: Callable[[Slots, Any, Tensor], bool] = matrix_prefers
     take_over: Hook = _nothing
     give_back: Hook = _nothing
+    forward: Callable[..., Any] | None = None
+    reads: bool = False
+
+    def runs_own(self, module: nn.Module) -> bool:
+        """Tell whether a converted layer runs its author's forward, which reads the weight as it likes."""
+        return self.reads or (self.forward is not None and type(module).forward is not self.forward)
 
 
 def with_forward(
@@ -116,19 +126,22 @@ def with_forward(
         if tensor_name == "weight" and own.__dict__.get("forward") is forward:
             del own.forward
 
-    return LayerCompute(capable, guess, prefers, take_over, give_back)
+    return LayerCompute(capable, guess, prefers, take_over, give_back, forward)
 
 
 def slots_and_theta(module: Any, tensor_name: str = "weight") -> tuple[Any, Tensor] | None:
-    """Find the slots and the whole parameter of a converted tensor, or None if a second parametrization lies over it."""
+    """Find the slots and the whole parameter of a converted tensor.
+
+    None: a second parametrization lies over it, or ``torch.func.vmap`` maps over it (the weight of each network is built).
+    """
     holder = module._modules["parametrizations"]._modules[tensor_name]
     theta = holder._parameters.get("original")
-    if len(holder._modules) != 1 or theta is None:
+    if len(holder._modules) != 1 or theta is None or is_stacked(theta, holder._modules["0"]):
         return None
     return holder._modules["0"], theta
 
 
 # The layer keeps its forward and reads its weight. `F.linear` computes sparsely with it; any other operation builds the weight.
-READ = LayerCompute(own_matrix)
+READ = LayerCompute(own_matrix, reads=True)
 # Each forward pass of the layer builds the weight.
 DENSE = LayerCompute()

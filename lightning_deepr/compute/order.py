@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_deepr.kernels.cpu import room
 from lightning_deepr.kernels.cpu.fields import ORDER, ROW_WORDS, CpuRow, Row, StepArguments, filler, pack_order
 
 _fill = filler(StepArguments)
@@ -40,7 +41,7 @@ class Order:
         self.count = places.numel()
         # A validation may be the first to need the buffer, but training saves it for its backward pass.
         with torch.inference_mode(False):
-            self.buffer = torch.zeros(size_of(self.rows, self.columns, self.count), dtype=torch.int32)
+            self.buffer = torch.zeros(size_of(self.rows, self.columns, self.count), dtype=torch.int32, device="cpu")
         self.addresses = addresses(self.buffer, self.rows, self.columns, self.count)
         self.packed = pack_order(*self.addresses)  # as kernels of whole layers take them
         self.build(places, signs)
@@ -49,30 +50,30 @@ class Order:
         """Sort all connections again. O(K + rows + columns)."""
         from lightning_deepr.kernels.cpu import orders
 
-        self.buffer.zero_()  # empty orders: the kernel below inserts every connection as a newborn
-        self.note(places)
-        torch.autograd.graph.increment_version(self.buffer)
-        if self.count == 0:
-            return
         signs = signs if signs.element_size() >= 4 else signs.float()  # the kernel reads the sign bit of a float32 or float64
-        everything = torch.arange(self.count)
-        row = np.zeros(ROW_WORDS, np.int64)
-        row[Row.COUNT], row[Row.PLACES] = self.count, places.data_ptr()
-        row[CpuRow.REBORN], row[CpuRow.REBORN_COUNT] = everything.data_ptr(), self.count
-        row[Row.SIGNS], row[CpuRow.SIZE] = signs.data_ptr(), signs.element_size()
-        row[CpuRow.ROWS], row[CpuRow.COLUMNS] = self.rows, self.columns
-        row[ORDER] = self.addresses
-        arguments = _fill(TENSORS=1, TABLE=row.ctypes.data)
-        orders.update_kernel()(arguments, 2 if self.count > 20_000 and torch.get_num_threads() > 1 else 1)
+        everything = torch.arange(self.count, device="cpu")
+        free = room.empty(room.order_anew(self.count, self.rows, self.columns))
+        self.buffer.zero_()  # empty orders: the kernel below inserts every connection as a newborn
+        torch.autograd.graph.increment_version(self.buffer)
+        if self.count:
+            row = np.zeros(ROW_WORDS, np.int64)
+            row[Row.COUNT], row[Row.PLACES] = self.count, places.data_ptr()
+            row[CpuRow.REBORN], row[CpuRow.REBORN_COUNT] = everything.data_ptr(), self.count
+            row[Row.SIGNS], row[CpuRow.SIZE] = signs.data_ptr(), signs.element_size()
+            row[CpuRow.ROWS], row[CpuRow.COLUMNS] = self.rows, self.columns
+            row[ORDER], row[CpuRow.SCRATCH] = self.addresses, free.data_ptr()
+            arguments = _fill(TENSORS=1, TABLE=row.ctypes.data)
+            orders.update_kernel()(arguments, 2 if self.count > 20_000 and torch.get_num_threads() > 1 else 1)
+        self.note(places)
 
     def is_stale(self, places: Tensor) -> bool:
         """Tell whether the places have changed since the order was made."""
         known = self.noted
-        return known[0] is not places or known[1] != _version_of(places)
+        return known[0] is not places or known[1] != _version_of(places) or known[2] != places.data_ptr()
 
     def note(self, places: Tensor) -> None:
         """Record that the order matches these places in their present version."""
-        self.noted = places, _version_of(places)
+        self.noted = places, _version_of(places), places.data_ptr()
 
 
 def _version_of(places: Tensor) -> int:

@@ -17,7 +17,8 @@ from torch.nn.functional import dropout
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_deepr import kernels
-from lightning_deepr.compute.eager import is_plain
+from lightning_deepr.compute.dense import rounded
+from lightning_deepr.compute.eager import check_backward, is_plain, is_watched
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.layer import Shape
 from lightning_deepr.kernels.cpu.fields import ProductArguments, ProductPhase, RecurrentArguments, filler
@@ -227,6 +228,7 @@ class RecurrentFunction(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(TWICE)
         *saved, theta_ih, theta_hh, _, _ = ctx.saved_tensors  # raises if a rewiring came in between
+        check_backward(saved[0].dtype, gradients, (theta_ih, ctx.ih.count), (theta_hh, ctx.hh.count))
         asked = ctx.needs_input_grad
         need = [*asked[:3], asked[3] or asked[4], *asked[10:]]
         dx, dtheta_ih, dtheta_hh, dsums, *states = _backward(
@@ -275,14 +277,17 @@ def sparse_forward(plain: Any, module: Any, input: Any, hx: Any = None) -> tuple
         module: the layer.
         input, hx: the arguments of torch's ``forward``.
     """
-    if not _is_known(plain, module) or torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():
+    if not _is_known(plain, module) or torch.compiler.is_dynamo_compiling() or is_watched():
         return None
     states = _states(module, hx)
     layers = _layers(module)
+    narrow = None
+    if layers is not None and layers[0].weights[0][1].narrow is not None and states is not None and isinstance(input, Tensor):
+        narrow, input, states, layers = _in_full(input, states, layers)
     if (
         layers is None
         or states is None
-        or not _suits(module, input, states, layers)
+        or not _suits(module, input, states, layers, narrow)
         or not _prefers_sparse(module, input, layers)
     ):
         _note(module, "dense")
@@ -306,6 +311,8 @@ def sparse_forward(plain: Any, module: Any, input: Any, hx: Any = None) -> tuple
             last.append(state)
         x = outputs[0] if directions == 1 else torch.cat(outputs, 2)
     ends = [torch.stack(one) for one in zip(*last, strict=True)]
+    if narrow is not None:
+        x, ends = x.to(narrow), [one.to(narrow) for one in ends]
     if not batched:
         x, ends = x.squeeze(1), [one.squeeze(1) for one in ends]
     elif module.batch_first:
@@ -356,8 +363,42 @@ def _layers(module: Any) -> list[_Layer] | None:
     return found
 
 
-def _suits(module: Any, x: Any, states: list[Tensor], layers: list[_Layer]) -> bool:
-    """Tell whether the kernels can take these arguments. If they can't, torch computes the layer or refuses the arguments."""
+def _in_full(
+    x: Tensor, states: list[Tensor], layers: list[_Layer]
+) -> tuple[torch.dtype | None, Tensor, list[Tensor], list[_Layer]]:
+    """Cast what the kernels read to theta's dtype, where weights, input, states and biases all have the same fewer bits.
+
+    Returns:
+        the dtype of the layer's results, None if nothing was cast; then the arguments. Anything else stays as it is, and
+        :func:`_suits` refuses it.
+    """
+    narrow = layers[0].weights[0][1].narrow
+    biases = [bias for layer in layers for bias in layer.biases if bias is not None]
+    found = {slots.narrow for layer in layers for _, slots in layer.weights} | {one.dtype for one in (x, *states, *biases)}
+    if narrow is None or found != {narrow} or torch.is_autocast_enabled("cpu"):
+        return None, x, states, layers
+    wide = layers[0].weights[0][0].dtype
+
+    def widened(bias: Tensor | None) -> Tensor | None:
+        return None if bias is None else bias.to(wide)
+
+    full = [
+        _Layer(
+            [(rounded(theta, narrow), slots) for theta, slots in one.weights], (widened(one.biases[0]), widened(one.biases[1]))
+        )
+        for one in layers
+    ]
+    return narrow, x.to(wide), [one.to(wide) for one in states], full
+
+
+def _suits(module: Any, x: Any, states: list[Tensor], layers: list[_Layer], narrow: torch.dtype | None) -> bool:
+    """Tell whether the kernels can take these arguments. If they can't, torch computes the layer or refuses the arguments.
+
+    Args:
+        module: the layer.
+        x, states, layers: its input, states and weights, in theta's dtype.
+        narrow: the dtype that :func:`_in_full` has cast from.
+    """
     if not isinstance(x, Tensor) or not is_plain(x):
         return False
     if x.dim() not in (2, 3) or x.shape[-1] != module.input_size or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
@@ -367,11 +408,14 @@ def _suits(module: Any, x: Any, states: list[Tensor], layers: list[_Layer]) -> b
         return False
     tensors = [x, *states]
     for layer in layers:
-        tensors += [bias for bias in layer.biases if bias is not None]
+        biases = [bias for bias in layer.biases if bias is not None]
+        if any(bias.shape != (layer.weights[0][1].rows,) or not bias.is_contiguous() for bias in biases):
+            return False
+        tensors += biases
         for theta, slots in layer.weights:
             if slots.policy == "dense" or slots.on_dense_gradient is not None:
                 return False
-            if theta.dtype != x.dtype or theta.numel() != slots.count or not kernels.suits(theta):
+            if theta.dtype != x.dtype or slots.narrow is not narrow or theta.numel() != slots.count or not kernels.suits(theta):
                 return False
     return all(type(one) in (Tensor, nn.Parameter) and one.dtype == x.dtype and one.is_cpu for one in tensors)
 

@@ -24,6 +24,16 @@ class SparseSlots(OrderedSlots, Protocol):
     """A converted weight (see :class:`lightning_deepr.weights.k_slots.KSlots`)."""
 
     shape: torch.Size
+    keeps_no_writes: bool
+    used: str  # what became of ``layer.weight``: "sparse" (``F.linear`` took it), "dense" (it was built), "" (nothing yet)
+
+    narrow: torch.dtype | None  # the weight's dtype where it has fewer bits than theta
+
+    @property
+    def in_place_order(self) -> bool: ...
+
+    @property
+    def is_large(self) -> bool: ...
 
     @property
     def count(self) -> int: ...
@@ -38,3 +48,5 @@ class SparseSlots(OrderedSlots, Protocol):
     def dense(self, theta: Tensor) -> Tensor: ...
 
     def weight_of(self, part: Tensor) -> Tensor: ...
+
+    def lost_write(self, operation: str) -> str: ...

@@ -15,15 +15,28 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import linear as torch_linear
 
-from lightning_deepr.compute import gpu_check
-from lightning_deepr.compute.eager import dispatch_modes, is_plain, transforms
+from lightning_deepr.compute import flops, gpu_check, sparse_input
+from lightning_deepr.compute.dense import rounded
+from lightning_deepr.compute.eager import (
+    TRACED,
+    check_backward,
+    dispatch_modes,
+    function_modes,
+    is_jit_tracing,
+    is_plain,
+    is_recorded,
+    needs_operators,
+    transforms,
+)
 from lightning_deepr.compute.gather import TWICE
-from lightning_deepr.compute.order import addresses
+from lightning_deepr.compute.order import addresses, size_of
 from lightning_deepr.compute.slots import SparseSlots
 from lightning_deepr.kernels.cpu.buffers import LARGE, empty
 from lightning_deepr.kernels.cpu.fields import LinearArguments, LinearPhase, pack_order, packer, writable
+from lightning_deepr.kernels.gate import check_values, fault
 
 
 class _Plan(NamedTuple):
@@ -67,6 +80,7 @@ _pack = packer(LinearArguments)  # (PHASE is ALL where it is not given)
 _TASK, _PHASE, _TILE = int(LinearArguments.TASK), int(LinearArguments.PHASE), int(LinearArguments.TILE)
 _TRANSPOSE, _MULTIPLY = int(LinearPhase.TRANSPOSE), int(LinearPhase.MULTIPLY)
 _KERNEL_TYPES = (torch.float32, torch.float64)
+_STRIDED = torch.strided
 _SMALL = 1 << 18  # up to this amount of work one thread does it alone
 
 
@@ -153,6 +167,9 @@ class LinearFunction(torch.autograd.Function):
         kept, theta, _ = ctx.saved_tensors  # raises if a rewiring came in between
         x, tiled = (None, kept) if ctx.tiled else (kept, None)
         order, need = ctx.order, ctx.needs_input_grad
+        check_backward(kept.dtype, (dy,), (theta, order.count))
+        if x is not None and x.shape != (dy.shape[0], order.columns):
+            raise RuntimeError(f"x was exchanged between the forward and the backward pass: found shape {tuple(x.shape)}.")
         dx, dtheta, dbias = _backward(
             dy.contiguous(), x, tiled, theta, order.packed, order.rows, order.columns, need[0], need[1], need[2]
         )
@@ -162,10 +179,30 @@ class LinearFunction(torch.autograd.Function):
 @torch.library.custom_op("lightning_deepr::linear", mutates_args=())
 def linear_op(x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, rows: int, columns: int) -> Tensor:
     """Multiply x [B, columns] to [B, rows]. ``order`` is the buffer of a :class:`lightning_deepr.compute.order.Order`."""
-    x = x.contiguous()
+    x, theta, bias = x.contiguous(), theta.contiguous(), None if bias is None else bias.contiguous()
+    _check_operator(x, theta, order, rows, columns, bias)
     if x.shape[0] == 0:
         return x.new_empty((0, rows))
     return _forward(x, theta, bias, pack_order(*addresses(order, rows, columns, theta.numel())), rows, columns)[0]
+
+
+def _check_operator(
+    x: Tensor, theta: Tensor, order: Tensor, rows: int, columns: int, bias: Tensor | None = None, dy: Tensor | None = None
+) -> None:
+    """Refuse arguments of an operator that do not fit each other: a compiled graph may hold tensors that were exchanged."""
+    batch = x.shape[0]
+    for word, value, shape, dtype in (
+        ("x", x, (batch, columns), x.dtype),
+        ("theta", theta, (theta.numel(),), x.dtype),
+        ("the order of the connections", order, (size_of(rows, columns, theta.numel()),), torch.int32),
+        ("the bias", bias, (rows,), x.dtype),
+        ("the gradient", dy, (batch, rows), x.dtype),
+    ):
+        found = None if value is None else fault(value, shape, dtype, x.device)
+        if found is not None:
+            raise RuntimeError(f"lightning_deepr::linear: {word}: {found}.")
+    if x.dtype not in _KERNEL_TYPES or not x.is_cpu:
+        raise RuntimeError(f"lightning_deepr::linear: expected float32 or float64 on the CPU, found {x.dtype} on {x.device}.")
 
 
 @linear_op.register_fake
@@ -192,8 +229,10 @@ def linear_backward_op(
             dy.new_zeros(theta.shape if need_theta else (0,)),
             dy.new_zeros(rows if need_bias else 0),
         )
+    dy, x, theta = dy.contiguous(), x.contiguous(), theta.contiguous()
+    _check_operator(x, theta, order, rows, columns, dy=dy)
     places = pack_order(*addresses(order, rows, columns, theta.numel()))
-    found = _backward(dy.contiguous(), x.contiguous(), None, theta, places, rows, columns, need_x, need_theta, need_bias)
+    found = _backward(dy, x, None, theta, places, rows, columns, need_x, need_theta, need_bias)
     dx, dtheta, dbias = (dy.new_empty(0) if gradient is None else gradient for gradient in found)
     return dx, dtheta, dbias
 
@@ -240,28 +279,37 @@ linear_op.register_autograd(_differentiate, setup_context=_setup)
 linear_backward_op.register_autograd(_refuse_twice)
 
 
+def is_quick(x: Tensor, theta: Tensor, slots: SparseSlots) -> bool:
+    """Tell whether a call is an ordinary one: plain CPU tensors of one kernel dtype, and nothing watches the operators."""
+    return not (
+        type(x) is not Tensor
+        or x.layout is not _STRIDED
+        or x.is_nested
+        or x.dtype is not theta.dtype
+        or slots.narrow is not None
+        or not x.is_cpu
+        or not theta.is_cpu
+        or dispatch_modes() != 0
+        or transforms() is not None
+        or torch.autograd._profiler_enabled()
+        or is_jit_tracing()
+        or forward_ad._current_level >= 0
+        or (function_modes() != 0 and is_recorded())
+        or torch.is_autocast_enabled("cpu")
+        # kernels take addresses, and no types, sizes or strides
+        or x.dtype not in _KERNEL_TYPES
+        or (type(theta) is not torch.nn.Parameter and type(theta) is not Tensor)
+        or not theta.is_contiguous()
+    )
+
+
 def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) -> Tensor | None:
     """Compute :func:`linear` for an ordinary call with few checks; return None if the call needs all of them.
 
     A small layer takes some 10 microseconds, so every attribute access counts.
     """
     order = slots.order
-    if (
-        order is None
-        or type(x) is not Tensor
-        or x.dtype is not theta.dtype
-        or not x.is_cpu
-        or not theta.is_cpu
-        or dispatch_modes() != 0
-        or transforms() is not None
-        or torch.autograd._profiler_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or not x.is_contiguous()
-        # kernels take addresses, and no types, sizes or strides
-        or x.dtype not in _KERNEL_TYPES
-        or (type(theta) is not torch.nn.Parameter and (type(theta) is not Tensor or theta.shape != (order.count,)))
-        or not theta.is_contiguous()
-    ):
+    if order is None or not is_quick(x, theta, slots) or not x.is_contiguous() or theta.numel() != order.count:
         return None
     if bias is not None and (
         bias.dtype is not x.dtype or bias.shape != (order.rows,) or not bias.is_contiguous() or not bias.is_cpu
@@ -281,19 +329,27 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
     """Compute ``F.linear`` with a converted weight of K connections.
 
     Args:
-        x: [..., columns].
+        x: [..., columns], also a sparse tensor.
         theta: [K].
         bias: [rows] or None.
         slots: the :class:`lightning_deepr.weights.k_slots.KSlots` of the weight.
 
     Returns:
-        [..., rows] in x's dtype. Under autocast it has the autocast dtype, and the sums are taken in theta's dtype.
+        [..., rows] in x's dtype. Under autocast it has the autocast dtype, and the sums are taken in theta's dtype. If the
+        weight has fewer bits than theta (bfloat16, float16), the sums are taken in theta's, too.
 
     Raises:
         RuntimeError: the width or the dtype of x does not fit (the message is that of ``nn.Linear``), or the caller asks for a
             second derivative.
     """
     rows, columns = slots.rows, slots.columns
+    if not isinstance(x, Tensor):  # torch.fx records with proxies
+        return torch_linear(x, slots.weight_of(theta), bias)
+    if x.layout is not _STRIDED or x.is_nested:
+        return sparse_input.linear(x, theta, bias, slots, linear)
+    in_operators = torch.compiler.is_exporting() if torch.compiler.is_dynamo_compiling() else needs_operators()
+    if in_operators and not slots.is_large:
+        return torch_linear(x, slots.weight_of(theta), bias)
     if x.device != theta.device or x.device.type == "meta" or x.dim() == 0 or x.shape[-1] != columns:
         return _as_torch_does(x, theta, bias, rows, columns)
     cast = None
@@ -302,10 +358,15 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
         cast = torch.get_autocast_dtype(kind)
         x = x.to(theta.dtype)
         bias = bias if bias is None else bias.to(theta.dtype)
+    elif slots.narrow is not None:
+        if x.dtype is not slots.narrow or (bias is not None and bias.dtype is not slots.narrow):
+            return _as_torch_does(x, theta.to(slots.narrow), bias, rows, columns)
+        cast, x, theta = slots.narrow, x.to(theta.dtype), rounded(theta, slots.narrow)
+        bias = bias if bias is None else bias.to(theta.dtype)
     elif x.dtype != theta.dtype:
         return _as_torch_does(x, theta, bias, rows, columns)
     if theta.numel() != slots.count:
-        raise RuntimeError(f"Expected theta of K = {slots.count} connections, found {theta.numel()} values.")
+        check_values(theta, slots)  # raises
     if bias is not None and (bias.shape != (rows,) or bias.dtype != theta.dtype or bias.device != theta.device):
         if bias.dtype != theta.dtype or bias.device != theta.device:
             return _as_torch_does(x.reshape(-1, columns)[:0], theta, bias, rows, columns)
@@ -328,11 +389,15 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
         from lightning_deepr.compute import gather
 
         y = gather.linear(flat, theta, bias, slots)
+    elif in_operators and not torch.compiler.is_dynamo_compiling() and not is_recorded():
+        raise RuntimeError(f"Forward-mode differentiation of a weight of more than 1 GiB is not possible. {TRACED}")
     elif not torch.compiler.is_dynamo_compiling() and transforms() is not None:
         from lightning_deepr.compute.transforms import TransformedLinear
 
         y = TransformedLinear.apply(flat, theta, bias, slots.ordered().buffer, rows, columns)
     elif torch.compiler.is_dynamo_compiling() or not is_plain(x) or flat.shape[0] == 0:
+        if not torch.compiler.is_dynamo_compiling():
+            flops.register()
         y = linear_op(flat, theta, bias, slots.ordered().buffer, rows, columns)
     else:
         if not flat.is_contiguous():

@@ -10,6 +10,7 @@ from torch.nn.functional import linear as torch_linear
 from torch.utils._pytree import tree_map
 
 from lightning_deepr.compute import sparse
+from lightning_deepr.compute.read_only import refuse_write, refusing
 from lightning_deepr.compute.slots import SparseSlots
 
 # The attributes and functions that do not need the values.
@@ -33,13 +34,14 @@ class SparseWeight(torch.Tensor):
         slots: the :class:`lightning_deepr.weights.k_slots.KSlots` of the tensor.
     """
 
+    refuses_writes = True
     _theta: Tensor
     _slots: SparseSlots
 
     @staticmethod
     def __new__(cls, theta: Tensor, slots: SparseSlots) -> SparseWeight:
         weight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, slots.shape, dtype=theta.dtype, device=theta.device, requires_grad=theta.requires_grad
+            cls, slots.shape, dtype=slots.narrow or theta.dtype, device=theta.device, requires_grad=theta.requires_grad
         )
         weight._theta, weight._slots = theta, slots
         return weight  # type: ignore[no-any-return]
@@ -54,11 +56,13 @@ class SparseWeight(torch.Tensor):
         if func is torch_linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, SparseWeight) and not isinstance(x, SparseWeight):
+                weight._slots.used = "sparse"
                 return sparse.linear(x, weight._theta, bias, weight._slots)
         if func in _FREE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        args, kwargs = tree_map(_built, (args, kwargs))
+        refuse_write(func, args, kwargs)
+        args, kwargs = tree_map(_read_only, (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod
@@ -67,12 +71,21 @@ class SparseWeight(torch.Tensor):
         return func(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"SparseWeight(shape={tuple(self._slots.shape)}, K={self._slots.count}, dtype={self._theta.dtype})"
+        dtype = self._slots.narrow or self._theta.dtype
+        return f"SparseWeight(shape={tuple(self._slots.shape)}, K={self._slots.count}, dtype={dtype})"
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
     return input, weight, bias
 
 
+def _read_only(value: Any) -> Any:
+    return refusing(_built(value), value._slots) if isinstance(value, SparseWeight) else value
+
+
 def _built(value: Any) -> Any:
-    return value.build() if isinstance(value, SparseWeight) else value
+    if not isinstance(value, SparseWeight):
+        return value
+    if value._slots.used != "sparse":
+        value._slots.used = "dense"
+    return value.build()

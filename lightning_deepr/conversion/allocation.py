@@ -8,7 +8,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_deepr.conversion.selection import Candidate, Connectivity, Distribution, best_key
+from lightning_deepr.conversion import connectivities
+from lightning_deepr.conversion.connectivities import Given
+from lightning_deepr.conversion.selection import Candidate, Connectivity, Distribution, best_key, connectivity_of
 
 DISTRIBUTIONS = ("erdos_renyi", "erk", "uniform", "deepr")
 
@@ -17,18 +19,29 @@ DEEPR_FACTORS = (0.75, 2.3, 22.8)  # the paper's appendix A, as later work state
 
 
 def check_connectivity(connectivity: Any, where: str = "connectivity") -> None:
-    """Validate a connectivity: a float in (0, 1], an int of at least 1, or a dict of those.
+    """Validate a connectivity: a float in (0, 1], an int of at least 1, places that are given, or a dict of those.
 
     Raises:
         TypeError, ValueError: the message says what was expected and what was found.
     """
+    if isinstance(connectivity, str) and connectivity != connectivities.NONZERO:
+        raise TypeError(
+            f'{where}: expected a float in (0, 1], an int, "nonzero", a mask, places or a dict, found {connectivity!r}. (The '
+            "connections of a file or a model of the zoo: Topology(path).)"
+        )
+    if isinstance(connectivity, (list, tuple)) and any(
+        isinstance(one, numbers.Real) and not _is_place(one) for one in connectivity
+    ):
+        raise TypeError(f"{where}: expected a list of places (integers), found {connectivity!r:.200}.")
+    if connectivities.is_given(connectivity):
+        return
     if isinstance(connectivity, Mapping):
         if not connectivity:
             raise ValueError(f"{where}: expected at least one pattern, found an empty dict.")
         for pattern, value in connectivity.items():
             check_connectivity(value, f"{where}[{pattern!r}]")
     elif isinstance(connectivity, bool) or not isinstance(connectivity, numbers.Real):
-        raise TypeError(f"{where}: expected a float in (0, 1], an int or a dict, found {connectivity!r}.")
+        raise TypeError(f'{where}: expected a float in (0, 1], an int, "nonzero" or a dict, found {connectivity!r}.')
     elif isinstance(connectivity, numbers.Integral):
         if connectivity < 1:
             raise ValueError(f"{where}: expected at least 1 connection, found {connectivity}.")
@@ -38,11 +51,46 @@ def check_connectivity(connectivity: Any, where: str = "connectivity") -> None:
         raise ValueError(f"{where}: expected a fraction in (0, 1], found {connectivity}. An int is a number of connections.")
 
 
+def _is_place(value: Any) -> bool:
+    return isinstance(value, numbers.Integral)
+
+
+class Shares(dict[str, int]):
+    """K of each tensor, by name; and the places of those for which they were given.
+
+    Attributes:
+        given: {tensor name: its places}.
+    """
+
+    given: dict[str, Given]
+
+
+def shares(chosen: Sequence[Candidate], connectivity: Connectivity, distribution: Distribution) -> Shares:
+    """Find K of each tensor: the number of the places that are given, and :func:`allocate` for the others.
+
+    Raises:
+        ValueError: places or numbers do not fit the tensors.
+    """
+    values = {c.name: connectivity_of(connectivity, c) for c in chosen}
+    given = {c.name: connectivities.places_of(c, values[c.name]) for c in chosen if connectivities.is_given(values[c.name])}
+    rest = [c for c in chosen if c.name not in given]
+    counts: dict[str, int] = {}
+    if rest:
+        if given and isinstance(connectivity, Mapping):
+            connectivity = {key: value for key, value in connectivity.items() if not connectivities.is_given(value)}
+        counts = allocate(rest, connectivity, distribution)
+    found = Shares((c.name, given[c.name].places.numel() if c.name in given else counts[c.name]) for c in chosen)
+    found.given = given
+    return found
+
+
 def allocate(chosen: Sequence[Candidate], connectivity: Connectivity, distribution: Distribution) -> dict[str, int]:
     """Compute K, the number of connections, of each tensor.
 
     With a float, ``uniform`` and ``deepr`` give K_l = round(f_l * c * N_l), at least 1 and at most N_l; ``erdos_renyi`` and
-    ``erk`` share out round(c * N). An int is the total and is shared out by largest remainder. A dict has a value per tensor.
+    ``erk`` share out round(c * N): they count the sizes of a matrix or a kernel, as the layer's kind says, so experts or heads
+    that are stacked in one tensor get the density of one of their matrices. An int is the total and is shared out by largest
+    remainder. A dict has a value per tensor.
 
     Args:
         chosen: the tensors, in order.
@@ -89,7 +137,8 @@ def allocate(chosen: Sequence[Candidate], connectivity: Connectivity, distributi
         # K_l / N_l is proportional to (in + out) / (in * out); "erk" counts the kernel's sizes, too.
         weights = []
         for candidate in chosen:
-            sizes = candidate.shape[:2] if distribution == "erdos_renyi" else candidate.shape
+            sizes = candidate.kind.sizes(candidate.module, candidate.shape)
+            sizes = sizes[:2] if distribution == "erdos_renyi" else sizes
             weights.append(sum(sizes) / math.prod(sizes) * candidate.total)
     else:
         raise ValueError(f"distribution: expected one of {', '.join(DISTRIBUTIONS)} or a function, found {distribution!r}.")

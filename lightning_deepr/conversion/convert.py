@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,13 +10,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_deepr.algorithm.signs import check as check_signs
 from lightning_deepr.compute import check_compute
-from lightning_deepr.conversion import sharing
-from lightning_deepr.conversion.allocation import allocate, check_connectivity
+from lightning_deepr.conversion import connectivities, notebook, pruned, sharing, tied
+from lightning_deepr.conversion.allocation import check_connectivity, shares
+from lightning_deepr.conversion.computing import tell_own_forwards, warn_of_ddp
+from lightning_deepr.conversion.connectivities import Given
+from lightning_deepr.conversion.draws import first_unused, note_used
 from lightning_deepr.conversion.materialize import materialize, refuse_unmaterializable
-from lightning_deepr.conversion.selection import Candidate, Connectivity, Distribution, Modules, candidates, select
+from lightning_deepr.conversion.restrictions import allowed_of, check_candidates, refuse_too_many, tables_of
+from lightning_deepr.conversion.selection import (
+    Candidate,
+    Connectivity,
+    Distribution,
+    Modules,
+    candidates,
+    select,
+    takes_what_is_usual,
+)
 from lightning_deepr.conversion.start import INITS, start
 from lightning_deepr.kernels.cpu.buffers import give_back
+from lightning_deepr.packages.seeds import seed_or_default
 from lightning_deepr.weights.base import Parametrization
 from lightning_deepr.weights.find import Converted, converted_tensors
 from lightning_deepr.weights.install import install, remove
@@ -30,10 +45,12 @@ def sparsify(
     exclude_modules: Modules = (),
     distribution: Distribution = "erdos_renyi",
     init: str = "module",
-    seed: int = 0,
+    seed: int | None = None,
     compute: str = "auto",
     device: torch.device | str | None = None,
     scope: str = "layer",
+    candidates: Any = None,
+    signs: Any = "place",
 ) -> nn.Module:
     """Convert chosen weights into K slots each, in place.
 
@@ -41,23 +58,36 @@ def sparsify(
 
     Args:
         module: the network to convert; its layers on the meta device are materialized.
-        connectivity: float in (0, 1] (a fraction), int (a number of connections) or dict {pattern: float | int}.
-        target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module).
+        connectivity: float in (0, 1] (a fraction), int (a number of connections), "nonzero" (the weights that are not 0, which
+            keep their values and signs), or dict {pattern: float | int | "nonzero" | places}. Places are a bool mask, a list of
+            flat indices, a matrix of torch or SciPy in COO or CSR format, or a dense weight with zeros (so a ``state_dict`` is
+            such a dict). ``Topology(path)`` reads those of a file, a checkpoint or a model of the zoo.
+        target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module). "all" leaves
+            out what is frozen, tied or an embedding. A pattern names a layer or a tensor, by a suffix at a dot; one that names
+            none names a module, and covers what "all" takes within it.
         exclude_modules: the same forms.
         distribution: how the connections are shared out, see :func:`lightning_deepr.conversion.allocation.allocate`.
         init: "module" | "largest" | "deepr", see :func:`lightning_deepr.conversion.start.start`.
-        seed: the seed of places, signs and (``init="deepr"``) values. The global generator is not used.
+        seed: the seed of places, signs and (``init="deepr"``) values; None: that of ``seed_everything`` if it was called in
+            this process, else 0. The global generator is not used. Networks of equal shapes that are converted with one seed
+            get equal places; a second conversion of the same modules in one process does not.
         compute: "dense" (each forward pass builds the weight and throws it away), "sparse" (linear layers, LSTMs and GRUs
             compute from their connections alone) or "auto" (per tensor and batch size, by a measured break-even).
         device: the device to put the module on. None: the module stays where it is, and what is on meta goes to the CPU.
         scope: "layer": K per tensor. "global": one K for all tensors, in one parameter, for ``DeepR(scope="global")``;
             ``connectivity`` gives K, ``distribution`` shares it out at the start.
+        candidates: where connections may be, at the start and ever after: a bool mask, ``Band(width)``, ``Blocks(number)``,
+            ``NoSelf()``, ``Local(grid, radius)``, a function of (rows, columns), several of them with ``&``, or a dict
+            {pattern: one of these}. None: everywhere.
+        signs: the constant signs of the places: "place" (a hash of the place), ``Dale(excitatory)`` (one sign for each input
+            unit), a tensor of signs, or a dict {pattern: one of these}.
 
     Returns:
         the module itself.
 
     Raises:
-        ValueError: nothing matches, a count does not fit, a tensor is converted already, two layers share it, or it has
+        TypeError, ValueError: an argument is none of its forms, or does not fit a tensor.
+        ValueError: nothing matches, a count does not fit, a tensor is converted already, two layers share (tie) it, or it has
             another parametrization. In all these cases nothing is converted.
 
     Example::
@@ -69,10 +99,31 @@ def sparsify(
         >>> net.fc1.weight.shape, int((net.fc1.weight != 0).sum())
         (torch.Size([300, 784]), 1810)
     """
+    connectivity = connectivities.as_mapping(connectivity)
     check_connectivity(connectivity)
+    check_candidates(candidates)
+    check_signs(signs)
     if scope not in ("layer", "global"):
         raise ValueError(f'scope: expected "layer" (K per tensor) or "global" (one K for all of them), found {scope!r}.')
-    chosen = select(candidates(module), target_modules, exclude_modules, connectivity)
+    with pruned.made_plain(module, connectivities.asks_for_nonzero(connectivity)):
+        _sparsify(
+            module, connectivity, target_modules, exclude_modules, distribution, scope,
+            init=init, seed=seed_or_default(seed), compute=compute, device=device, restriction=candidates, signs=signs,
+        )  # fmt: skip
+    return module
+
+
+def _sparsify(
+    module: nn.Module,
+    connectivity: Connectivity,
+    target_modules: Modules,
+    exclude_modules: Modules,
+    distribution: Distribution,
+    scope: str,
+    **options: Any,
+) -> None:
+    found = candidates(module)
+    chosen = select(found, target_modules, exclude_modules, connectivity)
     for candidate in chosen:
         if candidate.slots is not None:
             raise ValueError(
@@ -81,13 +132,15 @@ def sparsify(
             )
     if not chosen:
         raise ValueError(nothing_to_convert(module))
-    counts = allocate(chosen, connectivity, distribution)
+    if takes_what_is_usual(target_modules, connectivity) and (line := tied.left_out(module, found)):
+        warnings.warn(line, stacklevel=3)
+    counts = shares(chosen, connectivity, distribution)
     if scope == "global":
-        sharing.check(chosen, device=device)
-    new = convert(module, chosen, counts, init=init, seed=seed, compute=compute, device=device)
+        sharing.check(chosen, device=options["device"])
+    options["seed"] = seed_or_default(options["seed"])
+    new = convert(module, chosen, counts, given=counts.given, **options)
     if scope == "global":
         sharing.join(new)
-    return module
 
 
 def convert(
@@ -100,6 +153,9 @@ def convert(
     compute: str,
     device: torch.device | str | None = None,
     begin: Callable[..., tuple[Tensor, Parametrization]] = start,
+    given: Mapping[str, Given] | None = None,
+    restriction: Any = None,
+    signs: Any = "place",
 ) -> list[Converted]:
     """Convert the chosen tensors with the given counts. All checks come before the first change.
 
@@ -110,12 +166,14 @@ def convert(
         init, seed, compute, device: as for :func:`sparsify`.
         begin: the function that makes theta and its parametrization; it takes the arguments of
             :func:`lightning_deepr.conversion.start.start`, the default, which makes K slots.
+        given: {tensor name: the places that the user gives}.
+        restriction, signs: ``candidates`` and ``signs`` of :func:`sparsify`.
     """
     if init not in INITS:
         raise ValueError(f"init: expected one of {', '.join(INITS)}, found {init!r}.")
     policy = check_compute(compute)
     check_seed(seed)
-    _refuse_shared(root, chosen)
+    tied.refuse(root, chosen)
     for candidate in chosen:
         if parametrize.is_parametrized(candidate.module, candidate.tensor_name):
             kind = type(candidate.module.parametrizations[candidate.tensor_name][0]).__name__  # type: ignore[index, union-attr]
@@ -127,15 +185,23 @@ def convert(
         if refusal:
             raise ValueError(f"`{candidate.name}` {refusal}")
     refuse_unmaterializable(root, chosen)
-    first = 1 + max((converted.slots.index for converted in converted_tensors(root)), default=-1)
+    tell_own_forwards(chosen, policy)
+    warn_of_ddp(root, chosen)
+    first = first_unused(root)
+    allowed = allowed_of(chosen, restriction, device)
+    refuse_too_many(counts, allowed)
+    extra: dict[str, dict[str, Any]] = {
+        "given": dict(given or {}), "allowed": dict(allowed), "sign_table": dict(tables_of(chosen, signs, seed, first))
+    }  # fmt: skip
     notice, begun = Notice(), []
     for offset, candidate in enumerate(chosen):
         weight = candidate.parameter
         assert weight is not None
         target = weight.device if weight.device.type != "meta" else torch.device("cpu")
         target = torch.device(device) if device is not None else target
+        more = {key: values[candidate.name] for key, values in extra.items() if candidate.name in values}
         begun.append(
-            begin(candidate, counts[candidate.name], first + offset, init=init, seed=seed, notice=notice, device=target)
+            begin(candidate, counts[candidate.name], first + offset, init=init, seed=seed, notice=notice, device=target, **more)
         )
     for candidate, (theta, slots) in zip(chosen, begun, strict=True):
         slots.layer = candidate.kind.compute
@@ -147,6 +213,7 @@ def convert(
         give_back()  # the memory that the conversion used
     if device is not None:
         root.to(device)
+    notebook.show(root)
     names = {candidate.name for candidate in chosen}
     return [converted for converted in converted_tensors(root) if converted.name in names]
 
@@ -157,24 +224,11 @@ def check_seed(seed: Any) -> None:
         raise TypeError(f"seed: expected an int, found {seed!r}.")
 
 
-def _refuse_shared(root: nn.Module, chosen: list[Candidate]) -> None:
-    holders: dict[int, list[str]] = {}
-    for prefix, module in root.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
-    for candidate in chosen:
-        names = holders.get(id(candidate.parameter), [])
-        if len(names) > 1:
-            raise ValueError(
-                f"`{candidate.name}` is shared (tied): {' and '.join(f'`{name}`' for name in names)} are one tensor, and "
-                "converting one of them would untie them. Leave all of them out with exclude_modules, or untie them first."
-            )
-
-
 def nothing_to_convert(module: nn.Module) -> str:
     """Write the message for a model that has nothing to convert: what was found, and where to build the layers."""
     found = candidates(module)
+    if found and all(c.left_out.startswith(tied.REASON) for c in found):
+        return tied.refusal(module, found)
     why = "; ".join(f"`{c.name}`: {c.left_out}" for c in found if c.left_out and c.slots is None)
     return (
         f"{type(module).__name__} has nothing to convert: expected at least one Linear, Conv, recurrent or attention layer "
@@ -187,7 +241,7 @@ def densify(module: nn.Module) -> nn.Module:
     """Turn converted weights back into ordinary dense parameters, in place.
 
     Dormant connections become zeros. The ``state_dict`` then loads without this package. The parameters are new objects:
-    make a new optimizer.
+    make a new optimizer. A parametrization of others that was registered upon a converted weight stays upon the dense one.
 
     Args:
         module: a module with or without converted weights.
@@ -212,7 +266,9 @@ def densify(module: nn.Module) -> nn.Module:
                 "`connections(module)` gives its places and values."
             )
     for converted in list(converted_tensors(module)):
+        note_used(converted)
         remove(converted)
+    notebook.hide(module)
     return module
 
 
@@ -224,7 +280,8 @@ def connections(module: nn.Module) -> dict[str, tuple[torch.Size, Tensor, Tensor
 
     Returns:
         {tensor name: (shape, places int64 [K], values [K])}: the weight is ``values`` at the flat indices ``places`` of
-        ``shape`` and 0 elsewhere. Places are in the order of the slots; both tensors are copies.
+        ``shape`` and 0 elsewhere. Places are in the order of the slots; both tensors are copies. If another parametrization was
+        registered upon the weight, these are the connections from which it computes.
 
     Example::
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -21,6 +23,7 @@ class SparseLinear(nn.Linear):
         seed: the seed of places, signs and values. None: PyTorch's global generator draws it, so that every layer has its own.
         compute: "sparse" | "auto" | "dense".
         device: the device of the layer; None: the CPU.
+        candidates, signs: as for :func:`lightning_deepr.sparsify`.
 
     Example::
 
@@ -43,8 +46,19 @@ class SparseLinear(nn.Linear):
         compute: str = "sparse",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        candidates: Any = None,
+        signs: Any = "place",
     ) -> None:
         super().__init__(in_features, out_features, bias, device="meta", dtype=dtype)
         if seed is None:
             seed = int(torch.randint(2**31 - 1, (), device="cpu"))
-        sparsify(self, connectivity, init=init, seed=seed, compute=compute, device=device or "cpu")
+        sparsify(
+            self,
+            connectivity,
+            init=init,
+            seed=seed,
+            compute=compute,
+            device=device or "cpu",
+            candidates=candidates,
+            signs=signs,
+        )

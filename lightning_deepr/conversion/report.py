@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import html
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from lightning_deepr.conversion import tables
+from lightning_deepr.conversion.computing import computes
+from lightning_deepr.conversion.parameters import count_parameters
 from lightning_deepr.conversion.selection import candidates
+from lightning_deepr.conversion.table import WIDTH, table
 from lightning_deepr.weights.find import converted_tensors
 
 
@@ -15,10 +21,19 @@ class ConnectivityReport:
     """The connectivity of a network, tensor by tensor. It prints as a table; see :func:`connectivity_report`."""
 
     columns = ("name", "shape", "total", "active", "connectivity", "l1", "lr_scale", "compute")
+    rule_columns = ("candidates", "allowed", "signs")  # only if the connections of some tensor follow such rules
 
-    def __init__(self, rows: list[dict[str, Any]], left_out: dict[str, str]) -> None:
+    def __init__(
+        self,
+        rows: list[dict[str, Any]],
+        left_out: dict[str, str],
+        parameters: int | None = None,
+        dense: dict[str, int] | None = None,
+    ) -> None:
         self.rows = rows
         self.left_out = left_out
+        self.parameters = parameters  # of the whole network, as if it were dense; None: not known (a checkpoint)
+        self.dense = dense or {}  # {reason: the number of parameters that are dense for it}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.rows)
@@ -48,6 +63,8 @@ class ConnectivityReport:
             "active": self.active,
             "connectivity": connectivity,
             "left_out": dict(self.left_out),
+            "parameters": self.parameters,
+            "dense": dict(self.dense),
         }
 
     def to_pandas(self) -> Any:
@@ -56,7 +73,11 @@ class ConnectivityReport:
             import pandas
         except ImportError as error:
             raise ImportError("ConnectivityReport.to_pandas needs pandas: `pip install pandas`.") from error
-        return pandas.DataFrame(self.rows, columns=list(self.columns))
+        return pandas.DataFrame(self.rows, columns=[*self.columns, *self._rules])
+
+    @property
+    def _rules(self) -> tuple[str, ...]:
+        return self.rule_columns if any(set(self.rule_columns) & row.keys() for row in self.rows) else ()
 
     def __str__(self) -> str:
         body = [
@@ -69,26 +90,65 @@ class ConnectivityReport:
                 "-" if row["l1"] is None else f"{row['l1']:g}" if isinstance(row["l1"], float) else str(row["l1"]),
                 "-" if row["lr_scale"] is None else f"{row['lr_scale']:g}",
                 row["compute"],
+                *(_rule_cell(row, rule) for rule in self._rules),
             )
             for row in self.rows
         ]
         if self.rows:
-            body.append(("total", "", f"{self.total:,}", f"{self.active:,}", f"{self.active / self.total:.3%}", "", "", ""))
-        widths = [max(len(line[i]) for line in [self.columns, *body]) for i in range(len(self.columns))]
-        right = {2, 3, 4}
+            empty = [""] * (3 + len(self._rules))
+            body.append(("total", "", f"{self.total:,}", f"{self.active:,}", f"{self.active / self.total:.3%}", *empty))
+        columns = (*self.columns, *self._rules)
+        right = ("total", "active", "connectivity", "allowed")
+        sums = body.pop() if self.rows else None
+        return "\n".join([table(columns, body, right=right, sums=sums), *map(_wrapped, self._notes())])
 
-        def line(cells: tuple[str, ...]) -> str:
-            cells_ = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
-            return "  ".join(cells_).rstrip()
-
-        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        lines = [line(self.columns), rule, *(line(row) for row in body[: len(self.rows)])]
-        if self.rows:
-            lines += [rule, line(body[-1])]
-        lines += [f"left dense: {name} ({why})" for name, why in self.left_out.items()]
-        return "\n".join(lines)
+    def _notes(self) -> Iterator[str]:
+        """Write the lines below the table: what is dense."""
+        yield from (f"left dense: {name} ({why})" for name, why in self.left_out.items())
+        if self.parameters:
+            dense = sum(self.dense.values())
+            why = ", ".join(f"{reason} {count:,}" for reason, count in self.dense.items() if count)
+            share = f"dense: {dense:,} of all {self.parameters:,} parameters ({dense / self.parameters:.2%})"
+            yield f"{share}: {why}" if why else share
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Show the table in a notebook."""
+        columns = (*self.columns, *self._rules)
+        rows = [
+            [
+                row["name"], "x".join(str(size) for size in row["shape"]), row["total"], row["active"],
+                f"{row['connectivity']:.3%}", "-" if row["l1"] is None else row["l1"],
+                "-" if row["lr_scale"] is None else row["lr_scale"], row["compute"],
+                *(_rule_cell(row, rule) for rule in self._rules),
+            ]
+            for row in self.rows
+        ]  # fmt: skip
+        share = f"{self.active / self.total:.3%}" if self.total else ""
+        total = ["total", "", self.total, self.active, share, *[""] * (len(columns) - 5)]
+        notes = "".join(f"<br>{html.escape(line)}" for line in self._notes())
+        return f"{tables.as_html(columns, rows, total)}<p>{notes.removeprefix('<br>')}</p>"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _rule_cell(row: dict[str, Any], rule: str) -> str:
+    value = row.get(rule)
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _rules_of(slots: Any) -> dict[str, Any]:
+    """Describe where the connections of a tensor may be and how its signs are given; nothing if there are no rules."""
+    if slots.allowed is None and slots.sign_table is None:
+        return {}
+    return {
+        "candidates": None if slots.allowed is None else slots.allowed.text,
+        "allowed": slots.total if slots.allowed is None else slots.allowed.count,
+        "signs": "place" if slots.sign_table is None else slots.sign_table.text,
+    }
 
 
 def connectivity_report(module: nn.Module) -> ConnectivityReport:
@@ -99,18 +159,25 @@ def connectivity_report(module: nn.Module) -> ConnectivityReport:
 
     Returns:
         rows with name, shape, total (N), active (K), connectivity (K / N), l1 and lr_scale (the values that a callback took,
-        None before) and compute (under "auto" a guess before the first batch, then what the last training step did). Print the
-        report, iterate over it, or use ``.to_dict()`` and ``.to_pandas()``.
+        None before) and compute: "sparse", or "dense" if connections are stored and each pass builds the weight (under "auto",
+        and for layers with a forward of their own, a guess before the first batch, then what happened). Print the report,
+        iterate over it, or use ``.to_dict()`` and ``.to_pandas()``. ``.left_out`` has {name: reason} of the weights that
+        stayed dense, ``.dense`` {reason: number} of all parameters that did, and ``.parameters`` the number of all, converted
+        tensors with N each.
+
+        Rows of tensors whose places or signs follow rules also have candidates, allowed (the number of allowed places) and
+        signs.
 
     Example::
 
         >>> from lightning_deepr import sparsify
         >>> print(connectivity_report(sparsify(nn.Linear(100, 10), 0.05)))
-        name    shape   total  active  connectivity  l1  lr_scale  compute
-        ------------------------------------------------------------------
-        weight  10x100  1,000      50        5.000%  -   -         sparse
-        ------------------------------------------------------------------
+        name    shape   total  active  connectivity  compute
+        ----------------------------------------------------
+        weight  10x100  1,000      50        5.000%  sparse
+        ----------------------------------------------------
         total           1,000      50        5.000%
+        dense: 10 of all 1,010 parameters (0.99%): bias or norm 10
     """
     rows = [
         {
@@ -121,9 +188,10 @@ def connectivity_report(module: nn.Module) -> ConnectivityReport:
             "connectivity": c.slots.count / c.slots.total,
             "l1": c.slots.l1_taken,
             "lr_scale": c.slots.lr_scale_taken,
-            "compute": c.slots.compute,
+            "compute": computes(c),
+            **_rules_of(c.slots),
         }
         for c in converted_tensors(module)
     ]
     left_out = {c.name: c.left_out or "not selected" for c in candidates(module) if c.slots is None}
-    return ConnectivityReport(rows, left_out)
+    return ConnectivityReport(rows, left_out, *count_parameters(module))

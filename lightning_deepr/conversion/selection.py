@@ -14,15 +14,26 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from lightning_deepr.algorithm.units import Units
+from lightning_deepr.conversion import connectivities
+from lightning_deepr.conversion.barred import barrier, is_bias, refuse_barred, warn_of_lazy
 from lightning_deepr.conversion.kinds import OTHER, Kind, kind_of
+from lightning_deepr.conversion.tied import reason as tied_reason
+from lightning_deepr.conversion.tied import tied_names
 from lightning_deepr.weights.base import Parametrization
-from lightning_deepr.weights.find import plain_name, slots_of
+from lightning_deepr.weights.find import slots_of
+from lightning_deepr.weights.names import join, paths_of
 
-Connectivity = float | int | Mapping[str, float | int]
+Connectivity = (
+    Any  # float | int | "nonzero" | dict {pattern: float | int | "nonzero" | places}, see conversion/connectivities.py
+)
 Predicate = Callable[[str, nn.Module], bool]
 Modules = str | Sequence[str] | Predicate
 Shapes = dict[str, tuple[int, ...]]
 Distribution = str | Callable[[Shapes, float], "Mapping[str, float] | Sequence[float]"]
+
+
+_WHEN_NAMED = ("converted only when named", "name the tensor to convert it")  # ends of reasons to leave a tensor out
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,9 @@ class Candidate:
     shape: tuple[int, ...]
     slots: Parametrization | None  # None: not converted
     left_out: str = ""  # why "all" leaves it out
+    aliases: tuple[str, ...] = ()  # its names on the other paths to its module
+    by_own_name: bool = False  # only a pattern with the tensor's own name selects it, not its module's name
+    barred: str = ""  # why it can't be converted at all
 
     @property
     def total(self) -> int:
@@ -49,6 +63,11 @@ class Candidate:
     def kind(self) -> Kind:
         return kind_of(type(self.module))
 
+    @property
+    def units(self) -> Units:
+        """Which output and input unit a place connects."""
+        return self.kind.units(self.module, self.shape)
+
 
 def candidates(root: nn.Module) -> list[Candidate]:
     """List every weight of two or more dimensions that is no bias, in the order of ``named_modules``.
@@ -56,9 +75,11 @@ def candidates(root: nn.Module) -> list[Candidate]:
     ``left_out`` is empty for a tensor that "all" takes. For the others, which only a name selects, it says why.
     """
     found = []
+    tied = tied_names(root)
     metrics: list[str] = []
-    for prefix, module in root.named_modules():
-        if isinstance(module, (parametrize.ParametrizationList, nn.ParameterList, nn.ParameterDict)):
+    for module, paths in paths_of(root).items():
+        prefix = paths[0]
+        if isinstance(module, parametrize.ParametrizationList):
             continue
         if any(kind.__module__.split(".")[0] == "torchmetrics" for kind in type(module).__mro__):
             metrics.append(prefix)
@@ -73,17 +94,24 @@ def candidates(root: nn.Module) -> list[Candidate]:
             slots = slots_of(module, tensor_name)
             other = parametrized and slots is None and tensor_name in module.parametrizations  # type: ignore[operator]
             shape = tuple(slots.shape) if slots else _parametrized_shape(module, tensor_name) if other else _shape(parameter)
-            if shape is None or len(shape) < 2:
+            barred = "" if slots is not None else barrier(tensor_name, parameter)
+            if not barred and (shape is None or len(shape) < 2):
                 continue
-            if not kind.takes(tensor_name) and ("bias" in tensor_name or (kind is not OTHER and "weight" not in tensor_name)):
+            bias = is_bias(tensor_name)
+            if bias and (kind is not OTHER or tensor_name == "bias") and not kind.takes(tensor_name):
                 continue
+            aside = not kind.takes(tensor_name) and (bias or (kind is not OTHER and "weight" not in tensor_name))
             reason = ""
             if slots is not None:
                 pass  # the user converted it, so a callback takes it in any kind of layer
+            elif barred:
+                reason = barred
             elif metric:
                 reason = "belongs to a torchmetrics.Metric"
             elif other:
                 reason = "has another parametrization"
+            elif aside:
+                reason = f"{'a bias' if bias else 'no weight'} by its name: name the tensor itself to convert it"
             elif kind is OTHER:
                 reason = f"{type(module).__name__} is not a known kind of layer: name the tensor to convert it"
             elif kind.only_when_named:
@@ -93,8 +121,12 @@ def candidates(root: nn.Module) -> list[Candidate]:
                 reason = f"no tensor of a plain {type(module).__name__}: name the tensor to convert it"
             elif parameter is not None and not parameter.requires_grad:
                 reason = "requires_grad=False"
-            name = plain_name(prefix, tensor_name)
-            found.append(Candidate(name, name.rpartition(".")[0], module, tensor_name, shape, slots, reason))
+            name, *aliases = (join(path, tensor_name) for path in paths)
+            if not reason and parameter is not None and id(parameter) in tied:
+                reason = tied_reason(tied[id(parameter)], name)
+            found.append(
+                Candidate(name, prefix, module, tensor_name, shape or (), slots, reason, tuple(aliases), aside, barred)
+            )
     # A converted tensor is no longer in _parameters: its index, not this list, keeps its order within the module.
     return found
 
@@ -116,9 +148,73 @@ def _shape(parameter: Tensor | None) -> tuple[int, ...] | None:
 
 def matches(pattern: str, candidate: Candidate) -> bool:
     """Tell whether a pattern names the candidate's module or the candidate itself: a suffix at a dot, with fnmatch."""
-    return any(
-        fnmatchcase(name, pattern) or fnmatchcase(name, "*." + pattern) for name in (candidate.module_name, candidate.name)
-    )
+    return _named(candidate, lambda name: fnmatchcase(name, pattern) or fnmatchcase(name, "*." + pattern))
+
+
+_NOBODYS = "\0"  # a name that no tensor has
+
+
+def _named(candidate: Candidate, fits: Callable[[str], object]) -> bool:
+    """Tell whether a name of the candidate or of its module fits."""
+    for name in (candidate.name, *candidate.aliases):
+        owner = name.rpartition(".")[0]
+        if not candidate.by_own_name:
+            if fits(owner) or fits(name):
+                return True
+        elif fits(name) and not fits(owner) and not fits(join(owner, _NOBODYS)):  # "encoder.*" is not its own name
+            return True
+    return False
+
+
+def _names(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, "*." + pattern)
+
+
+def parents_of(candidate: Candidate) -> list[str]:
+    """List the names of the modules that a candidate's module is in, the nearest first, on all paths to it."""
+    found = []
+    for name in (candidate.name, *candidate.aliases):
+        parts = name.split(".")[:-1]
+        found += [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+    return found
+
+
+def covered(pattern: str, found: Sequence[Candidate], everything: bool = False) -> list[Candidate]:
+    """List the tensors that a pattern covers: those that it names or, if it names none, those within a module that it names.
+
+    Within a module it covers what "all" takes there. If this is nothing, it covers what is converted only when it is named
+    (embeddings, unknown kinds of layers), since the module was named.
+
+    Args:
+        pattern: a suffix at a dot, with fnmatch.
+        found: all candidates.
+        everything: whether to cover all tensors of such a module, for ``exclude_modules``.
+    """
+    direct = [c for c in found if matches(pattern, c)]
+    if direct:
+        return direct
+    within = [c for c in found if any(_names(pattern, parent) for parent in parents_of(c))]
+    if everything:
+        return within
+    return [c for c in within if not c.left_out] or [c for c in within if c.left_out.endswith(_WHEN_NAMED)]
+
+
+def refuse_two_meanings(keys: Sequence[str], found: Sequence[Candidate], chosen: Sequence[Candidate]) -> None:
+    """Refuse a key that names some tensors, and a parent of others that another key covers.
+
+    Raises:
+        ValueError: it is not clear which key the latter follow.
+    """
+    covers = {key: {c.name for c in covered(key, found)} for key in keys}
+    for c in chosen:
+        key = best_key(keys, c, "connectivity")
+        if key is not None and c.name not in covers[key]:
+            other = next(one for one in keys if c.name in covers[one])
+            names = ", ".join(f"`{name}`" for name in sorted(covers[key])[:3])
+            raise ValueError(
+                f"connectivity: the key {key!r} names {names} and a parent of `{c.name}`, which {other!r} covers. Make "
+                "one of them more specific."
+            )
 
 
 def select(
@@ -136,29 +232,58 @@ def select(
     check_modules(target_modules, "target_modules")
     check_modules(exclude_modules, "exclude_modules")
     refuse_unknown(exclude_modules, found, "exclude_modules")
-    excluded = {c.name for c in found if exclude_modules != () and _selects(exclude_modules, c, explicit=True)}
+    excluded = {c.name for c in _selected(exclude_modules, found, explicit=True)} if exclude_modules != () else set()
     if isinstance(connectivity, Mapping):
         refuse_unknown(list(connectivity), found, "connectivity")
         named = any(target_modules is word or target_modules == word for word in ("all", "all-linear"))
-        chosen = [c for c in found if any(matches(key, c) for key in connectivity)]
+        chosen = _selected(list(connectivity), found)
+        refuse_two_meanings(list(connectivity), found, chosen)
         if not named or target_modules == "all-linear":
-            chosen = [c for c in chosen if _selects(target_modules, c)]
+            targets = {c.name for c in _selected(target_modules, found)}
+            chosen = [c for c in chosen if c.name in targets]
     else:
         refuse_unknown(target_modules, found, "target_modules")
-        chosen = [c for c in found if _selects(target_modules, c)]
-    return [c for c in chosen if c.name not in excluded]
+        if isinstance(target_modules, str) and target_modules in ("all", "all-linear"):
+            warn_of_lazy(found)
+        chosen = _selected(target_modules, found)
+    chosen = [c for c in chosen if c.name not in excluded]
+    refuse_barred(chosen, connectivity if isinstance(connectivity, Mapping) else target_modules, matches)
+    chosen = [c for c in chosen if not c.barred]
+    if chosen and connectivities.asks_for_nonzero(connectivity):
+        chosen = connectivities.with_zeros(chosen, {c.name: connectivity_of(connectivity, c) for c in chosen})
+    return chosen
 
 
-def _selects(modules: Modules, candidate: Candidate, explicit: bool = False) -> bool:
+def connectivity_of(connectivity: Any, candidate: Candidate) -> Any:
+    """Find what a connectivity says of a tensor: a dict has a value for it, everything else holds for all tensors."""
+    if not isinstance(connectivity, Mapping):
+        return connectivity
+    key = best_key(connectivity, candidate, "connectivity")
+    return None if key is None else connectivity[key]
+
+
+def _selected(modules: Modules, found: Sequence[Candidate], explicit: bool = False) -> list[Candidate]:
+    """List the tensors that ``target_modules`` or ``exclude_modules`` (explicit) select, in their order."""
+    if isinstance(modules, str) or callable(modules):
+        return [c for c in found if _selects(modules, c, explicit)]
+    names = {c.name for pattern in modules for c in covered(pattern, found, everything=explicit)}
+    return [c for c in found if c.name in names]
+
+
+def takes_what_is_usual(target_modules: Any, connectivity: Any) -> bool:
+    """Whether the tensors are not named, but chosen by their kinds ("all", "all-linear")."""
+    return isinstance(target_modules, str) and target_modules in ("all", "all-linear") and not isinstance(connectivity, Mapping)
+
+
+def _selects(modules: str | Predicate, candidate: Candidate, explicit: bool = False) -> bool:
     if isinstance(modules, str):
         if modules == "all":
             return explicit or not candidate.left_out
         if modules == "all-linear":
             return candidate.kind.linear and (explicit or not candidate.left_out)
-        return any(re.fullmatch(modules, name) for name in (candidate.module_name, candidate.name))
-    if callable(modules):
-        return bool(modules(candidate.module_name, candidate.module))
-    return any(matches(pattern, candidate) for pattern in modules)
+        expression = re.compile(modules)
+        return _named(candidate, expression.fullmatch)
+    return not candidate.by_own_name and bool(modules(candidate.module_name, candidate.module))
 
 
 def check_modules(modules: Any, argument: str) -> None:
@@ -189,7 +314,7 @@ def refuse_unknown(modules: Modules, found: Sequence[Candidate], argument: str) 
         return
     single = isinstance(modules, str)
     for pattern in [modules] if isinstance(modules, str) else modules:
-        if not any(_selects(pattern, c) if single else matches(pattern, c) for c in found):
+        if not (any(_selects(pattern, c) for c in found) if single else covered(pattern, found, everything=True)):
             names = sorted({c.module_name for c in found if c.module_name} | {c.name for c in found})
             near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or names[:8]
             kind = "the regular expression" if single else "the pattern"
@@ -206,12 +331,18 @@ def refuse_unknown(modules: Modules, found: Sequence[Candidate], argument: str) 
 
 
 def best_key(keys: Iterable[str], candidate: Candidate, argument: str) -> str | None:
-    """Find the key of a dict that applies to a tensor: the longest key that matches, or None.
+    """Find the key of a dict that applies to a tensor: the longest key that matches it, or else its nearest parent, or None.
 
     Raises:
         ValueError: two keys of the same length match.
     """
-    matching = sorted((key for key in keys if matches(key, candidate)), key=len, reverse=True)
+    known = list(keys)
+    matching = [key for key in known if matches(key, candidate)]
+    for parent in () if matching else parents_of(candidate):  # no key names it: the nearest parent that a key names
+        matching = [key for key in known if _names(key, parent)]
+        if matching:
+            break
+    matching.sort(key=len, reverse=True)
     if len(matching) > 1 and len(matching[0]) == len(matching[1]):
         raise ValueError(
             f"{argument}: the keys {matching[0]!r} and {matching[1]!r} both match `{candidate.name}` and are equally long. "

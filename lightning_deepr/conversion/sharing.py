@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_deepr.weights import precision
 from lightning_deepr.weights.find import Converted
 from lightning_deepr.weights.install import warn_if_nobody_rewires
 from lightning_deepr.weights.k_slots import KSlots
@@ -129,7 +130,7 @@ def refuse_mixed(parameters: Iterable[tuple[str, Tensor]], target: torch.device 
     for name, parameter in parameters:
         device = torch.device(target) if target is not None else parameter.device
         device = torch.device("cpu") if device.type == "meta" else device
-        facts = {"dtype": parameter.dtype, "device": device, "requires_grad": parameter.requires_grad}
+        facts = {"dtype": precision.kept(parameter.dtype), "device": device, "requires_grad": parameter.requires_grad}
         if known is None:
             known = name, facts
         for what, value in facts.items():

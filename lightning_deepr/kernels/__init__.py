@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_deepr.kernels.slots import PLAIN
+
 TYPES = (torch.float32, torch.float64)
 
 
@@ -31,7 +33,7 @@ def available() -> bool:
 
 def suits(theta: Tensor) -> bool:
     """Tell whether the numba kernels can work on this theta: float32 or float64, contiguous, on the CPU."""
-    if theta.dtype not in TYPES or not theta.is_cpu or not theta.is_contiguous():
+    if theta.dtype not in TYPES or not theta.is_cpu or not theta.is_contiguous() or type(theta) not in PLAIN:
         return False
     return torch.compiler.is_dynamo_compiling() or available()  # a compiler can't trace a cached function
 

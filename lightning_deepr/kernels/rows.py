@@ -26,17 +26,17 @@ def write_location(row: np.ndarray, theta: Tensor, tensor: Slots) -> None:
     row[Row.COUNTER], row[Row.SIGN_SEED] = tensor.index << randomness.SLOT_BITS, tensor.sign_seed
 
 
-def write_states(row: np.ndarray, starts: np.ndarray, first: int, states: Sequence[tuple[int, int, float]]) -> None:
+def write_states(row: np.ndarray, starts: np.ndarray, first: int, states: Sequence[tuple[int, int, float, int]]) -> None:
     """Write down the state tensors that the kernel resets.
 
     Args:
         row: the int64 words of the tensor.
         starts: the same words in the type of the starting values.
         first: the position of the first word of the states.
-        states: (address, bytes of an entry, starting value) of each state tensor.
+        states: (address, bytes of an entry, starting value, whether it is averaged) of each state tensor.
     """
     row[Row.STATES] = len(states)
-    for i, (address, size, start) in enumerate(states):
+    for i, (address, size, start, averaged) in enumerate(states):
         entry = first + STATE_WORDS * i
-        row[entry + StateRow.ADDRESS], row[entry + StateRow.SIZE] = address, size
+        row[entry + StateRow.ADDRESS], row[entry + StateRow.SIZE], row[entry + StateRow.AVERAGED] = address, size, averaged
         starts[entry + StateRow.START] = start

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_deepr.algorithm.rewiring import SlotTensor
+from lightning_deepr.algorithm.signs import SignTable
 
-State = tuple[Tensor, float]  # a state tensor of theta's shape, and its starting value in the optimizer
+PLAIN = (Tensor, nn.Parameter)  # the types of tensors that have memory of their own
 
 
 class Slots(SlotTensor, Protocol):
@@ -16,6 +17,10 @@ class Slots(SlotTensor, Protocol):
 
     exceptions: Tensor  # int64, ascending: the places whose sign is opposite to the hashed one
     sign_seed: int
+    name: str  # in the network, for messages
+    sign_table: SignTable | None  # the signs of the places; None: their hashes
+    notes: Any  # what is noted about births (see :class:`lightning_deepr.monitoring.record.TensorRecord`); None: nothing
+    passed: Any  # what the gate has compared (see :func:`lightning_deepr.kernels.gate.check`)
 
 
 class SlotOrder(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import weakref
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +11,9 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_deepr.algorithm.rewiring import start_anew
-from lightning_deepr.weights.base import Parametrization
+
+# Classes that hold an averaged copy of a network by their name: timm's ModelEmaV2 and V3, ema_pytorch's EMA, ...
+_AVERAGING = re.compile(r"(EMA|Ema)(?![a-z])|Averag")
 
 
 def follow(average: nn.Module) -> None:
@@ -19,15 +23,31 @@ def follow(average: nn.Module) -> None:
     so Lightning's ``WeightAveraging``) is found automatically.
     """
     for submodule in average.modules():
-        if isinstance(submodule, parametrize.ParametrizationList) and isinstance(submodule[0], Parametrization):
-            source = submodule[0].copied_from()
+        if isinstance(submodule, parametrize.ParametrizationList):
+            slots: Any = submodule[0]
+            source: Any = slots.copied_from() if hasattr(slots, "copied_from") else None  # another parametrization has none
             if source is not None:
-                source.averages.add(submodule)
+                link(submodule, slots, source)
+
+
+def link(holder: parametrize.ParametrizationList, average: Any, source: Any) -> None:
+    """Let one averaged tensor follow another tensor.
+
+    Args:
+        holder: the holder of the average's theta.
+        average: the parametrization in it.
+        source: the parametrization of the network that is trained.
+    """
+    source.averages.add(holder)
+    average.followed, average.doubt = weakref.ref(source), None
 
 
 def _follow_averaged_models(parent: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    # AveragedModel makes its copy with `self.module = deepcopy(model)`: torch calls this hook at that assignment.
-    if name == "module" and isinstance(parent, AveragedModel) and submodule is not None:
+    # AveragedModel makes its copy with `self.module = deepcopy(model)`, timm's ModelEmaV3 too: torch calls this hook at that
+    # assignment. (A copy whose source was rewired before does not follow by itself: its places differ already.)
+    if submodule is None or isinstance(submodule, parametrize.ParametrizationList):
+        return
+    if (name == "module" and isinstance(parent, AveragedModel)) or _AVERAGING.search(type(parent).__name__):
         follow(submodule)
 
 
@@ -51,6 +71,7 @@ def realign_averages(slots: Any) -> None:
     for holder in slots.averages:
         average: Any = holder[0]
         average.sign_seed, average.exceptions = slots.sign_seed, slots.exceptions.to(average.places.device)
+        average.take_rules(slots)
         elsewhere = (average.places.to(slots.places.device) != slots.places) | (average.signs.to(slots.signs) != slots.signs)
         _restart(holder, slots, elsewhere.nonzero().view(-1))
 
@@ -63,3 +84,4 @@ def _restart(holder: parametrize.ParametrizationList, slots: Any, reborn: Tensor
         source = getattr(slots, name)[reborn].to(where.device, getattr(average, name).dtype)
         getattr(average, name).index_copy_(0, where, source)
     average.places_changed()
+    restart_averages(average, reborn)  # an average of this average

@@ -12,20 +12,34 @@ import warnings
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_deepr.algorithm.allowed import Allowed
 from lightning_deepr.algorithm.randomness import signs_of
+from lightning_deepr.algorithm.signs import SignTable
+from lightning_deepr.compute import read_only
 from lightning_deepr.compute.layer import DENSE, LayerCompute
+from lightning_deepr.compute.stacked import is_stacked
+from lightning_deepr.kernels import gate
+from lightning_deepr.weights import copies, precision, pretrained, rules
+from lightning_deepr.weights.moves import follow
 
 FORMAT_VERSION = 1
+STAYING_VERSION = 2  # of a tensor whose slots never move; an older version would move them
 # If a sparse checkpoint is loaded into a dense model, torch's error lists the unexpected keys by name. So the key of the format
 # version tells the user which function to call.
 FORMAT_KEY = "lightning_deepr.load_state_dict"
 SHARING_KEY = "pool"  # the checkpoint's record of a tensor that shares its theta with others, beside its connections
+UPON_KEY = "further_parametrizations"  # the number of parametrizations of others upon a converted tensor, if there are any
+DTYPE_KEY = "weight_dtype"  # a number of the weight's dtype, where theta has another one
+FINGERPRINT_KEY = "fingerprint"  # of the connections; older checkpoints have none
+INTEGER_KEYS = ("places", "born", "sign_exceptions", "sign_seed", "index", "shape", SHARING_KEY)
+EMPTY_KEYS = ("places", "born", "sign_exceptions")  # entries of the checkpoint that may be empty tensors
 LARGEST_READ = 1 << 30  # bytes; reading an attribute does not build a larger dense weight
 
 
@@ -45,6 +59,17 @@ class Notice:
                 stacklevel=3,
             )
 
+    def unseen(self, name: str, callback: str) -> None:
+        if not self.given:
+            self.given = True
+            warnings.warn(
+                f"theta of `{name}` changes from one backward pass to the next, but {callback} has seen no step of an "
+                "optimizer: its connections are not rewired, and theta may stay below 0. Expected steps of an "
+                f"optimizer that was given to {callback}, by its `step`, and found another one, or another function. Call "
+                "attach(net, optimizer) with the optimizer that steps.",
+                stacklevel=4,
+            )
+
 
 class Parametrization(nn.Module):
     """The parametrization of one weight: it computes the dense-shaped weight from theta.
@@ -58,13 +83,26 @@ class Parametrization(nn.Module):
         index: the tensor's position in the order of conversion.
         sign_seed: the seed of the hashed signs.
         exceptions: int64 [E], sorted: the places of a pretrained network whose sign is the opposite of the hash.
+        dtype: the weight's dtype. theta and the signs have float32 if it has fewer than 32 bits.
         notice: the warning that all tensors of one conversion share.
     """
 
+    keeps_no_writes = True  # whether a write to the weight is lost
     tensors: tuple[str, ...] = ("exceptions", "signs")  # attributes that follow ``.to``
+    placing: tuple[str, ...] = ("signs",)  # attributes with which the forward pass computes the weight from theta
     records: tuple[str, ...] = ()  # attributes in the state_dict, beside those of every parametrization
+    stays = False  # whether no slot ever moves: a tensor that began with K = N and slots in the order of their places
+    is_simple_dense = False  # whether dense compute may leave out the parametrization, see compute/dense_linear.py
+    is_block = False  # whether it is a block of a layer whose blocks lie on several ranks (conversion/row_blocks.py)
+    replicated: Any = None  # who averages theta's gradient over the ranks beside FSDP (weights/replicated.py)
+
+    # torch.distributed.checkpoint looks up every name of a state_dict as a path of attributes: the rest of the names below
+    lightning_deepr = SimpleNamespace(load_state_dict=FORMAT_VERSION)  # FORMAT_KEY
+    fingerprint = further_parametrizations = None  # FINGERPRINT_KEY, UPON_KEY
 
     signs: Tensor  # [K] or the weight's shape
+    allowed: Allowed | None = None  # the places where connections may be; None: everywhere
+    sign_table: SignTable | None = None  # the signs of the places; None: their hashes
 
     def __init__(
         self,
@@ -72,9 +110,12 @@ class Parametrization(nn.Module):
         index: int,
         sign_seed: int,
         exceptions: Tensor,
+        dtype: torch.dtype,
         notice: Notice | None = None,
     ) -> None:
         super().__init__()
+        # the weight's dtype where it has fewer bits than theta: :mod:`lightning_deepr.weights.precision`
+        self.narrow = precision.narrow(dtype)
         self.shape = torch.Size(shape)
         self.total = self.shape.numel()
         self.rows, self.columns = self.shape[0], math.prod(self.shape[1:])  # as a matrix
@@ -84,15 +125,31 @@ class Parametrization(nn.Module):
         self.notice = notice or Notice()
         self.policy = "dense"  # "auto" | "dense" | "sparse": the user's choice
         self.compute = "dense"  # the present choice, "dense" or "sparse"
+        self.used = ""  # what became of a weight that was read: "sparse" (``F.linear`` took it) or "dense" (it was built)
         self.layer: LayerCompute = DENSE  # how the module computes, and how its own forward is restored
         self.l1_taken: float | str | None = None
         self.l1_rule: str | None = None  # for files: the target that steered alpha, and the last alpha
         self.lr_scale_taken: float | None = None
         self.owner: Callable[[], Any] = nobody  # weak reference to the callback at work
+        self.name = gate.UNNAMED  # in the network that was converted, for messages
+        # copies: :mod:`lightning_deepr.weights.copies`; averages: :mod:`lightning_deepr.weights.averages`
+        self.holder: Callable[[], parametrize.ParametrizationList | None] = nobody
+        self.seen_version = -1  # theta's version after the last step that the callback saw, or at the last backward pass
+        self.unseen_changes = 0  # how often theta has changed since then, from one backward pass to the next
         self.copied_from: Callable[[], Any] = nobody
+        self.has_handed_out = False  # whether a state_dict may hold theta and the present places
+        self.copies: weakref.WeakSet[Parametrization] | None = None
+        self.doubt: copies.Doubt | None = None
+        self.followed: Callable[[], Any] = nobody  # the tensor that this one is an average of
         self.averages: weakref.WeakSet[parametrize.ParametrizationList] = weakref.WeakSet()
         self.watched: Tensor | None = None
         self.is_watched = False
+        self.lost = False  # whether the tensors lost their values on the meta device, until a state_dict is loaded
+
+    @property
+    def sign_exceptions(self) -> Tensor:
+        """The name of :attr:`exceptions` in the state_dict."""
+        return self.exceptions
 
     @property
     @abstractmethod
@@ -117,6 +174,15 @@ class Parametrization(nn.Module):
     def dense(self, theta: Tensor) -> Tensor:
         """Compute the dense-shaped weight, differentiable in theta."""
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the weight that the layer computes with."""
+        return self.narrow or self.signs.dtype
+
+    def narrowed(self, values: Tensor) -> Tensor:
+        """Cast values of the weight to its dtype; where theta has the same one, this changes nothing."""
+        return values if self.narrow is None else values.to(self.narrow)
+
     def whole(self, theta: Tensor) -> Tensor:
         """Compute the dense-shaped weight without a limit on its size."""
         return self.dense(theta)
@@ -124,6 +190,22 @@ class Parametrization(nn.Module):
     def own(self, theta: Tensor) -> Tensor:
         """Return this tensor's part of the parameter: all of it, unless tensors share one theta."""
         return theta
+
+    @abstractmethod
+    def check(self, theta: Tensor, name: str | None = None) -> bool:
+        """Refuse a theta that does not fit this tensor (see :func:`lightning_deepr.kernels.gate.check`).
+
+        Args:
+            theta: this tensor's own part of theta, detached.
+            name: the tensor's name, for the message.
+
+        Returns:
+            whether anything has changed since the last check.
+        """
+
+    @abstractmethod
+    def written(self, theta: Tensor, name: str) -> list[tuple[str, Tensor]]:
+        """Name the tensors that a step writes. Each needs memory of its own."""
 
     def shared_with(self) -> list[tuple[Parametrization, str]]:
         """List the tensors that share this theta, including this one, each with its name; empty if theta is not shared."""
@@ -143,7 +225,15 @@ class Parametrization(nn.Module):
         return False
 
     def hold(self, holder: parametrize.ParametrizationList) -> None:
-        """Note the holder of theta and of this parametrization. It is called once both are installed."""
+        """Keep a reference to the holder of theta and of this parametrization. It is called once both are installed.
+
+        A reference to theta itself would become invalid after ``.to`` or a deep copy.
+        """
+        self.holder = weakref.ref(holder)
+
+    def holder_of_theta(self) -> parametrize.ParametrizationList | None:
+        """Return a holder of theta, or None if it is unknown or gone."""
+        return self.holder()
 
     def choose_compute(self, policy: str, capable: bool) -> None:
         """Apply the ``compute`` argument. A parametrization without K slots always computes densely."""
@@ -157,18 +247,36 @@ class Parametrization(nn.Module):
         return -1
 
     def signs_at(self, places: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Compute the constant sign of each place: the hash, with the opposite sign at the recorded exceptions."""
-        signs = signs_of(self.sign_seed, places, dtype or self.signs.dtype)
+        """Compute the constant sign of each place: the table's or the hash, the opposite one at the recorded exceptions."""
+        dtype = dtype or self.signs.dtype
+        table = self.sign_table
+        signs = signs_of(self.sign_seed, places, dtype) if table is None else table.signs_of(places, dtype)
         if self.exceptions.numel():
             found = torch.searchsorted(self.exceptions, places).clamp_(max=self.exceptions.numel() - 1)
             signs = torch.where(self.exceptions[found] == places, -signs, signs)
         return signs
 
     def forward(self, theta: Tensor) -> Tensor:
+        is_stacked(theta, self)  # it refuses theta of several networks with the places of one
         weight = self.dense(theta)
         if self.is_watched and not torch.compiler.is_dynamo_compiling():
             self._watch(theta, weight)
-        return weight
+        return weight if torch.compiler.is_dynamo_compiling() else read_only.guard(weight, self)  # refuses writes
+
+    # -- writes -----------------------------------------------------------------------------------------------------------
+
+    def lost_write(self, operation: str) -> str:
+        """Write the message for a write to the dense-shaped weight, which is built from theta at each read."""
+        prefix, _, tensor_name = self.name.rpartition(".")
+        theta = f"{prefix}.parametrizations.{tensor_name}.original".removeprefix(".")
+        return (
+            f"`{self.name}` was written to after it was converted (`{operation}`): expected a layer that keeps its "
+            f"{self.wanted} connections, found a write to the dense-shaped weight of {tuple(self.shape)}, which is built from "
+            "them at each read. The new values would be lost. Initialize or load a layer before it is converted: before the "
+            "fit starts, in `__init__` or `configure_model`. Or call `lightning_deepr.densify(module)`, write, and convert "
+            f'again (init="largest" keeps the largest weights). The values of the connections are the parameter `{theta}`. '
+            "`weight.clone()` is a tensor of your own."
+        )
 
     def right_inverse(self, value: Tensor) -> Tensor:
         # ParametrizationList ignores a NotImplementedError while it is constructed, and raises it at an assignment.
@@ -200,11 +308,19 @@ class Parametrization(nn.Module):
     # -- moving, copying, saving ------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Parametrization:
-        super()._apply(fn, recurse)
+        # a tensor of the weight's dtype shows what the function does to it; the signs go with theta
+        cast = fn(torch.empty(0, dtype=self.weight_dtype, device=self.exceptions.device)).dtype
+        keep = precision.keeping(fn, precision.kept(cast)) if cast.is_floating_point else fn
+        super()._apply(keep, recurse)
+        self.narrow = precision.narrow(cast)
         for name in self.tensors:
-            setattr(self, name, fn(getattr(self, name)))
+            value, is_lost = follow(getattr(self, name), keep)
+            setattr(self, name, value)
+            self.lost = self.lost or is_lost
         if self.watched is not None:  # the Trainer moves the module between the conversion and the start of the fit
             self.watched = fn(self.watched.detach())
+        if self.doubt is not None:
+            self.doubt.theta = keep(self.doubt.theta)
         self.moved()
         return self
 
@@ -215,19 +331,31 @@ class Parametrization(nn.Module):
         """Copy the common attributes of the source into this deep copy."""
         self.compute, self.training = source.compute, source.training
         self.l1_taken, self.l1_rule, self.lr_scale_taken = source.l1_taken, source.l1_rule, source.lr_scale_taken
-        self.policy, self.layer = source.policy, source.layer
+        self.policy, self.layer, self.used = source.policy, source.layer, source.used
         self.copied_from = weakref.ref(source)
+        self.name = source.name
+        self.take_rules(source)
         memo[id(source)] = self
+        copies.note_copy(self, source, memo)
+
+    def take_rules(self, source: Parametrization) -> None:
+        """Take over where connections may be, and the table of signs. Neither ever changes, so both are shared."""
+        self.allowed, self.sign_table, self.stays = source.allowed, source.sign_table, source.stays
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + FORMAT_KEY] = torch.tensor(FORMAT_VERSION)
+        # clones: whoever averages a state_dict in place can't reach the connections of the module
+        destination[prefix + FORMAT_KEY] = torch.tensor(STAYING_VERSION if self.stays else FORMAT_VERSION)
         for name in self.records:
             value = getattr(self, name)
-            destination[prefix + name] = value if isinstance(value, Tensor) else torch.tensor(value)
-        destination[prefix + "sign_exceptions"] = self.exceptions
+            destination[prefix + name] = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value)
+        destination[prefix + "sign_exceptions"] = self.exceptions.detach().clone()
         destination[prefix + "sign_seed"] = torch.tensor(self.sign_seed)
         destination[prefix + "index"] = torch.tensor(self.index)
         destination[prefix + "shape"] = torch.tensor(self.shape)
+        if self.narrow is not None:
+            destination[prefix + DTYPE_KEY] = torch.ones((), dtype=self.narrow, device=self.exceptions.device)
+        rules.save(self.allowed, self.sign_table, destination, prefix)
+        pretrained.add_dense_weight(self, destination, prefix)
 
     def _load_from_state_dict(
         self,
@@ -240,7 +368,10 @@ class Parametrization(nn.Module):
         error_msgs: list[str],
     ) -> None:
         names = (FORMAT_KEY, *self.records, "sign_exceptions", "sign_seed", "index", "shape")
-        missing = [prefix + name for name in names if prefix + name not in state_dict]
+        absent = [prefix + name for name in names if prefix + name not in state_dict]
+        if absent and self._may_be_empty(state_dict, prefix, absent):
+            state_dict = {**state_dict, **dict.fromkeys(absent, self.exceptions[:0])}
+        missing = [name for name in absent if name not in state_dict]
         found = [name for name in ("places", "wanted") if name not in self.records and prefix + name in state_dict]
         if missing and found:
             error_msgs.append(
@@ -252,17 +383,39 @@ class Parametrization(nn.Module):
             missing_keys.extend(missing)
             return
         record = {name: state_dict[prefix + name] for name in names}
-        if prefix + SHARING_KEY in state_dict:
-            record[SHARING_KEY] = state_dict[prefix + SHARING_KEY]
+        optional = (SHARING_KEY, FINGERPRINT_KEY, *rules.KEYS)
+        record.update((key, state_dict[prefix + key]) for key in optional if prefix + key in state_dict)
+        averaged = self.restore_integers(record)
+        if averaged:
+            rules.save(self.allowed, self.sign_table, record, "")  # floats have lost their digits
         problem = self._refusal(record)
+        if problem is None and averaged and FINGERPRINT_KEY not in record:
+            problem = copies.MIXED
         if problem is not None:
             error_msgs.append(f"`{prefix.removesuffix('.0.').replace('parametrizations.', '')}`: {problem}")
             return
         self.sign_seed, self.index = int(record["sign_seed"]), int(record["index"])
+        self.stays = int(record[FORMAT_KEY]) == STAYING_VERSION
         self.exceptions = record["sign_exceptions"].detach().to(self.exceptions.device).clone()
+        allowed, self.sign_table = rules.of_record(record, self.total)
+        if self.allowed is None:
+            self.allowed = allowed  # else they are equal, and the present one can ask its functions
         with torch.no_grad():
             self.take_over(record)
+        self.lost = False
         self.watch(False)  # a loaded theta may have been trained with free signs: theta < 0 does not show a re-initialization
+
+    def _may_be_empty(self, state_dict: dict[str, Any], prefix: str, absent: list[str]) -> bool:
+        """Whether the entries that a checkpoint lacks were empty tensors.
+
+        accelerate takes tensors at one address for one tensor and saves only one of them, and all empty tensors have the
+        address 0. The fingerprint shows if an entry that was not empty is missing.
+        """
+        return prefix + FORMAT_KEY in state_dict and {prefix + name for name in EMPTY_KEYS}.issuperset(absent)
+
+    def restore_integers(self, record: dict[str, Tensor]) -> bool:
+        """Make integers of what an average of state_dicts has made floats, in place. Returns whether there is any."""
+        return copies.restore_integers(record, (*INTEGER_KEYS, FORMAT_KEY))
 
     @abstractmethod
     def take_over(self, record: dict[str, Tensor]) -> None:
@@ -271,8 +424,8 @@ class Parametrization(nn.Module):
     def _refusal(self, record: dict[str, Tensor]) -> str | None:
         """Say why a recorded connectivity does not fit this tensor, or return None."""
         version, shape = int(record[FORMAT_KEY]), tuple(record["shape"].tolist())
-        if version > FORMAT_VERSION:
-            return f"expected format {FORMAT_VERSION} or older, found {version}: update lightning-deepr."
+        if version > STAYING_VERSION:
+            return f"expected format {STAYING_VERSION} or older, found {version}: update lightning-deepr."
         if shape != tuple(self.shape):
             return f"expected connections of a weight of shape {tuple(self.shape)}, found {shape}: another model's checkpoint."
         scopes = "K slots of its own", "one K for all layers"
@@ -282,7 +435,7 @@ class Parametrization(nn.Module):
                 f"expected {scopes[shared]}, found {scopes[recorded]}: give DeepR or sparsify the scope of the checkpoint "
                 '("layer" or "global"), or convert as recorded with `lightning_deepr.load_state_dict(module, checkpoint)`.'
             )
-        return None
+        return rules.problem(record, self.total, self.allowed, self.sign_table, record.get("places"))
 
     def extra_repr(self) -> str:
         return f"shape={tuple(self.shape)}, K={self.count} of N={self.total} ({self.count / self.total:.3%})"

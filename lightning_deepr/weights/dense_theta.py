@@ -7,17 +7,17 @@ a mask, for pruning and l1-shrinkage. :func:`lightning_deepr.save_sparse` writes
 from __future__ import annotations
 
 import math
-import weakref
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from lightning_deepr.algorithm import randomness
-from lightning_deepr.weights.base import Notice, Parametrization
+from lightning_deepr.algorithm.allowed import Allowed
+from lightning_deepr.kernels import gate
+from lightning_deepr.weights import precision
+from lightning_deepr.weights.base import FORMAT_KEY, Notice, Parametrization
 from lightning_deepr.weights.k_slots import KSlots
 
 
@@ -30,7 +30,7 @@ class DenseTheta(Parametrization):
         index: the tensor's position in the order of conversion.
         sign_seed: the seed of the hashed signs.
         exceptions: int64 [E], sorted: the places of a pretrained network whose sign is the opposite of the hash.
-        dtype: the dtype of theta.
+        dtype: the weight's dtype. theta has float32 if it has fewer than 32 bits.
         notice: the warning that all tensors of one conversion share.
     """
 
@@ -44,19 +44,13 @@ class DenseTheta(Parametrization):
         dtype: torch.dtype,
         notice: Notice | None = None,
     ) -> None:
-        super().__init__(shape, index, sign_seed, exceptions, notice)
+        super().__init__(shape, index, sign_seed, exceptions, dtype, notice)
         self._wanted = wanted
         self.steps = 0  # number of steps that a callback has taken on the tensor
-        # the holder owns theta; a reference to theta itself would become invalid after `.to` or a deep copy
-        self._holder: Callable[[], parametrize.ParametrizationList | None] = lambda: None
-
-    def hold(self, holder: parametrize.ParametrizationList) -> None:
-        """Keep a reference to the holder of theta: the number of active connections depends on theta's values."""
-        self._holder = weakref.ref(holder)
 
     def theta(self) -> Tensor:
         """Return theta, detached."""
-        holder = self._holder()
+        holder = self.holder()
         if holder is None:
             raise RuntimeError("This parametrization belongs to no module any more: copy or keep the module that holds it.")
         return holder.original.detach()
@@ -64,6 +58,12 @@ class DenseTheta(Parametrization):
     @property
     def wanted(self) -> int:
         return self._wanted
+
+    def check(self, theta: Tensor, name: str | None = None) -> bool:
+        return gate.check_dense(theta, self, self.tensors, name)
+
+    def written(self, theta: Tensor, name: str) -> list[tuple[str, Tensor]]:
+        return [(f"theta of `{name}`", theta)]
 
     @property
     def count(self) -> int:
@@ -76,10 +76,21 @@ class DenseTheta(Parametrization):
     def is_active(self, theta: Tensor) -> Tensor:
         """Return which connections are active: bool, in the weight's shape."""
 
+    @abstractmethod
+    def in_full(self, theta: Tensor) -> Tensor:
+        """Compute the dense-shaped weight in theta's dtype, differentiable in theta."""
+
+    def dense(self, theta: Tensor) -> Tensor:
+        return self.narrowed(self.in_full(theta))
+
     @torch.no_grad()
-    def active(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+    def _active_in_full(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         places = self.is_active(theta).reshape(-1).nonzero().view(-1)
-        return places, self.dense(theta).reshape(-1)[places]
+        return places, self.in_full(theta).reshape(-1)[places]
+
+    def active(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        places, values = self._active_in_full(theta)
+        return places, self.narrowed(values)
 
     @torch.no_grad()
     def as_slots(self, theta: Tensor) -> tuple[Tensor, KSlots]:
@@ -87,13 +98,15 @@ class DenseTheta(Parametrization):
 
         A tensor without active connections keeps one connection of weight 0: K is at least 1.
         """
-        places, values = self.active(theta)
+        places, values = self._active_in_full(theta)
         if places.numel() == 0:
             places, values = places.new_zeros(1), values.new_zeros(1)
+            if self.allowed is not None:
+                places = next(piece[:1] for piece in self.allowed.pieces() if piece.numel()).to(places.device)
         own = values.sign()
         hashed = randomness.signs_of(self.sign_seed, places, values.dtype)
         exceptions = places[(own != 0) & (own != hashed)]
-        slots = KSlots(self.shape, places, self.index, self.sign_seed, exceptions, values.dtype)
+        slots = KSlots(self.shape, places, self.index, self.sign_seed, exceptions, self.weight_dtype, allowed=self.allowed)
         slots.born.fill_(self.last_birth())  # a callback continues the count, and repeats no draws
         return values.abs(), slots
 
@@ -102,9 +115,6 @@ class DenseTheta(Parametrization):
     def copied(self, replica: DenseTheta, memo: dict[int, Any]) -> None:
         replica.steps = self.steps
         replica.take_after(self, memo)
-        copied = memo.get(id(self._holder()))
-        if isinstance(copied, parametrize.ParametrizationList):  # the whole module is being copied
-            replica.hold(copied)
 
     def _refusal(self, record: dict[str, Tensor]) -> str | None:
         problem = super()._refusal(record)
@@ -158,7 +168,7 @@ class SoftTheta(DenseTheta):
         notice: Notice | None = None,
     ) -> None:
         super().__init__(shape, wanted, index, sign_seed, exceptions, dtype, notice)
-        self.signs = self.all_signs(dtype)  # the weight's shape
+        self.signs = self.all_signs(precision.kept(dtype))  # the weight's shape
         self.theta_min: Any = math.nan  # the last step's theta_min; nan: still unknown
         self.before: Tensor | None = None  # theta before the optimizer's step, used during that step
 
@@ -169,7 +179,7 @@ class SoftTheta(DenseTheta):
     def is_active(self, theta: Tensor) -> Tensor:
         return theta >= 0
 
-    def dense(self, theta: Tensor) -> Tensor:
+    def in_full(self, theta: Tensor) -> Tensor:
         # neither relu nor clamp: at 0 a connection is active and has a gradient. (torch.where is also right, and twice as
         # slow.)
         return theta * (theta.detach() >= 0).to(theta.dtype).mul_(self.signs)
@@ -179,19 +189,20 @@ class SoftTheta(DenseTheta):
         return untouched and int((theta >= 0).sum()) != self.wanted
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SoftTheta:
-        replica = SoftTheta(self.shape, self.wanted, self.index, self.sign_seed, self.exceptions.clone(), self.signs.dtype)
+        replica = SoftTheta(self.shape, self.wanted, self.index, self.sign_seed, self.exceptions.clone(), self.weight_dtype)
         replica.theta_min = self.theta_min
         self.copied(replica, memo)
         return replica
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "theta_min"] = torch.tensor(float(self.theta_min), dtype=torch.float64)
+        if prefix + FORMAT_KEY in destination:
+            destination[prefix + "theta_min"] = torch.tensor(float(self.theta_min), dtype=torch.float64)
 
     def take_over(self, record: dict[str, Tensor]) -> None:
         self.theta_min, self.steps = float(record["theta_min"]), int(record["steps"])
         self.signs.copy_(self.all_signs(self.signs.dtype))
-        if self._holder() is not None:
+        if self.holder() is not None:
             self.align_averages()
 
     def align_averages(self) -> None:
@@ -216,6 +227,7 @@ class MaskedTheta(DenseTheta):
     """
 
     tensors = ("exceptions", "signs", "mask")
+    placing = ("mask",)
     records = ("wanted", "mask", "fixed", "steps")
 
     def __init__(
@@ -229,16 +241,21 @@ class MaskedTheta(DenseTheta):
         notice: Notice | None = None,
     ) -> None:
         super().__init__(shape, wanted, index, sign_seed, exceptions, dtype, notice)
-        self.signs = torch.empty(0, dtype=dtype, device=exceptions.device)  # free signs: theta has them
+        self.signs = torch.empty(0, dtype=precision.kept(dtype), device=exceptions.device)  # free signs: theta has them
         self.mask = torch.ones(self.shape, dtype=torch.bool, device=exceptions.device)
         self.fixed = False
 
     def is_active(self, theta: Tensor) -> Tensor:
         return self.mask.clone() if self.fixed else self.mask & (theta != 0)
 
-    def dense(self, theta: Tensor) -> Tensor:
+    def in_full(self, theta: Tensor) -> Tensor:
         # while nothing is masked, the weight is theta
-        return torch.where(self.mask, theta, 0.0) if self.fixed else theta.view_as(theta)
+        return torch.where(self.mask, theta, 0.0) if self.fixed or self.allowed is not None else theta.view_as(theta)
+
+    @property
+    def keeps_no_writes(self) -> bool:  # type: ignore[override]
+        # in fewer bits the weight is never theta itself
+        return self.fixed or self.narrow is not None or self.allowed is not None
 
     def overwritten(self, theta: Tensor) -> bool:
         return False  # theta is the weight, so any value is valid
@@ -255,8 +272,14 @@ class MaskedTheta(DenseTheta):
         self.fixed = True
         theta.masked_fill_(~self.mask, 0.0)
 
+    def restrict(self, allowed: Allowed, theta: Tensor) -> None:
+        """Keep connections out of the places that are not allowed, from the start on. theta is written in place."""
+        self.allowed = allowed
+        self.mask = allowed.mask().view(self.shape).to(theta.device)
+        theta.masked_fill_(~self.mask, 0.0)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedTheta:
-        replica = MaskedTheta(self.shape, self.wanted, self.index, self.sign_seed, self.exceptions.clone(), self.signs.dtype)
+        replica = MaskedTheta(self.shape, self.wanted, self.index, self.sign_seed, self.exceptions.clone(), self.weight_dtype)
         replica.mask, replica.fixed = self.mask.clone(), self.fixed
         self.copied(replica, memo)
         return replica
@@ -264,7 +287,7 @@ class MaskedTheta(DenseTheta):
     def take_over(self, record: dict[str, Tensor]) -> None:
         self.mask.copy_(record["mask"])
         self.fixed, self.steps = bool(record["fixed"]), int(record["steps"])
-        if self._holder() is not None:
+        if self.holder() is not None:
             self.align_averages()
 
     def _refusal(self, record: dict[str, Tensor]) -> str | None:

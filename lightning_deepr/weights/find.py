@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_deepr.weights.base import Parametrization
+from lightning_deepr.weights.names import join, paths_of, without_wrappers
 
 
 class Converted(NamedTuple):
@@ -21,8 +22,16 @@ class Converted(NamedTuple):
 
     @property
     def theta(self) -> nn.Parameter:
-        # looked up directly for speed: every step reads it several times
-        return self.holder._parameters["original"]  # type: ignore[return-value]
+        # looked up directly for speed, without a call of ``holder``: every step reads it several times
+        holder = self.module._modules["parametrizations"]._modules[self.tensor_name]  # type: ignore[union-attr]
+        try:
+            return holder._parameters["original"]  # type: ignore[union-attr, return-value]
+        except KeyError:
+            raise RuntimeError(
+                f"`{self.name}`: expected its parameter theta, found none: something has taken it out of the module (FSDP puts "
+                "it into a flat parameter). Leave the converted layers out of the sharding (ignored_states), or use "
+                "DistributedDataParallel."
+            ) from None
 
     @property
     def holder(self) -> parametrize.ParametrizationList:
@@ -44,16 +53,20 @@ def converted_tensors(module: nn.Module) -> Iterator[Converted]:
         module: the network to search.
     """
     found = []
-    for prefix, submodule in module.named_modules():
+    for submodule, paths in paths_of(module).items():
         if parametrize.is_parametrized(submodule):
             for tensor_name in submodule.parametrizations:  # type: ignore[union-attr]
                 slots = slots_of(submodule, tensor_name)
                 if slots is not None:
-                    found.append(Converted(plain_name(prefix, tensor_name), submodule, tensor_name, slots))
+                    found.append(Converted(join(paths[0], tensor_name), submodule, tensor_name, slots))
     return iter(sorted(found, key=lambda converted: converted.slots.index))
 
 
 def plain_name(prefix: str, tensor_name: str) -> str:
-    """Return a tensor's name without the prefixes of the wrappers that compilers, Fabric and DDP put around a module."""
-    wrappers = {"_orig_mod", "_forward_module", "_original_module", ""}
-    return ".".join([part for part in prefix.split(".") if part not in wrappers] + [tensor_name])
+    """Return a tensor's name without the prefixes of the wrappers that compilers, Fabric and FSDP put around a module."""
+    return join(without_wrappers(prefix), tensor_name)
+
+
+def stacked_upon(holder: parametrize.ParametrizationList) -> list[nn.Module]:
+    """List the parametrizations of others that were registered after ours: functions of the weight."""
+    return [holder._modules[str(number)] for number in range(1, len(holder))]  # type: ignore[misc]

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_deepr.weights import precision
 from lightning_deepr.weights.averages import watch_for_averaged_models
-from lightning_deepr.weights.base import Parametrization
-from lightning_deepr.weights.find import Converted, slots_of
+from lightning_deepr.weights.base import UPON_KEY, Parametrization
+from lightning_deepr.weights.ddp import watch_for_ddp
+from lightning_deepr.weights.find import Converted, slots_of, stacked_upon
+
+UNSEEN = 5  # a change may be a load or a swap of averages; this many, without a step between them, are an optimizer
 
 
 def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametrization, name: str) -> None:
@@ -27,6 +33,7 @@ def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametri
         name: the weight's name in the network, for a warning.
     """
     watch_for_averaged_models()
+    watch_for_ddp()
     _own_class(module)
     old = module._parameters[tensor_name]
     requires_grad = True if old is None else old.requires_grad
@@ -35,28 +42,122 @@ def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametri
     # unsafe=True: torch would otherwise build the weight to check dtype and shape, and a very large layer has no memory for
     # that
     parametrize.register_parametrization(module, tensor_name, slots, unsafe=True)
+    holder: Any = module.parametrizations[tensor_name]  # type: ignore[index, union-attr]
+    holder.__class__ = ThetaHolder
+    holder.register_state_dict_post_hook(_record_others)
     slots.layer.take_over(module, tensor_name)
+    slots.name = name
+    own: Any = type(module)
+    if hasattr(own, "reset_parameters"):
+        own.reset_parameters = _reset_parameters
+    own._load_from_state_dict = _load_from_state_dict
     type(module).register_parameter = _register_parameter  # type: ignore[method-assign]
     warn_if_nobody_rewires(parameter, slots, name)
 
 
+class ThetaHolder(parametrize.ParametrizationList):
+    """torch's holder of theta and its parametrization. It keeps theta in float32 where the module is cast to fewer bits."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ThetaHolder:
+        if recurse:
+            for child in self.children():
+                child._apply(fn)  # other parametrizations upon ours are cast as ever
+        dtype = precision.kept(self[0].weight_dtype)  # type: ignore[arg-type]
+        super()._apply(precision.keeping(fn, dtype), recurse=False)
+        return self
+
+
+ThetaHolder.__module__ = parametrize.ParametrizationList.__module__  # torch.fx does not trace into the modules of torch.nn
+
+
 def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
     """Raise the same error for ``layer.weight = nn.Parameter(...)`` as for the assignment of a tensor, not torch's KeyError."""
+    owner, _, _ = name.rpartition(".original")
+    slots = slots_of(self, owner.removeprefix("parametrizations."))
+    if slots is not None:  # torch's tensor-parallel plans split each parameter of a layer
+        raise ValueError(
+            f"`{slots.name}`: theta: expected K values in one vector on every rank, found a {type(param).__name__}: a plan "
+            "such as ColwiseParallel splits the rows of a weight, and slots are in no order of rows. Leave the layer out of "
+            "the plan, or give the layer, before its conversion, "
+            "`lightning_deepr.conversion.row_blocks.RowBlocks(connectivity, blocks=...)`."
+        )
     slots = slots_of(self, name)
     if slots is not None and param is not None:
         slots.right_inverse(param)
     nn.Module.register_parameter(self, name, param)
 
 
+def _record_others(holder: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Record how many parametrizations of others lie upon ours: one without a state leaves no other trace."""
+    others = len(stacked_upon(holder))  # type: ignore[arg-type]
+    if others:
+        state[f"{prefix}0.{UPON_KEY}"] = torch.tensor(others)
+
+
+def _inherited(module: nn.Module, function: Any, name: str) -> Any:
+    """Return the method that a function of the module's own class replaces. Others may have derived from that class."""
+    own = next(kind for kind in type(module).__mro__ if kind.__dict__.get(name) is function)
+    return getattr(super(own, module), name)
+
+
+def _reset_parameters(self: Any) -> None:
+    """Refuse ``reset_parameters``: some layers (LSTM) write to theta itself, with values that are none of the K connections."""
+    for tensor_name in self.parametrizations:
+        slots = slots_of(self, tensor_name)
+        if slots is not None and slots.keeps_no_writes:
+            raise RuntimeError(slots.lost_write("reset_parameters"))
+    _inherited(self, _reset_parameters, "reset_parameters")()
+
+
+def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    """Load as torch does, and refuse a dense weight: ``strict=False`` would skip it without a word."""
+    _inherited(self, _load_from_state_dict, "_load_from_state_dict")(state_dict, prefix, *args)
+    unexpected, errors = args[-2:]
+    for tensor_name in self.parametrizations:
+        slots = slots_of(self, tensor_name)
+        if slots is None or prefix + tensor_name not in state_dict:
+            continue
+        if f"{prefix}parametrizations.{tensor_name}.original" in state_dict:  # a file of save_pretrained has both
+            unexpected[:] = [name for name in unexpected if name != prefix + tensor_name]
+        else:
+            errors.append(
+                f"`{prefix}{tensor_name}`: expected {slots.wanted} connections, found a dense weight, for which a converted "
+                'layer has no place. Load dense weights before the conversion (init="largest" keeps the largest), or call '
+                "`lightning_deepr.densify(module)`, load, and convert again."
+            )
+
+
 def remove(converted: Converted) -> None:
-    """Turn a converted weight back into an ordinary dense parameter, with zeros at dormant places."""
+    """Turn a converted weight back into an ordinary dense parameter, with zeros at dormant places.
+
+    Parametrizations of others that were registered upon ours stay: they compute from the dense weight as they did from ours.
+    """
     with torch.no_grad():
         weight = converted.slots.whole(converted.theta.detach())
     requires_grad = converted.theta.requires_grad
-    _own_class(converted.module)
-    parametrize.remove_parametrizations(converted.module, converted.tensor_name, leave_parametrized=False)
-    converted.module._parameters[converted.tensor_name] = nn.Parameter(weight, requires_grad=requires_grad)
-    converted.slots.layer.give_back(converted.module, converted.tensor_name)
+    module, name, upon = converted.module, converted.tensor_name, stacked_upon(converted.holder)
+    _own_class(module)
+    for number in range(len(upon), 0, -1):
+        del converted.holder._modules[
+            str(number)
+        ]  # or torch would let them compute once more, and a spectral norm takes a step
+    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    module._parameters[name] = nn.Parameter(weight, requires_grad=requires_grad)
+    converted.slots.layer.give_back(module, name)
+    if upon:
+        _register_again(module, name, upon)
+
+
+def _register_again(module: nn.Module, name: str, parametrizations: list[nn.Module]) -> None:
+    """Register parametrizations with a weight that is theirs already.
+
+    torch passes a newly parametrized weight through ``right_inverse``, which would change it, so a stand-in is registered
+    first.
+    """
+    parametrize.register_parametrization(module, name, nn.Identity(), unsafe=True)
+    holder: Any = module.parametrizations[name]  # type: ignore[index, union-attr]
+    for number, one in enumerate(parametrizations):
+        holder._modules[str(number)] = one
 
 
 def _own_class(module: nn.Module) -> None:
@@ -77,8 +178,16 @@ def warn_if_nobody_rewires(theta: nn.Parameter, slots: Parametrization, name: st
 
     def after_accumulation(_: Tensor) -> None:
         slots, theta = slots_ref(), theta_ref()
-        if slots is not None and theta is not None and slots.owner() is None:
+        if slots is None or theta is None:
+            return
+        owner = slots.owner()
+        if owner is None:
             slots.notice.untrained(name)
+        elif theta._version != slots.seen_version:  # by something else than a step that the callback saw
+            slots.unseen_changes += slots.seen_version >= 0  # (the first backward pass only looks)
+            slots.seen_version = theta._version
+            if slots.unseen_changes == UNSEEN:
+                slots.notice.unseen(name, type(owner).__name__)
 
     trainable = theta.requires_grad
     theta.requires_grad_(True)  # torch requires this to register a hook; a frozen theta may be unfrozen later

@@ -15,11 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_deepr import kernels
+from lightning_deepr.algorithm.allowed import Allowed
+from lightning_deepr.algorithm.signs import SignTable
 from lightning_deepr.compute import build_weight
+from lightning_deepr.compute.eager import is_jit_tracing, is_plain, is_recorded, needs_operators, transforms, unwatched
 from lightning_deepr.compute.order import Order
+from lightning_deepr.compute.stacked import is_stacked
 from lightning_deepr.compute.weight import SparseWeight as _SparseWeight
+from lightning_deepr.kernels import gate
+from lightning_deepr.weights import copies, precision
 from lightning_deepr.weights.averages import realign_averages
-from lightning_deepr.weights.base import LARGEST_READ, Notice, Parametrization
+from lightning_deepr.weights.base import FINGERPRINT_KEY, FORMAT_KEY, LARGEST_READ, Notice, Parametrization
 
 _KERNEL_TYPES = (torch.float32, torch.float64)
 _told: set[str] = set()
@@ -36,12 +42,16 @@ class KSlots(Parametrization):
         index: the tensor's position in the order of conversion.
         sign_seed: the seed of the hashed signs.
         exceptions: int64 [E], sorted: the places of a pretrained network whose sign is the opposite of the hash.
-        dtype: the dtype of theta.
+        dtype: the weight's dtype. theta has float32 if it has fewer than 32 bits.
         notice: the warning that all tensors of one conversion share.
+        allowed: the places where connections may be; None: everywhere.
+        sign_table: the signs of the places; None: their hashes.
     """
 
     tensors = ("places", "born", "signs", "exceptions")
+    placing = ("places", "signs")
     records = ("places", "born")
+    _in_order: tuple[Tensor, tuple[int, int], bool] | None = None  # the last answer of in_place_order
 
     def __init__(
         self,
@@ -52,11 +62,18 @@ class KSlots(Parametrization):
         exceptions: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         notice: Notice | None = None,
+        *,
+        allowed: Allowed | None = None,
+        sign_table: SignTable | None = None,
     ) -> None:
-        super().__init__(shape, index, sign_seed, torch.empty_like(places[:0]) if exceptions is None else exceptions, notice)
+        exceptions = torch.empty_like(places[:0]) if exceptions is None else exceptions
+        super().__init__(shape, index, sign_seed, exceptions, dtype, notice)
+        self.allowed, self.sign_table = allowed, sign_table
         self.places = places.contiguous()
         self.born = torch.full_like(self.places, -1)
-        self.signs = self.signs_at(self.places, dtype)
+        self.signs = self.signs_at(self.places, precision.kept(dtype))
+        self.passed: Any = None
+        self.notes: Any = None  # what is noted about births: :mod:`lightning_deepr.monitoring.record`
         self.order: Order | None = None  # made when sparse compute needs it, and kept up to date
         # the cached decision of uses_sparse, with the input size and the device that it is for
         self._asked_size, self._asked_device, self._asked = -1, torch.device("cpu"), False
@@ -68,15 +85,26 @@ class KSlots(Parametrization):
         """K, the number of connections."""
         return self.places.numel()
 
+    def check(self, theta: Tensor, name: str | None = None) -> bool:
+        return gate.check(theta, self, name)
+
+    def written(self, theta: Tensor, name: str) -> list[tuple[str, Tensor]]:
+        return gate.slots_of_step(name, theta, self)
+
     def last_birth(self) -> int:
         return int(self.born.max()) if self.count else -1
 
     def active(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        return self.places.clone(), (self.own(theta.detach()) * self.signs).clone()
+        if self.doubt is not None:
+            copies.check(self)
+        return self.places.clone(), self.narrowed(self.own(theta.detach()) * self.signs).clone()
 
     def forward(self, theta: Tensor) -> Tensor:
+        if self.doubt is not None and not torch.compiler.is_dynamo_compiling():
+            copies.check(self)
         sparse = self.compute == "sparse" and not self.is_watched and self.on_dense_gradient is None
-        if sparse and not torch.compiler.is_dynamo_compiling():
+        traced = torch.compiler.is_dynamo_compiling()
+        if sparse and not traced and (self.is_large or not needs_operators()) and not is_stacked(theta, self):
             return _SparseWeight(self.own(theta), self)
         return super().forward(theta)
 
@@ -89,18 +117,52 @@ class KSlots(Parametrization):
         Raises:
             RuntimeError: the weight would take more than 1 GiB.
         """
-        if not torch.compiler.is_dynamo_compiling() and self.total * part.element_size() > LARGEST_READ:
+        if not torch.compiler.is_dynamo_compiling() and isinstance(part, Tensor):  # torch.fx records with proxies
+            with unwatched():
+                gate.check_values(part, self)
+        size = self.total * (self.narrow or part.dtype).itemsize
+        if not torch.compiler.is_dynamo_compiling() and size > LARGEST_READ:
             raise RuntimeError(
-                f"Building this weight of shape {tuple(self.shape)} takes {self.total * part.element_size() / 2**30:.1f} GiB "
+                f"Building this weight of shape {tuple(self.shape)} takes {size / 2**30:.1f} GiB "
                 "(more than 1 GiB). `lightning_deepr.connections(module)` gives its places and values instead."
             )
-        weight = build_weight(part, self.signs, self.places, self.shape)
+        # (a tensor whose slots may move has to save its places: autograd then refuses a backward pass after a rewiring)
+        if self.stays and self.narrow is None and not torch.compiler.is_dynamo_compiling() and self.in_place_order:
+            weight = (part * self.signs).view(self.shape)
+        else:
+            weight = build_weight(part, self.signs, self.places, self.shape, self.narrow)
         if self.on_dense_gradient is not None and weight.requires_grad and not torch.compiler.is_dynamo_compiling():
             weight.register_hook(self.on_dense_gradient)
         return weight
 
     def whole(self, theta: Tensor) -> Tensor:
-        return build_weight(self.own(theta), self.signs, self.places, self.shape)
+        if self.doubt is not None:
+            copies.check(self)
+        return build_weight(self.own(theta), self.signs, self.places, self.shape, self.narrow)
+
+    @property
+    def in_place_order(self) -> bool:
+        """Whether K = N and the slots are in the order of their places, so that the weight is theta times the signs."""
+        places = self.places
+        if places.numel() != self.total or type(places) is not Tensor or places.is_meta:
+            return False
+        known = self._in_order
+        mark = 0 if places.is_inference() else places._version, places.data_ptr()
+        if known is None or known[0] is not places or known[1] != mark:
+            with unwatched():
+                found = torch.equal(places, torch.arange(self.total, device=places.device))
+            known = places, mark, found
+            vars(self)["_in_order"] = known
+        return known[2]
+
+    @property
+    def is_simple_dense(self) -> bool:  # type: ignore[override]
+        return not self.is_watched and self.on_dense_gradient is None
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the dense weight would take more than 1 GiB."""
+        return self.total * self.weight_dtype.itemsize > LARGEST_READ
 
     # -- sparse compute ---------------------------------------------------------------------------------------------------
 
@@ -114,7 +176,7 @@ class KSlots(Parametrization):
         self.policy = policy if capable else "dense"
         self._asked_size = -1
         sparse = self.policy == "sparse" or (self.policy == "auto" and kernels.available() and self.layer.guess(self))
-        if self.policy == "auto" and self.total * self.signs.element_size() > LARGEST_READ:
+        if self.policy == "auto" and self.is_large:
             sparse = True  # the dense weight is too large
             self.policy = "sparse"
         self.compute = "sparse" if sparse else "dense"
@@ -128,11 +190,17 @@ class KSlots(Parametrization):
             x: the layer's input; under ``compute="auto"`` its size decides.
             module: the layer.
         """
+        if self.doubt is not None and not torch.compiler.is_dynamo_compiling():
+            copies.check(self)
         if self.policy != "auto" or torch.compiler.is_dynamo_compiling() or self.on_dense_gradient is not None:
             return self.compute == "sparse" and self.on_dense_gradient is None
+        if type(x) is not Tensor or is_jit_tracing():
+            return self.is_large  # no choice, and no record of one, from a pass that only looks at the operators
         size, device = x.numel(), x.device
         if size == self._asked_size and device == self._asked_device:
             return self._asked
+        if transforms() is not None or is_recorded():
+            return self.is_large
         chosen = kernels.available() and self.layer.prefers(self, module, x)
         self._asked_size, self._asked_device, self._asked = size, device, chosen
         if torch.is_grad_enabled():
@@ -144,6 +212,9 @@ class KSlots(Parametrization):
         if torch.compiler.is_dynamo_compiling():
             return self.order is not None  # conversion, loading and moving make the order
         if theta.device.type == "cpu" and theta.dtype in _KERNEL_TYPES and kernels.available():
+            if type(self.places) is not Tensor:  # made under FakeTensorMode
+                gate.check_values(theta, self)
+                return False
             return True
         kind = f"{theta.device.type}, {theta.dtype}"
         if kind not in _told:
@@ -172,14 +243,17 @@ class KSlots(Parametrization):
 
     def refresh_order(self) -> Order:
         """Rebuild the order of the connections. If K is the same, reuse the buffer, which compiled graphs may hold."""
-        if self.order is None or self.order.count != self.count:
-            self.order = Order(self.places, self.signs, self.shape)
-        else:
-            self.order.build(self.places, self.signs)
+        with unwatched():
+            gate.check_places(self)  # the kernel writes where they point to
+            if self.order is None or self.order.count != self.count:
+                self.order = Order(self.places, self.signs, self.shape)
+            else:
+                self.order.build(self.places, self.signs)
         return self.order
 
     def places_changed(self) -> None:
-        """Rebuild the order after a change of places. (A compiled graph cannot detect the change.)"""
+        """Rebuild the order after a rewiring or a load. (A compiled graph cannot detect the change.)"""
+        gate.note(self)
         if self.order is not None:
             self.refresh_order()
 
@@ -216,6 +290,13 @@ class KSlots(Parametrization):
             return "two slots are at one place"
         if not torch.equal(self.signs, self.signs_at(places)):
             return "a sign is not that of its place"
+        if self.allowed is not None:
+            outside = ~self.allowed.contains(places)
+            if bool(outside.any()):
+                return f"place {int(places[outside][0])} is not among {self.allowed!r}"
+            changed = self.allowed.changed(places)
+            if changed is not None:
+                return changed
         if bool((mine[born] != 0).any()):
             return "a reborn slot does not start at theta = 0"
         for name, value, start in states:
@@ -233,7 +314,16 @@ class KSlots(Parametrization):
                 self.refresh_order()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KSlots:
-        replica = KSlots(self.shape, self.places.clone(), self.index, self.sign_seed, self.exceptions.clone(), self.signs.dtype)
+        replica = KSlots(
+            self.shape,
+            self.places.clone(),
+            self.index,
+            self.sign_seed,
+            self.exceptions.clone(),
+            self.weight_dtype,
+            allowed=self.allowed,
+            sign_table=self.sign_table,
+        )
         replica.born = self.born.clone()
         replica.take_after(self, memo)
         if self.order is not None:
@@ -241,11 +331,52 @@ class KSlots(Parametrization):
         return replica
 
     def take_over(self, record: dict[str, Tensor]) -> None:
-        self.places.copy_(record["places"])
+        places = record["places"]
+        moved = bool(self.copies or self.has_handed_out) and not torch.equal(self.places, places.to(self.places.device))
+        self.places.copy_(places)
         self.born.copy_(record["born"])
         self.signs.copy_(self.signs_at(self.places))
         self.places_changed()
         realign_averages(self)
+        self.note_load(places, moved)
+
+    def _may_be_empty(self, state_dict: dict[str, Any], prefix: str, absent: list[str]) -> bool:
+        if any(prefix + name in absent for name in self.records) and not self.shares:
+            return False  # only a layer that shares its theta may have no connections
+        return prefix + FINGERPRINT_KEY in state_dict and super()._may_be_empty(state_dict, prefix, absent)
+
+    def restore_integers(self, record: dict[str, Tensor]) -> bool:
+        averaged = super().restore_integers(record)
+        if averaged and FINGERPRINT_KEY in record:
+            mine = copies.fingerprint(self.places, self.exceptions, self.sign_seed)
+            if copies.fits(record[FINGERPRINT_KEY], mine):  # equal connections, of which floats lost some digits
+                record["places"], record["sign_exceptions"] = self.places.clone(), self.exceptions.clone()
+                record["sign_seed"] = torch.tensor(self.sign_seed)
+        return averaged
+
+    def note_load(self, places: Tensor, moved: bool) -> None:
+        """Note a load, for the copies of this tensor and for what it is a copy of.
+
+        Args:
+            places: the record.
+            moved: whether this tensor had other places before.
+        """
+        copies.note_load(self, places)
+        if moved and self.has_handed_out:
+            copies.expire(self)
+        if moved and self.copies:
+            copies.doubt_copies([self], loaded=True)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.doubt is not None:
+            copies.check(self)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if prefix + FORMAT_KEY not in destination:
+            return  # only the dense weight is being saved
+        if is_plain(self.places) and not self.places.is_meta:  # no tracer looks on, and the places have values
+            found = copies.fingerprint(self.places, self.exceptions, self.sign_seed)
+            destination[prefix + FINGERPRINT_KEY] = found
+            copies.hand_out(self, destination[prefix + "places"], found)
 
     def _refusal(self, record: dict[str, Tensor]) -> str | None:
         problem = super()._refusal(record) or self._count_refusal(record)
@@ -253,7 +384,16 @@ class KSlots(Parametrization):
             return problem
         places = record["places"]
         if places.numel() and (places.min() < 0 or places.max() >= self.total or places.unique().numel() != places.numel()):
-            return f"expected {places.numel()} different places in 0 ... {self.total - 1}, found others: the file is damaged."
+            return (
+                f"expected {places.numel()} different places in 0 ... {self.total - 1}, found others: the file is damaged, or "
+                "an average of networks with different connections."
+            )
+        if FINGERPRINT_KEY in record:
+            if bool(record[FINGERPRINT_KEY].isnan().any()):
+                return copies.STALE
+            expected = copies.fingerprint(places, record["sign_exceptions"], int(record["sign_seed"]))
+            if not copies.fits(record[FINGERPRINT_KEY], expected):
+                return copies.MIXED
         return None
 
     def _count_refusal(self, record: dict[str, Tensor]) -> str | None:

@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_deepr import kernels
-from lightning_deepr.algorithm import rewiring, shared_rewiring
+from lightning_deepr.algorithm import newborns, shared_rewiring
+from lightning_deepr.algorithm.newborns import State
 from lightning_deepr.algorithm.shared_rewiring import Geometry
-from lightning_deepr.weights.base import SHARING_KEY, Parametrization
+from lightning_deepr.weights import copies
+from lightning_deepr.weights.base import FORMAT_KEY, SHARING_KEY, Parametrization
 from lightning_deepr.weights.k_slots import KSlots
-
-State = tuple[Tensor, float]  # a state tensor of theta's shape, and the value with which the optimizer starts it
 
 
 class Tally(NamedTuple):
@@ -48,7 +49,7 @@ class SharedSlots(KSlots):
             return slots
         shared = cls.__new__(cls)
         vars(shared).update(vars(slots))  # all attributes: births, order, owner, averages, hooks, ...
-        shared.budget = slots.count
+        shared.budget, shared.stays = slots.count, False  # its K changes
         return shared
 
     def shared_with(self) -> list[tuple[Parametrization, str]]:
@@ -69,6 +70,10 @@ class SharedSlots(KSlots):
     def own(self, theta: Tensor) -> Tensor:
         return self.pool.piece(theta, self)
 
+    def holder_of_theta(self) -> parametrize.ParametrizationList | None:
+        # in a deep copy only the first layer knows its own
+        return next((holder for member in self.pool.members if (holder := member.holder()) is not None), None)
+
     def problem(
         self,
         theta: Tensor,
@@ -81,8 +86,13 @@ class SharedSlots(KSlots):
         pool, sizes = self.pool, [one.count for one in self.pool.members]
         if not (theta.numel() == sum(sizes) == pool.count and sizes == pool.counts):
             return f"expected {pool.count} slots in all, found theta of {theta.numel()} and places of {sizes}"
-        if self.count < min(least, self.total):
-            return f"expected at least {min(least, self.total)} connections, found {self.count}"
+        # a layer that starts with fewer waits for births: nothing moves to it while nothing dies
+        served = [n for n, one in zip(pool.births, pool.members, strict=False) if n and one.count > min(least, one.total)]
+        if self.count < min(least, self.total) and served:
+            return (
+                f"expected at least {min(least, self.total)} connections before other layers get births, found {self.count} "
+                f"and births of {served}"
+            )
         return super().problem(theta, born, states, signed=signed)
 
     # -- copying, saving, loading -----------------------------------------------------------------------------------------
@@ -92,11 +102,13 @@ class SharedSlots(KSlots):
         memo[id(self)] = replica  # before the pool is copied, which copies its other members
         replica.position, replica.budget = self.position, self.budget
         replica.pool = copy.deepcopy(self.pool, memo)
+        copies.note_copy(replica, self, memo)  # again: the copy of a KSlots has become another object
         return replica
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + SHARING_KEY] = self.pool.record(self.position)
+        if prefix + FORMAT_KEY in destination:
+            destination[prefix + SHARING_KEY] = self.pool.record(self.position)
 
     def take_over(self, record: dict[str, Tensor]) -> None:
         # new tensors: the layer's number of connections may have changed
@@ -106,6 +118,7 @@ class SharedSlots(KSlots):
         self.places_changed()
         self.ask_again()
         self.pool.loaded(self, record[SHARING_KEY])
+        self.note_load(record["places"], moved=True)
 
     def _count_refusal(self, record: dict[str, Tensor]) -> str | None:
         return self.pool.refusal(self, record[SHARING_KEY])
@@ -126,6 +139,7 @@ class Pool:
         self.count = sum(self.counts)  # K: theta's length, which never changes
         for position, member in enumerate(self.members):
             member.pool, member.position = self, position
+        self.births: list[int] = []  # of each layer in the last step that moved connections, until the next step
         self._reset()
 
     def _reset(self) -> None:
@@ -183,7 +197,7 @@ class Pool:
 
     def geometry(self) -> Geometry:
         members = self.members
-        now = (members[0].places.device, [(m.index, m.sign_seed) for m in members])
+        now = (members[0].places.device, [(m.index, m.sign_seed, m.allowed) for m in members])
         if self._geometry is None or self._geometry[0] != now:
             self._geometry = now, Geometry.of(members, [m.sign_seed for m in members], self.budgets)
         return self._geometry[1]
@@ -221,7 +235,7 @@ class Pool:
         Args:
             theta: [K], detached.
             grad: theta's gradient; newborns get 0.
-            states: the optimizer's state tensors with their starting values.
+            states: the optimizer's state tensors. An averaged one has the mean of the newborn's layer.
             rule, least, newborn_since, seed, step: see :func:`lightning_deepr.algorithm.shared_rewiring.plan`.
 
         Returns:
@@ -229,16 +243,22 @@ class Pool:
         """
         self.settle()
         averages = [(pool, value) for pool, value in self._averages() if pool.count == self.count]
-        values = [(theta, 0.0), *states, *((value, 0.0) for _, value in averages)]
+        values = [State("theta", theta, 0.0), *states, *(State("average", value, 0.0) for _, value in averages)]
         if grad is not None:
-            values.append((grad, 0.0))
-        if self.count < 1 << 30 and all(value.dtype in kernels.TYPES and kernels.suits(value) for value, _ in values):
+            values.append(State("gradient", grad, 0.0))
+        ruled = any(member.allowed is not None or member.sign_table is not None for member in self.members)
+        if (
+            not ruled
+            and self.count < 1 << 30
+            and all(one.value.dtype in kernels.TYPES and kernels.suits(one.value) for one in values)
+        ):
             found = self._rewire_by_kernel(theta, values, rule, least, newborn_since, seed, step)
         else:
             found = self._rewire(theta, values, rule, least, newborn_since, seed, step)
         if found is not None:
             for average, _ in averages:
                 average._take(self)
+            copies.places_moved(list(self.members))
         return found
 
     def _rewire_by_kernel(
@@ -272,12 +292,23 @@ class Pool:
         if moves is None:
             return None
         source = moves.source
-        for value, _ in values:
-            value.copy_(value[source.to(value.device)])
-        rewiring.start_anew(values, moves.born)
+        for one in values:
+            one.value.copy_(one.value[source.to(one.value.device)])
+        newborns.start_newborns([one for one in values if not one.averaged], moves.born)
+        averaged = [one for one in values if one.averaged]
+        if averaged:
+            for owner, part in enumerate(theta.split(moves.counts)):
+                births = torch.arange(part.numel() - moves.births[owner], part.numel(), device=theta.device)
+                pieces = [one._replace(value=one.value.split(moves.counts)[owner]) for one in averaged]
+                newborns.start_newborns(pieces, births)
         signs = self.whole("signs")[source]
         exceptions = [member.exceptions for member in self.members]
-        signs[moves.born] = shared_rewiring.signs_at(geometry, moves.owners, moves.places, exceptions, signs.dtype)
+        newborn = shared_rewiring.signs_at(geometry, moves.owners, moves.places, exceptions, signs.dtype)
+        for layer, member in enumerate(self.members):
+            if member.sign_table is not None:
+                mine = moves.owners == layer
+                newborn[mine] = member.signs_at(moves.places[mine], signs.dtype)
+        signs[moves.born] = newborn
         places = places[source].index_copy_(0, moves.born, moves.places)
         self.put(places, signs, born[source].index_fill_(0, moves.born, step), moves.counts)
         return Tally(moves.births, moves.deaths, moves.newborn_deaths)
@@ -313,13 +344,13 @@ class Pool:
         self._changes += 1
         self._geometry = None
         if not self._unloaded:
-            self._realign_averages()
+            self.realign_averages()
 
     def settle(self) -> None:
         """End a partial load when training continues: layers that were not loaded keep their connections."""
         if self._unloaded:
             self._unloaded = set()
-            self._realign_averages()
+            self.realign_averages()
 
     # -- averages ---------------------------------------------------------------------------------------------------------
 
@@ -343,7 +374,7 @@ class Pool:
             other.counts,
         )
 
-    def _realign_averages(self) -> None:
+    def realign_averages(self) -> None:
         """Align averages with loaded connections: the average of a place that it did not have restarts at 0."""
         for average, theta in self._averages():
             device = theta.device
@@ -363,6 +394,7 @@ class Pool:
             theta.copy_(torch.where(there, theta[slot], 0.0))
             for member, own in zip(average.members, self.members, strict=True):
                 member.sign_seed, member.exceptions = own.sign_seed, own.exceptions.to(member.exceptions.device)
+                member.take_rules(own)
                 member.budget = own.budget
             average._geometry = None
             average._take(self)
@@ -371,7 +403,7 @@ class Pool:
         replica = object.__new__(Pool)
         memo[id(self)] = replica
         replica.names, replica.number = list(self.names), self.number
-        replica.counts, replica.count = list(self.counts), self.count
+        replica.counts, replica.count, replica.births = list(self.counts), self.count, []
         replica._reset()
         replica._unloaded = set(self._unloaded)
         replica.members = [copy.deepcopy(member, memo) for member in self.members]

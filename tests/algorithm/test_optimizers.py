@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_deepr import DeepR
 from lightning_deepr.algorithm.optimizer_state import StartingState
 from tests.helpers import oracle
+from tests.helpers.plain import PlainDeepR as DeepR
 from tests.helpers.regression import SEED, Named, Regression, Twin, batches, loss_of, mlp, train
 from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
 from tests.helpers.trainer import trainer

@@ -8,10 +8,11 @@ import torch
 from scipy import stats
 from torch import nn
 
-from lightning_deepr import DeepR, sparsify
+from lightning_deepr import sparsify
 from lightning_deepr.algorithm import rewiring
 from lightning_deepr.weights.k_slots import KSlots
 from tests.helpers import oracle
+from tests.helpers.plain import PlainDeepR as DeepR
 from tests.helpers.regression import DEVICES, SEED, Branches, batches, loss_of, plain_mlp
 from tests.helpers.state import all_slots, oracle_of, thetas
 from tests.helpers.statistics import chi_square_p
@@ -148,7 +149,11 @@ def test_with_noise_the_distribution_is_the_oracles() -> None:
 # -- uniform, without replacement ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [15, 20, 21, 30], ids=["rejection", "rejection at 1/2", "listing at 1/2", "listing"])
+@pytest.mark.parametrize(
+    "count",
+    [15, pytest.param(20, marks=pytest.mark.slow), pytest.param(21, marks=pytest.mark.slow), 30],
+    ids=["rejection", "rejection at 1/2", "listing at 1/2", "listing"],
+)
 def test_reactivation_is_uniform_over_all_dormant_places(count: int) -> None:
     """Three of K slots die: the places that they leave are candidates, too, and each place is drawn at most once."""
     total, tensors, steps, dying = 40, 100, 40, torch.tensor([1, 4, 7])

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from lightning_deepr import DeepR, connectivity_report, kernels, sparsify
+from lightning_deepr import connectivity_report, kernels, sparsify
 from lightning_deepr.algorithm.shared_rewiring import draw_layers
 from lightning_deepr.weights.find import converted_tensors
 from tests.helpers import oracle
 from tests.helpers.global_scope import NETWORKS, OPTIMIZERS, RULES, assert_sound, by_connection, counts, network, shared, small
+from tests.helpers.plain import PlainDeepR as DeepR
 from tests.helpers.regression import SEED, batches, loss_of, plain_mlp, train
 from tests.helpers.state import all_slots, assert_equal_states, state_of
 from tests.helpers.statistics import chi_square_p

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -99,3 +100,26 @@ def test_own_layer_of_the_table_trains_sparse() -> None:
     loaded = load_state_dict(Scaled(), net.state_dict())
     torch.testing.assert_close(loaded(x), net(x))
     assert thetas(loaded)[0].shape == thetas(net)[0].shape
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("layer", "pixels", "expected"),
+    [
+        (lambda: nn.Conv2d(96, 64, 3, padding=36, dilation=36), 4, "dense"),
+        (lambda: nn.Conv2d(96, 64, 3, padding="same", dilation=18), 5, "dense"),
+        (lambda: nn.Conv2d(96, 64, 1, padding=20), 4, "dense"),
+        (lambda: nn.Conv2d(96, 64, 3, padding=1), 16, "sparse"),
+        (lambda: nn.Conv2d(96, 64, 3, padding=2, dilation=2), 16, "sparse"),
+        (lambda: nn.Conv2d(96, 64, 5, padding=2, stride=2), 16, "sparse"),
+    ],
+    ids=["dilated by 36", "same, dilated by 18", "much padding", "3 x 3", "dilated by 2", "strided"],
+)
+def test_auto_runs_a_convolution_dense_whose_padding_is_larger_than_its_image(layer: Any, pixels: int, expected: str) -> None:
+    torch.manual_seed(0)
+    net = sparsify(layer(), 0.05, compute="auto")
+    x = torch.randn(2, 96, pixels, pixels)
+    y = net(x)
+    assert all_slots(net)[0].compute == expected
+    all_slots(net)[0].choose_compute("sparse", True)  # the numbers are the same
+    torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-5)

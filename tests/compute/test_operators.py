@@ -37,6 +37,7 @@ NEEDS_A_COMPILER = (pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning", "ignore:.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=NEEDS_A_COMPILER)])
+@pytest.mark.feature("Compilers: torch.compile of the module")
 def test_a_compiled_network_follows_rewiring_loading_and_copies(backend: str) -> None:
     with fresh_compiler():
         one = Trained("sparse")
@@ -138,6 +139,7 @@ def test_operators_have_names_in_a_profile() -> None:
     assert {"lightning_deepr::linear", "lightning_deepr::linear_backward"} <= names
 
 
+@pytest.mark.feature("Compilers: torch.func.functional_call")
 def test_functional_call_differentiates_to_what_it_was_given() -> None:
     layer = sparse_layer(dtype=torch.float64)
     x = torch.randn(5, 14, dtype=torch.float64)

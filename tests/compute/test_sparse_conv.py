@@ -341,7 +341,7 @@ def test_a_compiled_graph_holds_the_operator() -> None:
         (nn.Conv2d(4, 6, 3), torch.zeros(2, 4, 5, 2), False),  # smaller than the kernel
         (nn.Conv2d(4, 6, 3), torch.zeros(2, 3, 5, 5), False),
         (nn.Conv2d(4, 6, 3), torch.zeros(2, 4, 5, 5, dtype=torch.float64), False),
-        (nn.Conv2d(4, 6, 3, dtype=torch.bfloat16), torch.zeros(2, 4, 5, 5, dtype=torch.bfloat16), False),
+        (nn.Conv2d(4, 6, 3, dtype=torch.bfloat16), torch.zeros(2, 4, 5, 5, dtype=torch.bfloat16), True),
         (nn.Conv1d(4, 6, 3), torch.zeros(2, 4, 5), False),
     ],
 )

@@ -264,7 +264,7 @@ def test_a_theta_put_in_from_outside() -> None:
     assert not strided.is_contiguous()
     torch.testing.assert_close(torch.func.functional_call(layer, {name: strided}, (x,)), expected)
     torch.testing.assert_close(torch.func.functional_call(layer, {name: theta * 2}, (x,)), 2 * expected - bias)
-    with pytest.raises(RuntimeError, match=r"theta of K = 38 connections, found 3"):
+    with pytest.raises(RuntimeError, match=r"theta: expected K = 38 values, found shape \(3,\)"):
         torch.func.functional_call(layer, {name: theta[:3]}, (x,))
 
 
@@ -344,23 +344,31 @@ def test_autocast_leaves_double_precision_alone() -> None:
     assert torch.equal(y, layer(x))
 
 
-def test_a_dtype_without_a_kernel_runs_in_plain_pytorch_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(k_slots, "_told", set())
+def test_fewer_bits_run_in_the_kernels() -> None:
+    """theta has float32, the weight and the output have bfloat16."""
     layer = sparse_layer(60, 40, 0.2).to(torch.bfloat16)
     plain = dense_twin(layer)
     x = torch.randn(20, 60, dtype=torch.bfloat16).requires_grad_()
-    with pytest.warns(UserWarning, match=r"no kernel for cpu, torch.bfloat16: it runs in plain PyTorch"):
-        y = layer(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(layer(x), y)
-        sparse_layer(5, 4)(torch.randn(1, 5))  # float32 has a kernel
-    assert y.dtype == torch.bfloat16
+        y = layer(x)
+    assert y.dtype == torch.bfloat16 and theta_of(layer, "weight").dtype == torch.float32
     torch.testing.assert_close(y.float(), plain(x).float(), rtol=0.05, atol=0.1)
     y.sum().backward()
     plain(x.detach()).sum().backward()
     wanted = theta_gradient(layer, plain.weight.grad).float()
     assert float((theta_of(layer, "weight").grad.float() - wanted).norm() / wanted.norm()) < 0.02
+
+
+@pytest.mark.usefixtures("without_kernels")
+def test_without_a_kernel_it_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(k_slots, "_told", set())
+    layer, x = sparse_layer(60, 40, 0.2), torch.randn(20, 60)
+    with pytest.warns(UserWarning, match=r"no kernel for cpu, torch.float32: it runs in plain PyTorch"):
+        y = layer(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(layer(x), y)
 
 
 @pytest.mark.usefixtures("without_kernels")
@@ -403,6 +411,7 @@ torch.save(net.state_dict(), sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_the_environment_variable_turns_kernels_off_and_the_same_comes_out(tmp_path: Path) -> None:
     where = tmp_path / "net.pt"
     environment = {**os.environ, "LIGHTNING_DEEPR_KERNELS": "0"}

@@ -101,7 +101,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @both_layers
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=["float32", "float64"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_and_gradients_equal_those_of_torch(kind: str, dtype: torch.dtype, cell: Any, sparse_layers: list[int]) -> None:
     layer, twin = layer_and_twin(cell, input_size=11, hidden_size=19, dtype=dtype, **KINDS[kind])

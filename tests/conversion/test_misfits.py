@@ -81,11 +81,10 @@ def test_tied_weights_are_refused_by_name() -> None:
     net = Tied()
     with (
         unchanged(net),
-        pytest.raises(ValueError, match=r"`head\.weight` is shared \(tied\): `embed\.weight` and `head\.weight`"),
+        pytest.raises(ValueError, match=r"`head\.weight` is shared \(tied\): `embed\.weight` and `head\.weight` are"),
     ):
-        sparsify(net, 0.2)
+        sparsify(net, 0.2, target_modules=["head", "body"])
     assert net.head.weight is net.embed.weight
-    assert connections(sparsify(net, 0.2, exclude_modules=["head"])).keys() == {"body.weight"}
 
 
 def test_another_parametrization_is_refused_by_name() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lightning_deepr import kernels
+from lightning_deepr.algorithm.newborns import State
 from lightning_deepr.kernels import rows
 from lightning_deepr.kernels.cpu import fields
 from lightning_deepr.kernels.cpu.fields import (
@@ -135,14 +136,16 @@ def test_the_step_on_the_cpu_finds_what_its_table_says(monkeypatch: pytest.Monke
     order = slots.refresh_order()
     theta, moments = torch.rand(3), [torch.rand(3), torch.rand(3)]
     table = Table([slots], 4)
-    assert table.step([theta], [0.5], [0.25], [True], [[(moments[0], 0.0), (moments[1], 0.75)]], 8, 6, 9) == ([0], [0])
+    assert table.step(
+        [theta], [0.5], [0.25], [True], [[State("", moments[0], 0.0), State("", moments[1], 0.75, averaged=True)]], 8, 6, 9
+    ) == ([0], [0])
     word = struct.Struct("d")
     expected = {
         "THETA": theta.data_ptr(), "PLACES": slots.places.data_ptr(), "BORN": slots.born.data_ptr(),
         "SIGNS": slots.signs.data_ptr(), "EXCEPTIONS": slots.exceptions.data_ptr(), "EXCEPTION_COUNT": 1,
         "COUNTER": 2 << 40, "SIGN_SEED": 99, "COUNT": 3, "TOTAL": 35, "REWIRES": 1, "STATES": 2, "SIZE": 4, "ROWS": 5,
         "COLUMNS": 7, "REBORN": table.reborn[0].data_ptr(),
-        "state ADDRESS": moments[1].data_ptr(), "state SIZE": 4,
+        "state ADDRESS": moments[1].data_ptr(), "state SIZE": 4, "state AVERAGED": 1,
         "argument TASK": 0, "argument TENSORS": 1, "argument STEP": 9, "argument SEED": 6, "argument NEWBORN_SINCE": 8,
         "argument FINISHED": 0, **dict(zip(fields.ORDER_NAMES, order.addresses, strict=True)),
     }  # fmt: skip
@@ -153,6 +156,6 @@ def test_the_step_on_the_cpu_finds_what_its_table_says(monkeypatch: pytest.Monke
 
 def test_states_are_written_behind_the_row() -> None:
     row = np.zeros(fields.ROW_WORDS, np.int64)
-    rows.write_states(row, row.view(np.float64), CpuRow.FIRST_STATE, [(11, 4, 0.5)] * fields.MOST_STATES)
+    rows.write_states(row, row.view(np.float64), CpuRow.FIRST_STATE, [(11, 4, 0.5, 1)] * fields.MOST_STATES)
     assert row[Row.STATES] == fields.MOST_STATES and row[-len(StateRow) + StateRow.ADDRESS] == 11
     assert row.view(np.float64)[-len(StateRow) + StateRow.START] == 0.5

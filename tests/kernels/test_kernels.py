@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, optim
 
-from lightning_deepr import DeepR, kernels
+from lightning_deepr import kernels
 from lightning_deepr.kernels import available
 from tests.helpers.kernel_steps import (
     ALPHA,
@@ -31,6 +31,7 @@ from tests.helpers.kernel_steps import (
     step_separately,
 )
 from tests.helpers.paths import ROOT
+from tests.helpers.plain import PlainDeepR as DeepR
 from tests.helpers.regression import SEED
 from tests.helpers.state import all_slots, assert_equal_states, oracle_of, state_of, thetas
 

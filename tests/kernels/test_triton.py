@@ -40,7 +40,8 @@ def test_in_the_interpreter(marked: str) -> None:
         *("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", marked, "tests/kernels/triton_interpreted.py"),
         TRITON_INTERPRET="1",
     )
-    assert " passed" in said and "failed" not in said and "skipped" not in said
+    closing = said.strip().splitlines()[-1]  # (a warning above it may use these words)
+    assert " passed" in closing and "failed" not in closing and "skipped" not in closing
 
 
 @needs_triton
@@ -56,7 +57,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(targets: str, dtypes: st
     """They compile down to machine code. The compiler does not accept everything that the interpreter accepts."""
     said = run("-m", "tests.kernels.triton_compiled", targets, dtypes, TRITON_CACHE_DIR=str(tmp_path))
     made = [line.split() for line in said.splitlines()]
-    assert len(made) == 8 * len(targets.split()) * len(dtypes.split())
+    assert len(made) == 10 * len(targets.split()) * len(dtypes.split())
     assert {target for target, *_ in made} == set(targets.split())
     assert all(int(size) > 1000 for *_, size in made)
 
@@ -72,6 +73,7 @@ def test_the_benchmark_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"gpu_rewiring.csv", "gpu_lstm.csv"}
 
 
+@pytest.mark.slow
 def test_nothing_imports_triton_before_a_gpu_is_used() -> None:
     code = """
 import sys, torch

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lightning_deepr.compute import sparse_gpu
+from lightning_deepr.kernels.cpu.fields import MOST_STATES
 from lightning_deepr.kernels.gpu import linear as triton_linear
 from lightning_deepr.kernels.gpu import rewire as triton_rewire
 from lightning_deepr.kernels.gpu import step as triton_step
@@ -31,12 +32,15 @@ TYPES = {
 
 def kernels(real: Any, wide: Any) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """Yield each kernel with the types of its arguments and with its constants."""
-    for kernel in (triton_rewire.shrink, triton_rewire.insert, triton_rewire.claim, triton_rewire.finish):
-        constants = {"REAL": real, "WIDE": wide, "BLOCK": triton_step.BLOCK}
+    of_step = ("shrink", "insert", "claim", "add_living", "add_sums", "finish")
+    for kernel in (getattr(triton_rewire, name) for name in of_step):
+        constants = {"REAL": real, "WIDE": wide, "BLOCK": triton_step.BLOCK, "MOST": MOST_STATES}
         constants = {name: constants[name] for name in kernel.arg_names if name in constants}
         types = {name: "constexpr" if name in constants else "*i64" for name in kernel.arg_names}
         if "dormant" in types:
             types["dormant"] = "*i32"
+        types |= {name: "*fp64" for name in ("sums", "total") if name in types}
+        types |= {name: "i32" for name in ("number", "tensors") if name in types}
         yield kernel, types, constants
     floats = {tl.float32: "*fp32", tl.float64: "*fp64", tl.bfloat16: "*bf16", tl.float16: "*fp16"}[real]
     for kernel in (triton_linear.product, triton_linear.sampled):

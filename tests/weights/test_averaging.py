@@ -100,7 +100,8 @@ KINDS = {
 
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.feature("Loops: AveragedModel in a plain loop")
 def test_averaged_model_in_a_plain_loop(kind: str, use_buffers: bool, every: int) -> None:
     options, fold = KINDS[kind]
     net, optimizer = network()
@@ -199,6 +200,7 @@ AVERAGING = {
 
 
 @pytest.mark.parametrize("kind", AVERAGING)
+@pytest.mark.feature("Callbacks: EMAWeightAveraging and WeightAveraging")
 def test_averaging_under_the_trainer(kind: str) -> None:
     make, fold, every = AVERAGING[kind]
     averaging = make()
@@ -221,6 +223,7 @@ def test_averaging_under_the_trainer(kind: str) -> None:
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["without_norm", "with_batch_norm"])
+@pytest.mark.feature("Callbacks: StochasticWeightAveraging")
 def test_stochastic_weight_averaging(norm: bool) -> None:
     averaging = StochasticWeightAveraging(swa_lrs=0.2, swa_epoch_start=2, annealing_epochs=1)
     seen: list[Reference] = []
@@ -249,6 +252,7 @@ def test_stochastic_weight_averaging(norm: bool) -> None:
             seen[0].check_values(net, name)
 
 
+@pytest.mark.feature("Checkpoints: an average resumed exactly")
 def test_an_average_goes_on_exactly_after_a_resume(tmp_path: Path) -> None:
     def fit(net: Net, epochs: int, folder: str, **options: Any) -> EMAWeightAveraging:
         averaging = EMAWeightAveraging(decay=DECAY)

@@ -267,6 +267,7 @@ def test_resume_in_a_plain_loop_is_exact(rule: str) -> None:
     assert_equal_states(state_of(third, third_optimizer), state_of(net, optimizer))
 
 
+@pytest.mark.feature('Loops: one K for the network (scope="global"), all three loops')
 def test_trainer_fabric_and_plain_loop_agree() -> None:
     module = Regression(OPTIMIZERS["sgd"], steps=15)
     trainer(callback()).fit(module)
@@ -463,6 +464,7 @@ def test_checkpoints_of_the_other_scope() -> None:
         small().load_state_dict(small(0.5).state_dict())
 
 
+@pytest.mark.feature('Optimizers: scope="global" with a group or optimizer per layer', refused=True)
 def test_parameter_groups_and_optimizers_are_refused_by_name() -> None:
     def groups(module: Any) -> Any:
         net = module.net

@@ -200,9 +200,12 @@ def test_a_problem_is_found_in_slots_of_either_kind(scope: str, spoil: Any, mess
     start_anew([(theta, 0.0), (state, 0.25)], born if scope == "layer" else born + 36)
     states = [("momentum", state, 0.25)]
     assert slots.problem(theta, born, states) is None
-    assert slots.problem(theta, born, states, least=100) == (
-        None if scope == "layer" else "expected at least 60 connections, found 18"
-    )
+    assert slots.problem(theta, born, states, least=100) is None  # nothing was born yet
+    if scope == "global":
+        slots.pool.births = [1] * len(slots.pool.counts)
+        found = slots.problem(theta, born, states, least=30)
+        assert found is not None and "expected at least 30 connections before other layers get births, found 18" in found
+        slots.pool.births = []
     spoil(slots, theta, state)
     assert re.fullmatch(message, slots.problem(theta, born, states))
     if spoil is spoil_theta:
@@ -246,6 +249,7 @@ def recorded() -> dict[str, Any]:
 
 
 def same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    found = {name: value for name, value in found.items() if not name.endswith(".fingerprint")}  # newer than the checkpoint
     """Compare two states: names and integers are equal; values agree up to the rounding of another machine."""
     assert list(found) == list(expected)
     for name, value in expected.items():
@@ -265,7 +269,7 @@ def test_a_checkpoint_of_before_loads_and_trains_on(through: str) -> None:
         net = make_shared.begin()[0]
         assert [slots.count for slots in all_slots(net)] == [36, 18]
         net.load_state_dict(record["net"])
-    assert list(net.state_dict()) == list(record["net"])
+    assert [name for name in net.state_dict() if not name.endswith(".fingerprint")] == list(record["net"])
     same_state(net.state_dict(), record["net"])
     assert all(isinstance(slots, SharedSlots) for slots in all_slots(net))
     assert all_slots(net)[0].pool.budgets == [36, 18]  # type: ignore[attr-defined]

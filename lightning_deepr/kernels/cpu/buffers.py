@@ -1,17 +1,22 @@
-"""Large transient buffers that go back to the operating system when they are freed.
+"""Large transient buffers: of activations, which go back to the operating system, and of weights, which are used again.
 
 The C library keeps freed blocks of up to 32 MB for later, in pieces. If the activations of a layer have that size, the process
 grows to twice the memory that it uses. Buffers of that size therefore map pages of their own.
+
+Transient weights and their gradients have the same sizes in every step. Their memory is kept (:func:`kept`): allocated anew, it
+would be filled with zeros by the operating system in each step, which takes longer than to write it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import sys
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +33,43 @@ def empty(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
         return like.new_empty(shape)
     pages = mmap.mmap(-1, count * like.element_size())
     return torch.frombuffer(pages, dtype=like.dtype, count=count).view(shape)  # the tensor keeps the pages
+
+
+_kept: dict[int, list[np.ndarray]] = {}  # by size; a buffer is in use while a tensor refers to its array
+KEPT_FROM, KEPT_IN_ALL = 1 << 16, 1 << 28  # bytes: smaller buffers come from the C library, and so do those beyond the sum
+
+
+def kept(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Make an uninitialized CPU tensor of a shape, with the dtype of ``like``, in memory that is kept for the next call.
+
+    The memory is used again when no tensor refers to it any more, whoever held it: a graph of autograd, a saved tensor, a view.
+    """
+    size = math.prod(shape) * like.element_size()
+    if size < KEPT_FROM or _numpy_type(like.dtype) is None:
+        return torch.empty(shape, dtype=like.dtype, device="cpu")
+    free, busy, array = _kept.setdefault(size, []), [], None
+    while free:  # (taken out of the list, so that no other thread takes it, too)
+        try:
+            array = free.pop()
+        except IndexError:
+            break
+        if sys.getrefcount(array) == 2:  # `array` and the argument
+            break
+        busy.append(array)
+        array = None
+    free.extend(busy)
+    if array is None:
+        if sum(size * len(arrays) for size, arrays in list(_kept.items())) + size > KEPT_IN_ALL:
+            return torch.empty(shape, dtype=like.dtype, device="cpu")
+        array = np.empty(size + 64, np.uint8)
+    start = -array.ctypes.data % 64
+    found = torch.from_numpy(array[start : start + size].view(_numpy_type(like.dtype))).view(shape)  # it refers to the array
+    free.append(array)
+    return found
+
+
+def _numpy_type(dtype: torch.dtype) -> Any:
+    return {torch.float32: np.float32, torch.float64: np.float64}.get(dtype)
 
 
 def give_back() -> None:

@@ -98,11 +98,17 @@ class KernelCache:
         function: the Python function of the kernel.
     """
 
-    def __init__(self, function: Callable[[Any], None]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[[Any], None], missing: Callable[[], None] = lambda: None) -> None:
+        self._function, self._missing = function, missing
 
     def load_overload(self, signature: Any, target_context: Any) -> CompileResult | None:
-        """Return the compiled kernel, or None if it has to be compiled."""
+        """Return the compiled kernel, or None if it has to be compiled; ``missing`` is called then."""
+        found = self._load(signature, target_context)
+        if found is None:
+            self._missing()
+        return found
+
+    def _load(self, signature: Any, target_context: Any) -> CompileResult | None:
         target_context.refresh()  # makes the context ready, as numba's own cache does
         path = None
         try:

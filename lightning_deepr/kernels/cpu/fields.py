@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from enum import IntEnum, auto
 from typing import Any
 
+FLOATS = {"float32": 1, "float64": 2, "bfloat16": 3, "float16": 4}  # the types of averaged states, as StateRow has them
 MOST_STATES = 4  # the most state tensors that a kernel resets; for an optimizer with more, PyTorch resets all of them
 
 
@@ -82,7 +83,43 @@ class CpuRow(Fields):
     PASS_BITS = auto()
     PASS_FILTER = auto()
     PASS_FILTER_BITS = auto()
+    SCRATCH = auto()  # address of working memory
+    SCRATCH_SIDE = auto()  # bytes from there to the working memory of the order by columns
+    ALLOWED = auto()  # address of AllowedWords; 0: connections may be everywhere
+    SIGN_TABLE = auto()  # address of SignWords; 0: signs are hashed
+    NOTES = auto()  # address of NotesWords; 0: nothing is noted
+    MARKS = auto()  # address of a bitmap of the places; 0: there is none
+    MARKS_KNOWN = auto()  # whether it is that of the present places
+    STAYS = auto()  # whether each slot keeps its place: K = N, in order
     FIRST_STATE = auto()  # MOST_STATES times StateRow
+
+
+class AllowedWords(Fields):
+    """The places where the connections of a tensor may be (see :class:`lightning_deepr.algorithm.allowed.Allowed`)."""
+
+    COUNT = auto()  # M
+    SPACE = auto()  # the number of codes
+    LIMIT = auto()  # a draw above it is repeated
+    STRETCH = auto()  # the columns of a row's stretch or window
+    ROWS = auto()
+    COLUMNS = auto()
+    MAJORS = auto()
+    MINORS = auto()
+    INNER = auto()
+    TRANSPOSED = auto()
+    ITEMS = auto()  # address of the list of places, or of the words of the bitmap
+    ITEM_COUNT = auto()
+    FORMS = auto()
+    FIRST_FORM = auto()  # FORMS times FORM_WORDS: the kind and the numbers of a form
+
+
+class SignWords(Fields):
+    """A table of signs (see :class:`lightning_deepr.algorithm.signs.SignTable`)."""
+
+    INNER = auto()
+    LENGTH = auto()
+    BLOCK = auto()
+    BITS = auto()  # address
 
 
 class StateRow(Fields):
@@ -91,8 +128,10 @@ class StateRow(Fields):
     ADDRESS = auto()
     SIZE = auto()  # bytes of an entry
     START = auto()  # the optimizer's starting value: a float64, or in Triton its bits in the type of the tensor
+    AVERAGED = auto()  # not 0: a newborn gets the mean of the living slots; in Triton the type of the tensor, see FLOATS
 
 
+FORM_WORDS = 8
 STATE_WORDS = len(StateRow)
 ROW_WORDS = CpuRow.FIRST_STATE + MOST_STATES * STATE_WORDS
 ORDER = slice(CpuRow.ROW_START, CpuRow.COLUMN_SLOT + 1)
@@ -120,6 +159,16 @@ GPU_HEADER_WORDS = len(GpuHeader)
 GPU_ROW_WORDS = GpuRow.FIRST_STATE + MOST_STATES * STATE_WORDS
 
 
+class NotesWords(Fields):
+    """What is noted about a tensor's births (see :mod:`lightning_deepr.monitoring.record`). An address is 0 for nothing."""
+
+    WORDS = auto()  # address of the bitmap of the places that have been tried
+    STRIDE = auto()  # every so-manieth place has a bit
+    TRIED = auto()  # the number of bits that are set
+    LIVES = auto()  # address of the numbers of deaths by lifetime
+    SINCE = auto()  # connections that were born before this step are not counted there
+
+
 class StartArguments(Fields):
     """The arguments of the draw of the places that a tensor starts with."""
 
@@ -128,6 +177,7 @@ class StartArguments(Fields):
     SEED = auto()
     TOTAL = auto()  # N
     COUNTER = auto()  # the counter of slot 0
+    SCRATCH = auto()  # address of working memory
 
 
 class FiniteArguments(Fields):
@@ -203,6 +253,7 @@ class SharedArguments(Fields):
     STATES = auto()  # address of STATE_COUNT times StateRow
     STATE_COUNT = auto()
     BIRTHS = auto()  # the answer: the number of reborn connections
+    SCRATCH = auto()  # address of working memory
 
 
 class LayerRow(Fields):

@@ -61,10 +61,9 @@ class Kernel:
 def _compile(function: Callable[[Any], None]) -> CFunc:
     timer = threading.Timer(0.5, _announce)
     timer.daemon = True
-    timer.start()
     try:
         compiled = CFunc(function, (_SIGNATURE.args, _SIGNATURE.return_type), {}, {"nopython": True, "error_model": "numpy"})
-        compiled._cache = KernelCache(function)
+        compiled._cache = KernelCache(function, missing=timer.start)  # a kernel that is only read takes no note
         compiled.compile()
     finally:
         timer.cancel()
@@ -133,6 +132,7 @@ def _store(value_type: Any, kind: Any) -> Any:
 
 load_int32 = _load(_INT32, types.int32)
 load_int64 = _load(_INT64, types.int64)
+load_byte = _load(ir.IntType(8), types.uint8)
 store_int32 = _store(_INT32, types.int32)
 store_int64 = _store(_INT64, types.int64)
 store_byte = _store(ir.IntType(8), types.uint8)
@@ -200,6 +200,36 @@ else:
     @njit
     def advise_huge_pages(address: int, size: int) -> None:
         pass
+
+
+@intrinsic(prefer_literal=True)
+def subtract_from_64(typingctx: Any, address: Any, less: Any, size: Any) -> Any:
+    """Subtract ``less`` from 64 floats at an address, and return a word whose bit i tells whether the i-th is then below 0."""
+    value_type, kind = _scalar(size.literal_value)
+    count, align = 64, size.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(value_type, count)
+        where = builder.inttoptr(args[0], vector.as_pointer())
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), args[1], ir.Constant(_INT32, 0))
+        mask = ir.Constant(ir.VectorType(_INT32, count), [0] * count)
+        every = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), mask)
+        found = builder.fsub(builder.load(where, align=align), every)
+        builder.store(found, where, align=align)
+        below = builder.fcmp_ordered("<", found, ir.Constant(vector, [0.0] * count))
+        return builder.bitcast(below, _INT64)
+
+    return types.int64(types.int64, kind, size), codegen
+
+
+@intrinsic
+def trailing_zeros(typingctx: Any, word: Any) -> Any:
+    """Return the position of the lowest bit of an int64, which is not 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), codegen
 
 
 AHEAD = 4  # loops over connections prefetch the row of the connection that comes this many later

@@ -24,8 +24,18 @@ from numba.extending import intrinsic
 
 from lightning_deepr.kernels.cpu.fields import ROW_WORDS, CpuRow, Row
 from lightning_deepr.kernels.cpu.fields import StepArguments as A
-from lightning_deepr.kernels.cpu.native import Kernel, fetch_add, load_int32, load_int64, pointer, store_int32, store_int64
+from lightning_deepr.kernels.cpu.native import (
+    Kernel,
+    fetch_add,
+    load_int32,
+    load_int64,
+    pointer,
+    stack_space,
+    store_int32,
+    store_int64,
+)
 from lightning_deepr.kernels.cpu.rewire import SLOT
+from lightning_deepr.kernels.cpu.scratch import CELL_BYTES, int32s, int64s, uint64s
 from lightning_deepr.kernels.cpu.sorting import sort_with
 
 SMALL, BASE, PER_BIRTH = 1 << 12, 700, 11  # connections; measured
@@ -182,8 +192,11 @@ def follow(t: int, side: int) -> None:
     rows, columns = load_int64(t + 8 * CpuRow.ROWS), load_int64(t + 8 * CpuRow.COLUMNS)
     signs, size = load_int64(t + 8 * Row.SIGNS), load_int64(t + 8 * CpuRow.SIZE)
     inverse = 1.0 / columns
-    keys, born_slots = np.empty(births, np.uint64), np.empty(births, np.int32)
-    flags = np.zeros(count // 32 + 1, np.int32)
+    scratch = stack_space(CELL_BYTES)
+    store_int64(scratch, load_int64(t + 8 * CpuRow.SCRATCH) + side * load_int64(t + 8 * CpuRow.SCRATCH_SIDE))
+    keys, born_slots = uint64s(scratch, births), int32s(scratch, births)
+    flags = int32s(scratch, count // 32 + 1)
+    flags[:] = 0
     for i in range(births):
         slot = load_int64(reborn + 8 * i)
         place = load_int64(places + 8 * slot)
@@ -195,19 +208,20 @@ def follow(t: int, side: int) -> None:
         negative = load_int32(signs + (slot + 1) * size - 4) < 0
         born_slots[i] = np.int32(slot - (SLOT + 1)) if negative else np.int32(slot)
         flags[slot >> 5] |= np.int32(np.int64(1) << (slot & 31))
-    keys, born_slots = sort_with(keys, born_slots, np.uint64(rows * columns - 1))
+    keys, born_slots = sort_with(keys, born_slots, np.uint64(rows * columns - 1), scratch)
 
     lines, width = (rows, columns) if side == 0 else (columns, rows)
     start = load_int64(t + 8 * (CpuRow.ROW_START if side == 0 else CpuRow.COLUMN_START))
     other = load_int64(t + 8 * (CpuRow.ROW_COLUMN if side == 0 else CpuRow.COLUMN_ROW))
     slots = load_int64(t + 8 * (CpuRow.ROW_SLOT if side == 0 else CpuRow.COLUMN_SLOT))
-    births_before = np.zeros(lines + 1, np.int32)
+    births_before = int32s(scratch, lines + 1)
+    births_before[:] = 0
     inverse = 1.0 / width
     for i in range(births):
         line = row_of(np.int64(keys[i]), width, inverse)
         births_before[line + 1] += np.int32(1)
         keys[i] = np.uint64((line << 32) | (np.int64(keys[i]) - line * width))
-    stayed, before = np.empty((count >> 6) + 1, np.int64), np.empty((count >> 6) + 1, np.int32)
+    stayed, before = int64s(scratch, (count >> 6) + 1), int32s(scratch, (count >> 6) + 1)
     stayed_at, before_at, births_at = (
         np.int64(stayed.ctypes.data),
         np.int64(before.ctypes.data),
@@ -216,9 +230,6 @@ def follow(t: int, side: int) -> None:
     number = drop_dead(other, slots, count, np.int64(flags.ctypes.data), stayed_at, before_at)
     move_starts(start, lines, stayed_at, before_at, births_at)
     insert(start, other, slots, births_at, number, np.int64(keys.ctypes.data), np.int64(born_slots.ctypes.data), births)
-    # numba frees an array after its last mention: these are mentioned so that they last until here
-    flags[0] = stayed[0] = before[0] = births_before[0] = born_slots[0] = 0
-    keys[0] = np.uint64(0)
 
 
 @njit(inline="always")
@@ -238,7 +249,9 @@ def order_anew(t: int) -> None:
     count, rows, columns = load_int64(t + 8 * Row.COUNT), load_int64(t + 8 * CpuRow.ROWS), load_int64(t + 8 * CpuRow.COLUMNS)
     signs, size = load_int64(t + 8 * Row.SIGNS), load_int64(t + 8 * CpuRow.SIZE)
     places = carray(pointer(load_int64(t + 8 * Row.PLACES)), count, np.int64)
-    row_of, column_of, by_column = np.empty(count, np.int32), np.empty(count, np.int32), np.empty(count, np.int32)
+    scratch = stack_space(CELL_BYTES)
+    store_int64(scratch, load_int64(t + 8 * CpuRow.SCRATCH))
+    row_of, column_of, by_column = int32s(scratch, count), int32s(scratch, count), int32s(scratch, count)
     inverse = 1.0 / columns
     for k in range(count):  # a multiplication, which is off by one at most, instead of a division
         row = np.int64(np.float64(places[k]) * inverse)
@@ -247,7 +260,9 @@ def order_anew(t: int) -> None:
         row_of[k] = row
         column_of[k] = places[k] - row * columns
     row_start, column_start = load_int64(t + 8 * CpuRow.ROW_START), load_int64(t + 8 * CpuRow.COLUMN_START)
-    row_next, column_next = np.zeros(rows + 1, np.int32), np.zeros(columns + 1, np.int32)
+    row_next, column_next = int32s(scratch, rows + 1), int32s(scratch, columns + 1)
+    row_next[:] = 0
+    column_next[:] = 0
     rows_at, columns_at = np.int64(row_next.ctypes.data), np.int64(column_next.ctypes.data)
     row_at, column_at = np.int64(row_of.ctypes.data), np.int64(column_of.ctypes.data)
     for k in range(count):
@@ -279,7 +294,6 @@ def order_anew(t: int) -> None:
         position = take_next(columns_at, load_int32(other + 4 * i))
         store_int32(across_at + 4 * position, load_int32(row_at + 4 * (slot & SLOT)))
         store_int32(across_order + 4 * position, slot)
-    row_next[0] = column_next[0] = row_of[0] = column_of[0] = by_column[0] = 0  # (numba frees an array after its last mention)
 
 
 @njit(inline="always")

@@ -5,9 +5,9 @@ the K slots of a tensor go dormant:
 
 1. One pass over the slots applies L1 and noise and lists the slots with theta < 0.
 2. The R draws go into a hash table, and one more pass over the places of the active connections marks the draws that are taken.
-   Nothing is kept between steps, so nothing can go stale. Slots without a place draw again, several attempts ahead: two passes
-   nearly always suffice.
-3. The reborn slots get theta 0, a place, a sign, a birth and the optimizer's starting state.
+   Slots without a place draw again, several attempts ahead: two passes nearly always suffice. A tensor of at least one
+   connection in 16 places has a bitmap of its places instead, which follows the births: no pass, O(R).
+3. The reborn slots get theta 0, a place, a sign, a birth and the optimizer's starting state, or the mean of the others'.
 
 :mod:`lightning_deepr.kernels.cpu.orders` then updates the orders by rows and by columns.
 """
@@ -20,20 +20,26 @@ import numpy as np
 from numba import carray, njit
 
 from lightning_deepr.algorithm import randomness
+from lightning_deepr.kernels.cpu import room
+from lightning_deepr.kernels.cpu.allowed import BITMAP, draw_allowed, negative_in_table, place_of
 from lightning_deepr.kernels.cpu.deviates import BLOCK, deviates
 from lightning_deepr.kernels.cpu.fields import (
+    FORM_WORDS,
     ROW_WORDS,
     STATE_WORDS,
     VALUES_WORDS,
     CpuRow,
     FiniteArguments,
+    NotesWords,
     Row,
     StartArguments,
     StateRow,
     ValuesRow,
 )
+from lightning_deepr.kernels.cpu.fields import AllowedWords as W
 from lightning_deepr.kernels.cpu.fields import StepArguments as A
 from lightning_deepr.kernels.cpu.hashing import GOLDEN, LARGEST, bits, extend
+from lightning_deepr.kernels.cpu.means import mean
 from lightning_deepr.kernels.cpu.native import (
     Kernel,
     advise_huge_pages,
@@ -43,10 +49,15 @@ from lightning_deepr.kernels.cpu.native import (
     load_int64,
     pointer,
     prefetch,
+    stack_space,
     store_byte,
     store_float,
+    store_int32,
     store_int64,
+    subtract_from_64,
+    trailing_zeros,
 )
+from lightning_deepr.kernels.cpu.scratch import CELL_BYTES, bytes_of, int32s, int64s, uint64s
 from lightning_deepr.kernels.cpu.sorting import sort_with
 
 PASS_SIZE = 1 << 15  # slots of a large tensor that a thread takes at a time
@@ -56,6 +67,10 @@ BIRTH, NOISE_STREAM = np.uint64(randomness.BIRTH), np.uint64(randomness.NOISE)
 START_PLACES = np.uint64(randomness.START_PLACES)
 SLOT = 0x7FFFFFFF
 SIGN_BIT = np.uint64(1 << 63)
+BATCH_BYTES, NOISE_BYTES, ROW_BYTES = 256, 8 * BLOCK, 8 * ROW_WORDS  # of arrays on the stack
+LISTED = room.LISTED  # places whose hashes are computed together
+LISTED_BYTES, HASH_BYTES = 4 * LISTED, 8 * LISTED
+ALL, SPAN = np.uint64(randomness.WORD), 2.0**64
 BATCH = 32  # draws whose cells are prefetched together
 
 
@@ -86,7 +101,9 @@ def look_for_active(t: int, size: int) -> None:
     bits_of_table = load_int64(t + 8 * CpuRow.PASS_BITS)
     mask, shift = (np.int64(1) << bits_of_table) - 1, np.uint64(64 - bits_of_table)
     filter_shift = np.uint64(64 - load_int64(t + 8 * CpuRow.PASS_FILTER_BITS))
-    drawn = np.empty(BATCH, np.int64)  # places of active connections that pass the filter: their cells are prefetched
+    drawn = carray(
+        pointer(stack_space(BATCH_BYTES)), BATCH, np.int64
+    )  # places of active connections that pass the filter: their cells are prefetched
     while True:
         first = fetch_add(t + 8 * CpuRow.PASS_CHUNK, PASS_SIZE)
         if first >= count:
@@ -112,6 +129,32 @@ def mark_active(table: int, mask: int, shift: np.uint64, places: np.ndarray, cou
         cell = find(table, mask, shift, places[i])
         if load_int64(table + cell * 8) == places[i]:
             store_byte(status + cell, ACTIVE)
+
+
+@njit
+def note_births(notes: int, born: int, dormant: np.ndarray, chosen: np.ndarray, reborn: int, step: int) -> None:
+    """Note the places of births as tried, and how long the connections that die have lived."""
+    words, stride = load_int64(notes + 8 * NotesWords.WORDS), load_int64(notes + 8 * NotesWords.STRIDE)
+    lives, since = load_int64(notes + 8 * NotesWords.LIVES), load_int64(notes + 8 * NotesWords.SINCE)
+    tried = load_int64(notes + 8 * NotesWords.TRIED)
+    for i in range(reborn):
+        place = chosen[i]
+        if stride > 1:
+            place = place // stride if place % stride == 0 else np.int64(-1)
+        if place >= 0:
+            word = words + 8 * (place >> 6)
+            bits, bit = load_int64(word), np.int64(1) << (place & 63)
+            tried += (bits & bit) == 0
+            store_int64(word, bits | bit)
+        if lives != 0:
+            before = load_int64(born + dormant[i] * 8)
+            if before >= since:
+                life, kind = step - before - 1, 0  # a lifetime of 1, 2, 3-4, 5-8, ... steps
+                while life > 0:
+                    life >>= 1
+                    kind += 1
+                store_int64(lives + 8 * kind, load_int64(lives + 8 * kind) + 1)
+    store_int64(notes + 8 * NotesWords.TRIED, tried)
 
 
 @njit
@@ -151,7 +194,7 @@ def is_active(place: int, columns: int, order: int, row_column: int, row_slot: i
 @njit
 def draw_by_rejection(
     theta: int, size: int, places: int, count: int, total: int, dormant: np.ndarray, reborn: int, counter: int,
-    stream: np.uint64, chosen: np.ndarray, t: int,
+    stream: np.uint64, chosen: np.ndarray, t: int, scratch: int, allowed: int,
 ) -> None:  # fmt: skip
     """Draw new places for the dormant slots of a tensor that is at most half full (``rewiring.first_free`` has the rule).
 
@@ -165,6 +208,8 @@ def draw_by_rejection(
         chosen: the result, an array [reborn].
         t: the address of the tensor's words. If its connections are kept in order, a few draws are looked up there. That is
             cheaper than another pass over all places.
+        scratch: the cell of working memory (``room.rejection``).
+        allowed: the address of the words of the allowed places, or 0. Then ``total`` is the number of these places.
     """
     order, row_column, row_slot = (
         load_int64(t + 8 * CpuRow.ROW_START),
@@ -178,19 +223,21 @@ def draw_by_rejection(
     while (1 << bits_of_table) < (4 if reborn < 1 << 20 else 2) * reborn:
         bits_of_table += 1
     capacity, mask, shift = 1 << bits_of_table, (1 << bits_of_table) - 1, np.uint64(64 - bits_of_table)
-    cells, status = np.empty(capacity, np.int64), np.empty(capacity, np.uint8)
+    cells, status = int64s(scratch, capacity), bytes_of(scratch, capacity)
     advise_huge_pages(np.int64(cells.ctypes.data), 8 * capacity)
     advise_huge_pages(np.int64(status.ctypes.data), capacity)
     cells[:] = -1
     status[:] = FREE
     # A filter of at least 8 bits for each draw, but at most 1 MB. It dismisses most active connections, and it stays in a
     # core's own cache.
-    words = np.empty(1 << max(2, min(17, bits_of_table - 4)), np.uint64)
+    words = uint64s(scratch, 1 << max(2, min(17, bits_of_table - 4)))
     table, filter_at = np.int64(cells.ctypes.data), np.int64(words.ctypes.data)
-    pending = np.arange(reborn)
+    pending = int64s(scratch, reborn)
+    for i in range(reborn):
+        pending[i] = i
     waiting, attempt, inserted = reborn, 0, 0
-    where = np.empty(max(reborn, 64) + 64, np.int64)
-    drawn = np.empty(BATCH, np.int64)
+    where = int64s(scratch, max(reborn, 64) + 64)
+    drawn = carray(pointer(stack_space(BATCH_BYTES)), BATCH, np.int64)
     while waiting > 0:
         look_up = order != 0 and 32 * waiting < count
         ahead = 1
@@ -224,8 +271,12 @@ def draw_by_rejection(
             for begin in range(0, waiting, BATCH):
                 number = min(BATCH, waiting - begin)
                 for i in range(number):
-                    draw = bits(key, np.uint64(counter + dormant[pending[begin + i]])) & LARGEST
-                    place = np.int64(draw % places_total) if draw <= limit else np.int64(-1)
+                    word = bits(key, np.uint64(counter + dormant[pending[begin + i]]))
+                    if allowed != 0:
+                        place = draw_allowed(allowed, word)
+                    else:
+                        draw = word & LARGEST
+                        place = np.int64(draw % places_total) if draw <= limit else np.int64(-1)
                     drawn[i] = place
                     if place >= 0:
                         prefetch(table + np.int64((np.uint64(place) * GOLDEN) >> shift) * 8)
@@ -244,8 +295,8 @@ def draw_by_rejection(
                                 status[cell] = ACTIVE
                             continue
                         bit = np.int64((np.uint64(place) * GOLDEN) >> filter_shift)
-                        word = filter_at + (bit >> 6) * 8
-                        store_int64(word, load_int64(word) | (np.int64(1) << (bit & 63)))
+                        filter_word = filter_at + (bit >> 6) * 8
+                        store_int64(filter_word, load_int64(filter_word) | (np.int64(1) << (bit & 63)))
         if not look_up and count > 0:
             store_int64(t + 8 * CpuRow.PASS_CELLS, table)
             store_int64(t + 8 * CpuRow.PASS_STATUS, np.int64(status.ctypes.data))
@@ -282,28 +333,153 @@ def draw_by_rejection(
 
 
 @njit
-def draw_from_list(
-    theta: int, size: int, places: int, count: int, total: int, reborn: int, counter: int, seed: int, step: int,
-    chosen: np.ndarray,
+def mark_places(marks: int, places: int, count: int, total: int) -> None:
+    """Make the bitmap of a tensor's places anew: one bit for each of N places."""
+    for word in range((total + 63) >> 6):
+        store_int64(marks + 8 * word, 0)
+    for k in range(count):
+        mark(marks, load_int64(places + k * 8))
+
+
+@njit(inline="always")
+def mark(marks: int, place: int) -> None:
+    word = marks + (place >> 6) * 8
+    store_int64(word, load_int64(word) | (np.int64(1) << (place & 63)))
+
+
+@njit(inline="always")
+def unmark(marks: int, place: int) -> None:
+    word = marks + (place >> 6) * 8
+    store_int64(word, load_int64(word) & ~(np.int64(1) << (place & 63)))
+
+
+@njit
+def draw_by_marks(
+    marks: int, total: int, dormant: np.ndarray, reborn: int, counter: int, stream: np.uint64, chosen: np.ndarray, scratch: int,
 ) -> None:  # fmt: skip
-    """Draw new places in a tensor that is more than half full: the first R of its dormant places in a random order."""
-    taken = np.zeros(total, np.uint8)
+    """Do what :func:`draw_by_rejection` does, in a tensor that has a bitmap: O(R), no pass over the places.
+
+    The bitmap has the places of the living slots, and gets those of the newborns. ``scratch``: ``room.rewiring``.
+    """
+    places_total = np.uint64(total)
+    limit = LARGEST - (LARGEST % places_total + np.uint64(1)) % places_total
+    pending = int32s(scratch, reborn)
+    for i in range(reborn):
+        pending[i] = np.int32(i)
+    waiting, attempt = reborn, 0
+    while waiting > 0:
+        key, left = extend(stream, np.uint64(attempt)), 0
+        for j in range(waiting):
+            i = pending[j]
+            draw = bits(key, np.uint64(counter + dormant[i])) & LARGEST
+            place = np.int64(draw % places_total)
+            word = marks + (place >> 6) * 8
+            held, bit = load_int64(word), np.int64(1) << (place & 63)
+            # without a branch, which would be mispredicted: the slot is listed again, and the list may end before it
+            free = draw <= limit and held & bit == 0
+            store_int64(word, held | bit if free else held)
+            chosen[i] = place
+            pending[left] = i
+            left += 0 if free else 1
+        waiting = left
+        attempt += 1
+
+
+@njit
+def draw_from_list(
+    marks: int, count: int, total: int, reborn: int, counter: int, seed: int, step: int, chosen: np.ndarray, scratch: int,
+) -> None:  # fmt: skip
+    """Draw new places in a tensor that is more than half full: the first R of its dormant places in a random order.
+
+    The bitmap has the places of the living slots, and gets those of the newborns. ``scratch``: ``room.listing``.
+    """
+    free = total - count + reborn
+    candidates, keys = int32s(scratch, free + LISTED), uint64s(scratch, free + LISTED)
+    key = extend(birth_stream(seed, step), np.uint64(0))
+    # Only the R smallest hashes count. Nearly always all of them are below this bound, and few others.
+    share = (reborn + 6.0 * np.sqrt(np.float64(reborn)) + 16.0) / free
+    found = list_below(marks, total, key, counter, np.uint64(share * SPAN) if share < 0.99 else ALL, candidates, keys)
+    if found < reborn:
+        found = list_below(marks, total, key, counter, ALL, candidates, keys)
+    _, order = sort_with(keys[:found], candidates[:found], np.uint64(randomness.WORD), scratch)
+    for i in range(reborn):
+        chosen[i] = order[i]
+        mark(marks, np.int64(order[i]))
+
+
+@njit
+def list_below(
+    marks: int, total: int, key: np.uint64, counter: int, high: np.uint64, candidates: np.ndarray, keys: np.ndarray,
+) -> int:  # fmt: skip
+    """List the unmarked places with a hash below ``high`` (ALL: every hash), ascending, and their hashes; return their number.
+
+    Both lists need LISTED more entries.
+    """
+    listed, hashes = stack_space(LISTED_BYTES), stack_space(HASH_BYTES)
+    into, into_key = np.int64(candidates.ctypes.data), np.int64(keys.ctypes.data)
+    found, n = np.int64(0), np.int64(0)
+    words, everything = (total + 63) >> 6, high == ALL
+    for number in range(words):
+        unmarked = ~load_int64(marks + 8 * number)
+        if number == words - 1 and total & 63:
+            unmarked &= (np.int64(1) << (total & 63)) - 1
+        while unmarked != 0:
+            store_int32(listed + 4 * n, np.int32(64 * number + trailing_zeros(unmarked)))
+            unmarked &= unmarked - 1
+            n += 1
+        if n > LISTED - 64 or number == words - 1:
+            for i in range(n):  # PyTorch sorts the hash as a signed number
+                place = np.uint64(counter + np.int64(load_int32(listed + 4 * i)))
+                store_int64(hashes + 8 * i, np.int64(bits(key, place) ^ SIGN_BIT))
+            for i in range(n):
+                word = load_int64(hashes + 8 * i)
+                store_int32(into + 4 * found, load_int32(listed + 4 * i))
+                store_int64(into_key + 8 * found, word)
+                found += 1 if everything or np.uint64(word) < high else 0
+            n = np.int64(0)
+    return found
+
+
+@njit
+def draw_from_allowed_list(
+    theta: int, size: int, places: int, count: int, reborn: int, counter: int, seed: int, step: int,
+    chosen: np.ndarray, scratch: int, allowed: int,
+) -> None:  # fmt: skip
+    """Draw new places in a tensor that fills more than half of its allowed places (``rewiring.draw_allowed``).
+
+    ``scratch`` is the cell of working memory (``room.listing_allowed``).
+    """
+    most = load_int64(allowed + 8 * W.COUNT)
+    bits_of_table = 4
+    while (1 << bits_of_table) < 2 * count:
+        bits_of_table += 1
+    mask, shift = (1 << bits_of_table) - 1, np.uint64(64 - bits_of_table)
+    cells = int64s(scratch, 1 << bits_of_table)
+    cells[:] = -1
+    table = np.int64(cells.ctypes.data)
     active = 0
     for k in range(count):
         if not load_float(theta + k * size, size) < 0:
-            taken[load_int64(places + k * 8)] = 1
+            place = load_int64(places + k * 8)
+            store_int64(table + find(table, mask, shift, place) * 8, place)
             active += 1
-    candidates, keys = np.empty(total - active, np.int32), np.empty(total - active, np.uint64)
+    free, numbers, keys = int64s(scratch, most - active), int32s(scratch, most - active), uint64s(scratch, most - active)
     key = extend(birth_stream(seed, step), np.uint64(0))
-    n = 0
-    for place in range(total):
-        if taken[place] == 0:
-            candidates[n] = np.int32(place)
+    space, items, n, code = load_int64(allowed + 8 * W.SPACE), load_int64(allowed + 8 * W.ITEMS), 0, np.int64(0)
+    by_bits = load_int64(allowed + 8 * W.FORMS) == 2 and load_int64(allowed + 8 * (W.FIRST_FORM + FORM_WORDS)) == BITMAP
+    while code < space:
+        if by_bits and code & 63 == 0 and load_int64(items + 8 * (code >> 6)) == 0:
+            code += 64  # a word of the bitmap without an allowed place
+            continue
+        place = place_of(allowed, code)
+        code += 1
+        if place >= 0 and load_int64(table + find(table, mask, shift, place) * 8) == -1:
+            free[n], numbers[n] = place, np.int32(n)
             keys[n] = bits(key, np.uint64(counter + place)) ^ SIGN_BIT  # PyTorch sorts the hash as a signed number
             n += 1
-    keys, candidates = sort_with(keys, candidates, np.uint64(randomness.WORD))
+    keys, numbers = sort_with(keys, numbers, np.uint64(randomness.WORD), scratch)
     for i in range(reborn):
-        chosen[i] = candidates[i]
+        chosen[i] = free[numbers[i]]
 
 
 @njit(inline="always")
@@ -348,57 +524,107 @@ def rewire_kernel(size: int) -> Kernel:
             store_int64(t + 8 * CpuRow.NEWBORN_DEATHS, 0)
             # theta <- theta - eta * alpha + sqrt(2 * eta * T) * nu; then slots with theta < 0 go dormant
             values = carray(pointer(theta), count, real)
-            if decrement != 0.0:
-                less = real(decrement)
+            less = real(decrement)
+            if scale != 0.0:
                 for k in range(count):
                     values[k] -= less
-            if scale != 0.0:
+                less = real(0)
                 key = extend(extend(extend(np.uint64(3), np.uint64(seed)), NOISE_STREAM), np.uint64(step))
-                noise = np.empty(BLOCK, np.float64)
+                noise = carray(pointer(stack_space(NOISE_BYTES)), BLOCK, np.float64)
                 for first in range(0, count, BLOCK):
                     length = min(BLOCK, count - first)
                     deviates(key, counter + first, length, noise)
                     for k in range(length):
                         values[first + k] += real(noise[k] * scale)
-            if rewires == 0:  # slots stay active at 0, with their places and signs
-                for k in range(count):
-                    if values[k] < 0:
-                        values[k] = 0
-                continue
             reborn = np.int64(0)
-            for k in range(count):
-                store_int64(dormant_at + reborn * 8, k)
-                reborn += values[k] < 0
+            for first in range(0, count, 64):  # L1 and the search in one pass over the memory
+                at = theta + first * size
+                if first + 64 <= count:
+                    below = subtract_from_64(at, less, size)
+                else:
+                    below = np.int64(0)
+                    for k in range(count - first):
+                        value = load_float(at + k * size, size) - less
+                        store_float(at + k * size, value, size)
+                        below |= np.int64(value < 0) << k
+                while below != 0:
+                    k = first + trailing_zeros(below)
+                    below &= below - 1
+                    if rewires == 0:  # it stays active at 0, with its place and its sign
+                        values[k] = 0
+                        continue
+                    store_int64(dormant_at + reborn * 8, k)
+                    reborn += 1
+            if rewires == 0:
+                continue
             store_int64(t + 8 * CpuRow.REBORN_COUNT, reborn)
             if reborn == 0:
                 continue
-            dormant, chosen = carray(pointer(dormant_at), reborn, np.int64), np.empty(reborn, np.int64)
-            if 2 * count <= total:
+            scratch = stack_space(CELL_BYTES)
+            store_int64(scratch, load_int64(t + 8 * CpuRow.SCRATCH))
+            dormant, chosen = carray(pointer(dormant_at), reborn, np.int64), int64s(scratch, reborn)
+            allowed, marks = load_int64(t + 8 * CpuRow.ALLOWED), load_int64(t + 8 * CpuRow.MARKS)
+            stays = load_int64(t + 8 * CpuRow.STAYS) != 0
+            if allowed != 0:
+                total = load_int64(allowed + 8 * W.COUNT)
+            if marks != 0 and not stays:
+                if load_int64(t + 8 * CpuRow.MARKS_KNOWN) == 0:
+                    mark_places(marks, places, count, total)
+                    store_int64(t + 8 * CpuRow.MARKS_KNOWN, 1)
+                for i in range(reborn):  # the places of connections that went dormant in this step are free again
+                    unmark(marks, load_int64(places + dormant[i] * 8))
+            if stays:
+                for i in range(reborn):
+                    chosen[i] = load_int64(places + dormant[i] * 8)
+            elif marks != 0 and 2 * count <= total:
+                draw_by_marks(marks, total, dormant, reborn, counter, birth_stream(seed, step), chosen, scratch)
+            elif 2 * count <= total:
                 draw_by_rejection(
-                    theta, size, places, count, total, dormant, reborn, counter, birth_stream(seed, step), chosen, t
-                )
+                    theta, size, places, count, total, dormant, reborn, counter, birth_stream(seed, step), chosen, t, scratch,
+                    allowed,
+                )  # fmt: skip
+            elif allowed != 0:
+                draw_from_allowed_list(
+                    theta, size, places, count, reborn, counter, seed, step, chosen, scratch, allowed
+                )  # fmt: skip
             else:
-                draw_from_list(theta, size, places, count, total, reborn, counter, seed, step, chosen)
+                draw_from_list(marks, count, total, reborn, counter, seed, step, chosen, scratch)
             born, signs = load_int64(t + 8 * Row.BORN), load_int64(t + 8 * Row.SIGNS)
             since, newborn_deaths = load_int64(a + 8 * A.NEWBORN_SINCE), 0
-            sign_seed = load_int64(t + 8 * Row.SIGN_SEED)
+            sign_seed, sign_table = load_int64(t + 8 * Row.SIGN_SEED), load_int64(t + 8 * CpuRow.SIGN_TABLE)
             exceptions, exception_count = load_int64(t + 8 * Row.EXCEPTIONS), load_int64(t + 8 * Row.EXCEPTION_COUNT)
+            notes = load_int64(t + 8 * CpuRow.NOTES)
+            if notes != 0:
+                note_births(notes, born, dormant, chosen, reborn, step)
             for i in range(reborn):
                 k, place = dormant[i], chosen[i]
                 newborn_deaths += load_int64(born + k * 8) >= since
-                negative = negative_at(place, sign_seed, exceptions, exception_count)
                 values[k] = 0
+                store_int64(born + k * 8, step)
+                if stays:  # with its place, a connection keeps its sign
+                    continue
+                if sign_table != 0:
+                    negative = negative_in_table(sign_table, place)
+                else:
+                    negative = negative_at(place, sign_seed, exceptions, exception_count)
                 store_int64(places + k * 8, place)
                 store_float(signs + k * size, -1.0 if negative else 1.0, size)
-                store_int64(born + k * 8, step)
             store_int64(t + 8 * CpuRow.NEWBORN_DEATHS, newborn_deaths)
             for state in range(load_int64(t + 8 * Row.STATES)):
                 entry = t + 8 * (CpuRow.FIRST_STATE + STATE_WORDS * state)
                 address, start = load_int64(entry + 8 * StateRow.ADDRESS), load_float(entry + 8 * StateRow.START, 8)
                 if load_int64(entry + 8 * StateRow.SIZE) == 4:
+                    if load_int64(entry + 8 * StateRow.AVERAGED) != 0:
+                        for i in range(reborn):
+                            store_float(address + dormant[i] * 4, np.float32(0), 4)
+                        start = mean(address, 4, count, count - reborn, start)
                     for i in range(reborn):
                         store_float(address + dormant[i] * 4, np.float32(start), 4)
                 else:
+                    if load_int64(entry + 8 * StateRow.AVERAGED) != 0:
+                        for i in range(reborn):
+                            store_float(address + dormant[i] * 8, 0.0, 8)
+                        start = mean(address, 8, count, count - reborn, start)
                     for i in range(reborn):
                         store_float(address + dormant[i] * 8, start, 8)
         help_others(a, size)
@@ -415,11 +641,14 @@ def start_kernel() -> Kernel:
         total, counter = load_int64(a + 8 * StartArguments.TOTAL), load_int64(a + 8 * StartArguments.COUNTER)
         chosen = carray(pointer(load_int64(a + 8 * StartArguments.RESULT)), count, np.int64)
         stream = extend(extend(np.uint64(3), np.uint64(seed)), START_PLACES)
-        nothing = np.zeros(ROW_WORDS, np.int64)
-        slots = np.arange(count)
-        t = np.int64(nothing.ctypes.data)
-        draw_by_rejection(0, 4, 0, 0, total, slots, count, counter, stream, chosen, t)
-        nothing[0] = 0  # (numba frees an array after its last mention)
+        scratch, t = stack_space(CELL_BYTES), stack_space(ROW_BYTES)
+        store_int64(scratch, load_int64(a + 8 * StartArguments.SCRATCH))
+        for word in range(ROW_WORDS):
+            store_int64(t + 8 * word, 0)
+        slots = int64s(scratch, count)
+        for k in range(count):
+            slots[k] = k
+        draw_by_rejection(0, 4, 0, 0, total, slots, count, counter, stream, chosen, t, scratch, 0)
 
     return Kernel(start)
 

@@ -16,13 +16,26 @@ from numba import carray, njit
 from torch import Tensor
 
 from lightning_deepr.algorithm import randomness
+from lightning_deepr.algorithm.newborns import State
 from lightning_deepr.algorithm.shared_rewiring import RULES
+from lightning_deepr.kernels import gate
+from lightning_deepr.kernels.cpu import room
 from lightning_deepr.kernels.cpu.fields import LAYER_WORDS, STATE_WORDS, StateRow, filler, packer
 from lightning_deepr.kernels.cpu.fields import LayerRow as L
 from lightning_deepr.kernels.cpu.fields import SharedArguments as A
 from lightning_deepr.kernels.cpu.hashing import LARGEST, bits, extend
-from lightning_deepr.kernels.cpu.native import Kernel, load_float, load_int64, pointer, store_float, store_int64
+from lightning_deepr.kernels.cpu.means import mean
+from lightning_deepr.kernels.cpu.native import (
+    Kernel,
+    load_float,
+    load_int64,
+    pointer,
+    stack_space,
+    store_float,
+    store_int64,
+)
 from lightning_deepr.kernels.cpu.rewire import SIGN_BIT, birth_stream, find, negative_at
+from lightning_deepr.kernels.cpu.scratch import CELL_BYTES, int32s, int64s, take, uint64s
 from lightning_deepr.kernels.cpu.sorting import sort_with
 from lightning_deepr.kernels.slots import Slots
 
@@ -46,11 +59,15 @@ def draw_place(key: np.uint64, counter: int, total: int) -> int:
 
 
 @njit
-def draw_layers(t: np.ndarray, layers: int, first: int, count: int, seed: int, step: int, chosen: np.ndarray) -> None:
+def draw_layers(
+    t: np.ndarray, layers: int, first: int, count: int, seed: int, step: int, chosen: np.ndarray, cell: int
+) -> None:
     """Draw a layer for each of ``count`` births, in proportion to the budgets, into ``chosen[first:]``. ROOM shrinks."""
-    pending = np.arange(count)
+    pending = int64s(cell, count)
+    for i in range(count):
+        pending[i] = i
     left, attempt = count, np.uint64(0)
-    ends = np.empty(layers, np.int64)
+    ends = int64s(cell, layers)
     while left > 0:
         total = np.int64(0)
         for i in range(layers):
@@ -80,19 +97,24 @@ def draw_layers(t: np.ndarray, layers: int, first: int, count: int, seed: int, s
 @njit
 def draw_free(
     table: int, mask: int, shift: np.uint64, key_base: np.uint64, counter: int, total: int, start: int, count: int,
-    chosen: np.ndarray, first: int,
+    chosen: np.ndarray, first: int, scratch: int,
 ) -> None:  # fmt: skip
-    """Find for each of ``count`` counters the first of its draws that is free, judged in the order (attempt, counter)."""
-    pending = np.arange(count)
+    """Find for each of ``count`` counters the first of its draws that is free, judged in the order (attempt, counter).
+
+    ``scratch`` is the cell of working memory.
+    """
+    pending = int64s(scratch, count)
+    for i in range(count):
+        pending[i] = i
     left, attempt = count, np.uint64(0)
     while left > 0:
         key, waiting = extend(key_base, attempt), 0
         for j in range(left):
             i = pending[j]
             place = draw_place(key, counter + i, total)
-            cell = find(table, mask, shift, place + start) if place >= 0 else np.int64(-1)
-            if cell >= 0 and load_int64(table + cell * 8) == -1:
-                store_int64(table + cell * 8, place + start)
+            at = find(table, mask, shift, place + start) if place >= 0 else np.int64(-1)
+            if at >= 0 and load_int64(table + at * 8) == -1:
+                store_int64(table + at * 8, place + start)
                 chosen[first + i] = place + start
             else:
                 pending[waiting] = i
@@ -103,18 +125,18 @@ def draw_free(
 @njit
 def draw_listed(
     table: int, mask: int, shift: np.uint64, key: np.uint64, counter: int, total: int, start: int, count: int,
-    chosen: np.ndarray, first: int,
+    chosen: np.ndarray, first: int, scratch: int,
 ) -> None:  # fmt: skip
-    """Choose the first ``count`` dormant places in a random order."""
-    numbers, keys = np.empty(total, np.int32), np.empty(total, np.uint64)
+    """Choose the first ``count`` dormant places in a random order. ``scratch`` is the cell of working memory."""
+    numbers, keys = int32s(scratch, total), uint64s(scratch, total)
     n = 0
     for place in range(total):
-        cell = find(table, mask, shift, place + start)
-        if load_int64(table + cell * 8) == -1:
+        at = find(table, mask, shift, place + start)
+        if load_int64(table + at * 8) == -1:
             numbers[n] = np.int32(place)
             keys[n] = bits(key, np.uint64(counter + place)) ^ SIGN_BIT  # PyTorch sorts the hash as a signed number
             n += 1
-    _, numbers = sort_with(keys[:n], numbers[:n], np.uint64(randomness.WORD))
+    _, numbers = sort_with(keys[:n], numbers[:n], np.uint64(randomness.WORD), scratch)
     for i in range(count):
         place = np.int64(numbers[i]) + start
         store_int64(table + find(table, mask, shift, place) * 8, place)
@@ -123,7 +145,7 @@ def draw_listed(
 
 @njit
 def draw_within(
-    t: np.ndarray, layers: int, table: int, mask: int, shift: np.uint64, seed: int, step: int, chosen: np.ndarray,
+    t: np.ndarray, layers: int, table: int, mask: int, shift: np.uint64, seed: int, step: int, chosen: np.ndarray, cell: int,
 ) -> None:  # fmt: skip
     """Draw places for the ``BIRTHS`` births of each layer, layer by layer, into ``chosen``."""
     base, first = birth_stream(seed, step), np.int64(0)
@@ -131,12 +153,15 @@ def draw_within(
         births, alive, total = t[i, L.BIRTHS], t[i, L.ALIVE], t[i, L.TOTAL]
         if births == 0:
             continue
+        free = load_int64(cell)
         if 2 * (alive + births) > total:
             draw_listed(
-                table, mask, shift, extend(base, np.uint64(0)), t[i, L.COUNTER], total, t[i, L.START], births, chosen, first
-            )
+                table, mask, shift, extend(base, np.uint64(0)), t[i, L.COUNTER], total, t[i, L.START], births, chosen, first,
+                cell,
+            )  # fmt: skip
         else:
-            draw_free(table, mask, shift, base, t[i, L.COUNTER] + alive, total, t[i, L.START], births, chosen, first)
+            draw_free(table, mask, shift, base, t[i, L.COUNTER] + alive, total, t[i, L.START], births, chosen, first, cell)
+        store_int64(cell, free)
         first += births
 
 
@@ -175,7 +200,10 @@ def rewire_kernel(size: int) -> Kernel:
         size_of_table, length = np.int64(16), np.uint64(4)
         while size_of_table < 2 * (count + 1):
             size_of_table, length = 2 * size_of_table, length + np.uint64(1)
-        cells = np.full(size_of_table, -1, np.int64)
+        cell = stack_space(CELL_BYTES)
+        store_int64(cell, load_int64(a + 8 * A.SCRATCH))
+        cells = int64s(cell, size_of_table)
+        cells[:] = -1
         table, mask, shift = np.int64(cells.ctypes.data), size_of_table - 1, np.uint64(64) - length
         k = 0
         for i in range(layers):
@@ -186,7 +214,10 @@ def rewire_kernel(size: int) -> Kernel:
                     store_int64(table + find(table, mask, shift, place) * 8, place)
                 k += 1
         # draw a layer and a place for each birth
-        layer_of, chosen = np.empty(births, np.int64), np.empty(births, np.int64)
+        layer_of, chosen = int64s(cell, births), int64s(cell, births)
+        drawn, at = int64s(cell, births), int64s(cell, layers + 1)
+        source = int64s(cell, count)  # the old slot, or -1 for a newborn
+        scratch = carray(pointer(take(cell, 8 * count)), count, np.float64)
         owed, network = np.int64(0), np.int64(0)
         for i in range(layers):
             short = max(min(least, t[i, L.TOTAL]) - t[i, L.ALIVE], 0)
@@ -197,20 +228,21 @@ def rewire_kernel(size: int) -> Kernel:
             t[i, L.ROOM] = t[i, L.TOTAL] - t[i, L.ALIVE] - t[i, L.BIRTHS]
             network += t[i, L.TOTAL]
         if load_int64(a + 8 * A.RULE) == BY_BUDGET:
-            draw_layers(t, layers, owed, births - owed, seed, step, layer_of)
+            draw_layers(t, layers, owed, births - owed, seed, step, layer_of, cell)
             for n in range(owed, births):
                 t[layer_of[n], L.BIRTHS] += 1
-            draw_within(t, layers, table, mask, shift, seed, step, chosen)
+            draw_within(t, layers, table, mask, shift, seed, step, chosen, cell)
         else:
-            draw_within(t, layers, table, mask, shift, seed, step, chosen)
+            draw_within(t, layers, table, mask, shift, seed, step, chosen, cell)
             rest, base = births - owed, layer_stream(seed, step)
             if rest > 0:
                 if 2 * (count + owed) > network:
-                    draw_listed(table, mask, shift, extend(base, np.uint64(0)), 0, network, 0, rest, chosen, owed)
+                    draw_listed(table, mask, shift, extend(base, np.uint64(0)), 0, network, 0, rest, chosen, owed, cell)
                 else:
-                    draw_free(table, mask, shift, base, 0, network, 0, rest, chosen, owed)
+                    draw_free(table, mask, shift, base, 0, network, 0, rest, chosen, owed, cell)
             # sort the places by layer, and within a layer in the order of their draws
-            drawn, at = chosen.copy(), np.zeros(layers + 1, np.int64)
+            drawn[:] = chosen
+            at[:] = 0
             for n in range(births):
                 at[owner_of(t, layers, drawn[n]) + 1] += 1
             for i in range(layers):
@@ -221,7 +253,6 @@ def rewire_kernel(size: int) -> Kernel:
                 chosen[at[i]] = drawn[n]
                 at[i] += 1
         # move the survivors up and add the births
-        source = np.empty(count, np.int64)  # the old slot, or -1 for a newborn
         new_places, new_signs = load_int64(a + 8 * A.NEW_PLACES), load_int64(a + 8 * A.NEW_SIGNS)
         new_born = load_int64(a + 8 * A.NEW_BORN)
         k, to, n = np.int64(0), np.int64(0), 0
@@ -246,7 +277,6 @@ def rewire_kernel(size: int) -> Kernel:
                 to += 1
                 n += 1
             t[i, L.AFTER] = t[i, L.ALIVE] + t[i, L.BIRTHS]
-        scratch = np.empty(count, np.float64)
         states, number = load_int64(a + 8 * A.STATES), load_int64(a + 8 * A.STATE_COUNT)
         for s in range(number):
             entry = states + 8 * STATE_WORDS * s
@@ -257,15 +287,34 @@ def rewire_kernel(size: int) -> Kernel:
                     old[k] = value[k]
                 for k in range(count):
                     value[k] = old[source[k]] if source[k] >= 0 else np.float32(start)
+                if load_int64(entry + 8 * StateRow.AVERAGED) != 0:
+                    for i in range(layers):
+                        first, alive, after = t[i, L.MOVED], t[i, L.ALIVE], t[i, L.AFTER]
+                        if after > alive:  # a layer's survivors come first, and the reborn would count as 0
+                            value[first + alive : first + after] = mean(address + 4 * first, 4, alive, alive, start)
             else:
                 wide = carray(pointer(address), count, np.float64)
                 for k in range(count):
                     scratch[k] = wide[k]
                 for k in range(count):
                     wide[k] = scratch[source[k]] if source[k] >= 0 else start
-        cells[0] = source[0]  # (numba frees an array after its last mention)
+                if load_int64(entry + 8 * StateRow.AVERAGED) != 0:
+                    for i in range(layers):
+                        first, alive, after = t[i, L.MOVED], t[i, L.ALIVE], t[i, L.AFTER]
+                        if after > alive:
+                            wide[first + alive : first + after] = mean(address + 8 * first, 8, alive, alive, start)
 
     return Kernel(rewire)
+
+
+def _refuse_misfits(members: Sequence[Slots], theta: Tensor, values: Sequence[Tensor]) -> None:
+    """Refuse tensors that the kernel must not read or write, before it writes any."""
+    for begin, member in zip(np.cumsum([0, *(one.places.numel() for one in members)]), members, strict=False):
+        gate.check(theta.narrow(0, int(begin), member.places.numel()), member)
+    for value in values:
+        found = gate.fault(value, theta.shape, device=theta.device)
+        if found is not None:
+            raise RuntimeError(f"A tensor that moves along with theta: {found}.")
 
 
 class Result:
@@ -277,7 +326,7 @@ class Result:
 
 
 def rewire(
-    members: Sequence[Slots], budgets: Sequence[int], theta: Tensor, values: Sequence[tuple[Tensor, float]], *, rule: int,
+    members: Sequence[Slots], budgets: Sequence[int], theta: Tensor, values: Sequence[State], *, rule: int,
     least: int, newborn_since: int, seed: int, step: int,
 ) -> Result | None:  # fmt: skip
     """Rewire once. The kernel writes ``values`` (theta among them) in place; the result holds new places, signs and births.
@@ -286,7 +335,8 @@ def rewire(
         members: the KSlots of the layers, in the order of their slots.
         budgets: the budget of each layer, for the rule "budget".
         theta: [K], float32 or float64, contiguous, on the CPU.
-        values: all tensors that move along, each with the value of a newborn. What is said of theta holds for them.
+        values: all tensors that move along, each with the value of a newborn; an averaged one gets its layer's mean. What is
+            said of theta holds for them.
         rule: 0 for "budget", 1 for "uniform".
         least, newborn_since, seed, step: as in :func:`lightning_deepr.algorithm.shared_rewiring.plan`.
 
@@ -294,6 +344,7 @@ def rewire(
         The result, or None if nothing went dormant.
     """
     count, size = theta.numel(), theta.element_size()
+    _refuse_misfits(members, theta, [part for one in values for part in one if isinstance(part, Tensor)])
     start, rows = 0, bytearray()
     for member, budget in zip(members, budgets, strict=True):
         places, total, exceptions = member.places, member.total, member.exceptions
@@ -307,16 +358,21 @@ def rewire(
     new_places, new_born, new_signs = (
         torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64), torch.empty_like(theta)
     )  # fmt: skip
-    states = [_pack_state(ADDRESS=value.data_ptr(), SIZE=value.element_size(), START=begins) for value, begins in values]
+    free = room.empty(room.shared(count, len(members), start))
+    states = [
+        _pack_state(ADDRESS=value.data_ptr(), SIZE=value.element_size(), START=begins, AVERAGED=averaged)
+        for _, value, begins, averaged in values
+    ]
     moving = np.frombuffer(b"".join(states), np.int64)
     arguments = _fill(
         COUNT=count, LAYERS=len(table), THETA=theta.data_ptr(), TABLE=table.ctypes.data, RULE=rule, LEAST=least,
         NEWBORN_SINCE=newborn_since, SEED=seed, STEP=step, NEW_PLACES=new_places.data_ptr(), NEW_SIGNS=new_signs.data_ptr(),
         NEW_BORN=new_born.data_ptr(), STATES=moving.ctypes.data, STATE_COUNT=len(values),
+        SCRATCH=free.data_ptr(),
     )  # fmt: skip
     rewire_kernel(size)(arguments)
     if arguments[A.BIRTHS] == 0:
         return None
-    changed = [value for value, _ in values if not value.is_inference()]
+    changed = [one.value for one in values if not one.value.is_inference()]
     torch.autograd.graph.increment_version(changed)
     return Result(new_places, new_signs, new_born, table)

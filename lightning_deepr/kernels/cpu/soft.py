@@ -12,8 +12,9 @@ from lightning_deepr.algorithm import randomness
 from lightning_deepr.kernels.cpu.deviates import BLOCK, deviates
 from lightning_deepr.kernels.cpu.fields import SoftArguments as A
 from lightning_deepr.kernels.cpu.fields import filler, signed
-from lightning_deepr.kernels.cpu.native import Kernel, fetch_add, load_float, load_int64, pointer, threads_for
+from lightning_deepr.kernels.cpu.native import Kernel, fetch_add, load_float, load_int64, pointer, stack_space, threads_for
 
+NOISE_BYTES = 8 * BLOCK
 PIECE = 1 << 14  # places of a task
 
 _fill = filler(A, floats=("DECREMENT", "SCALE", "BOUND"))
@@ -29,7 +30,7 @@ def soft_kernel(size: int) -> Kernel:
         decrement, scale = real(load_float(a + 8 * A.DECREMENT, 8)), load_float(a + 8 * A.SCALE, 8)
         bound = real(load_float(a + 8 * A.BOUND, 8))
         key, counter = np.uint64(load_int64(a + 8 * A.KEY)), load_int64(a + 8 * A.COUNTER)
-        noise = np.empty(BLOCK, np.float64)
+        noise = carray(pointer(stack_space(NOISE_BYTES)), BLOCK, np.float64)
         births, deaths = 0, 0
         task = fetch_add(a + 8 * A.TASK, 1)
         while task * PIECE < count:

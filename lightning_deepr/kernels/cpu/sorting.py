@@ -6,11 +6,14 @@ import numpy as np
 from numba import njit
 
 from lightning_deepr.kernels.cpu.native import load_int32, load_int64, store_int32, store_int64
+from lightning_deepr.kernels.cpu.scratch import int32s, int64s, uint64s
 
 
 @njit
-def sort_with(keys: np.ndarray, payload: np.ndarray, largest: np.uint64) -> tuple[np.ndarray, np.ndarray]:
+def sort_with(keys: np.ndarray, payload: np.ndarray, largest: np.uint64, cell: int) -> tuple[np.ndarray, np.ndarray]:
     """Sort R uint64 keys up to ``largest``, and an int32 payload with them. The sort is stable and takes O(R).
+
+    ``cell`` is that of working memory (``room.sorting``), where the result may lie.
 
     It sorts by digits, the lowest first, but only by as many leading bits as tell most of R evenly spread keys apart. Then it
     moves the few keys that are still in the wrong order one by one. If they are many, it sorts again by all bits.
@@ -21,14 +24,16 @@ def sort_with(keys: np.ndarray, payload: np.ndarray, largest: np.uint64) -> tupl
     while (count >> (leading - 3)) > 0:
         leading += 1
     if leading + 4 < length:
-        keys, payload = sort_by_bits(keys, payload, length - leading, length)
+        keys, payload = sort_by_bits(keys, payload, length - leading, length, cell)
         if put_right(keys, payload, 2 * count):
             return keys, payload
-    return sort_by_bits(keys, payload, 0, length)
+    return sort_by_bits(keys, payload, 0, length, cell)
 
 
 @njit
-def sort_by_bits(keys: np.ndarray, payload: np.ndarray, lowest: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+def sort_by_bits(
+    keys: np.ndarray, payload: np.ndarray, lowest: int, length: int, cell: int,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Sort by the bits from ``lowest`` to before ``length``. The result may be in the given arrays or in others."""
     count = len(keys)
     # The passes are as few as digits of at most 9 bits allow, with digits of equal width. Wider digits write to more places at
@@ -36,8 +41,9 @@ def sort_by_bits(keys: np.ndarray, payload: np.ndarray, lowest: int, length: int
     passes = max((length - lowest + 8) // 9, 1)
     digit = (length - lowest + passes - 1) // passes
     mask = (np.int64(1) << digit) - 1
-    other_keys, other_payload = np.empty(count, np.uint64), np.empty(count, np.int32)
-    counters = np.zeros((passes + 1) << digit, np.int64)
+    other_keys, other_payload = uint64s(cell, count), int32s(cell, count)
+    counters = int64s(cell, (passes + 1) << digit)
+    counters[:] = 0
     counter = np.int64(counters.ctypes.data)
     key, shift = np.int64(keys.ctypes.data), np.uint64(lowest)
     for i in range(count):
@@ -61,7 +67,6 @@ def sort_by_bits(keys: np.ndarray, payload: np.ndarray, lowest: int, length: int
         counter = following
         keys, other_keys = other_keys, keys
         payload, other_payload = other_payload, payload
-    counters[0] = 0  # (numba frees an array after its last mention)
     return keys, payload
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_deepr.algorithm import randomness
-from lightning_deepr.kernels import rows
-from lightning_deepr.kernels.cpu import native, orders, rewire
+from lightning_deepr.algorithm.newborns import State
+from lightning_deepr.kernels import gate, rows
+from lightning_deepr.kernels.cpu import native, orders, rewire, room
 from lightning_deepr.kernels.cpu.buffers import WIDE, give_back
 from lightning_deepr.kernels.cpu.fields import (
     ORDER,
@@ -22,19 +23,45 @@ from lightning_deepr.kernels.cpu.fields import (
     Row,
     StartArguments,
     StepArguments,
-    ValuesRow,
     filler,
-    packer,
 )
-from lightning_deepr.kernels.slots import OrderedSlots, SlotOrder, State
+from lightning_deepr.kernels.cpu.rules import allowed_words, sign_words
+from lightning_deepr.kernels.slots import PLAIN, OrderedSlots, SlotOrder
 
 # (looking up a member of an enumeration takes longer)
 _TASK, _STEP, _SEED = int(StepArguments.TASK), int(StepArguments.STEP), int(StepArguments.SEED)
 _NEWBORN_SINCE, _FINISHED = int(StepArguments.NEWBORN_SINCE), int(StepArguments.FINISHED)
 _DECREMENT, _SCALE, _REWIRES = int(Row.DECREMENT), int(Row.SCALE), int(Row.REWIRES)
 _fill, _fill_start, _fill_finite = filler(StepArguments), filler(StartArguments), filler(FiniteArguments)
-_pack_values = packer(ValuesRow)
+_MARKS_KNOWN, _STAYS = int(CpuRow.MARKS_KNOWN), int(CpuRow.STAYS)
 _SIZES = {torch.float32: 4, torch.float64: 8}
+
+
+class Marks:
+    """A bitmap of a tensor's places, which the kernel makes at the first rebirth and updates at each further one.
+
+    Args:
+        tensor: the tensor.
+    """
+
+    def __init__(self, tensor: OrderedSlots) -> None:
+        self.tensor = tensor
+        self.words = torch.empty((tensor.total + 63) >> 6, dtype=torch.int64, device="cpu")
+        self.noted: tuple[Tensor, int, int] | None = None
+
+    def is_fresh(self) -> bool:
+        """Tell whether the bitmap is that of the present places."""
+        known, places = self.noted, self.tensor.places
+        return known is not None and known[0] is places and known[1:] == (_version(places), places.data_ptr())
+
+    def note(self) -> None:
+        """Record that the bitmap is that of the present places."""
+        places = self.tensor.places
+        self.noted = places, _version(places), places.data_ptr()
+
+
+def _version(places: Tensor) -> int:
+    return 0 if places.is_inference() else places._version
 
 
 class Table:
@@ -50,17 +77,27 @@ class Table:
         self.fields = np.zeros((len(tensors), ROW_WORDS), np.int64)
         self.numbers = self.fields.view(np.float64)
         # the kernel writes the numbers of the reborn slots here; pages that are never written take no memory
-        self.reborn = [torch.empty(t.places.numel(), dtype=torch.int64) for t in tensors]
+        self.reborn = [torch.empty(t.places.numel(), dtype=torch.int64, device="cpu") for t in tensors]
         self.results = self.fields.T[CpuRow.REBORN_COUNT : CpuRow.NEWBORN_DEATHS + 1]
         self.work = 0
+        # working memory of the kernels: kept between steps only if it is small
+        self.ordered: list[tuple[bool, Any]] = []
+        self.starts = np.zeros(len(tensors), np.int64)
+        self.scratch_at = 0
+        self.scratch_bytes, self.kept_scratch = 0, torch.empty(0, dtype=torch.int64, device="cpu")
         self.wide = any(tensor.rows + tensor.columns >= WIDE for tensor in tensors)
-        for row, tensor, reborn in zip(self.fields, tensors, self.reborn, strict=True):
+        # a bitmap of the places of tensors that are dense enough, and the places that it is of
+        self.marks = [
+            Marks(t) if room.has_marks(t.places.numel(), t.total, None if t.allowed is None else t.allowed.count) else None
+            for t in tensors
+        ]
+        for row, tensor, reborn, marks in zip(self.fields, tensors, self.reborn, self.marks, strict=True):
             row[Row.COUNT], row[Row.TOTAL] = tensor.places.numel(), tensor.total
             row[CpuRow.REBORN], row[CpuRow.SIZE] = reborn.data_ptr(), size
+            row[CpuRow.MARKS] = 0 if marks is None else marks.words.data_ptr()
             self.work += tensor.places.numel()
         self.arguments = _fill(TENSORS=len(self.tensors), TABLE=self.fields.ctypes.data)
-        # The content of the table: only what changes is written. The tensors are kept alive, so a new one never gets the
-        # address of a known one.
+        # the content of the table: only what changes is written
         self.known: list[tuple[Any, ...] | None] = [None] * len(tensors)
         self.changing: list[tuple[Any, ...] | None] = [None] * len(tensors)
         self.states: list[tuple[Any, ...]] = [()] * len(tensors)
@@ -75,32 +112,46 @@ class Table:
         newborn_since: int,
         seed: int,
         step: int,
+        checked: bool = False,
     ) -> tuple[list[int], list[int]]:
         """Shrink, diffuse and rewire. Places, signs, births, states and orders follow.
+
+        Args:
+            checked: whether the gate has just let thetas and tensors pass.
 
         Returns:
             For each tensor, the number of reborn slots (their numbers come first in its entry of ``self.reborn``), and how many
             of them had been newborns.
         """
-        ordered = False
+        free, ordered = self._scratch(), False
         for i, (tensor, theta) in enumerate(zip(self.tensors, thetas, strict=True)):
             order = tensor.order
             if order is not None:
                 ordered = True
                 if order.is_stale(tensor.places):
                     tensor.refresh_order()
-            self._note(i, tensor, theta, order)
+            if not checked:
+                gate.check(theta, tensor)
+            self._note(i, tensor, theta, None if tensor.stays else order)
+            self.fields[i, _STAYS] = tensor.stays
+            marks = self.marks[i]
+            if marks is not None:
+                self.fields[i, _MARKS_KNOWN] = marks.is_fresh()
             changing = (decrements[i], noises[i], rewires[i])
             if changing != self.changing[i]:
                 self.changing[i] = changing
                 self.numbers[i, _DECREMENT], self.numbers[i, _SCALE] = changing[:2]
                 self.fields[i, _REWIRES] = changing[2]
             if states[i] or self.states[i]:
-                self._note_states(i, states[i])
+                self._note_states(i, states[i], theta)
         arguments = self.arguments
         arguments[_TASK] = arguments[_FINISHED] = 0
         arguments[_STEP], arguments[_SEED], arguments[_NEWBORN_SINCE] = step, seed, newborn_since
         threads = native.threads_for(self.work)
+        begin = free.data_ptr()
+        if begin != self.scratch_at:
+            self.scratch_at = begin
+            self.fields[:, CpuRow.SCRATCH] = self.starts + begin
         rewire.rewire_kernel(self.size)(arguments, threads)
         counts, newborns = self.results.tolist()
         if self.wide:
@@ -111,57 +162,85 @@ class Table:
                 orders.update_kernel()(arguments, native.threads_for(self.work, 1 << 14))
             # A backward pass through the old connections would be wrong, dense or sparse. The new version makes autograd
             # refuse it.
-            changed = [tensor for tensor, count in zip(self.tensors, counts, strict=True) if count]
+            moved = zip(self.tensors, counts, self.fields[:, _STAYS], strict=True)
+            changed = [tensor for tensor, count, stays in moved if count and not stays]
             torch.autograd.graph.increment_version(
                 [tensor.places for tensor in changed] + [tensor.order.buffer for tensor in changed if tensor.order is not None]
             )
             for tensor in changed:
+                gate.note(tensor)
                 if tensor.order is not None:
                     tensor.order.note(tensor.places)
+            for marks in self.marks:
+                if marks is not None and any(marks.tensor is tensor for tensor in changed):
+                    marks.note()
         return counts, newborns
+
+    def _scratch(self) -> Tensor:
+        """Allocate the working memory of a step, before it writes anything."""
+        ordered = [(tensor.order is not None, tensor.allowed) for tensor in self.tensors]
+        if ordered != self.ordered:
+            sizes = []
+            for i, (tensor, (does, allowed)) in enumerate(zip(self.tensors, ordered, strict=True)):
+                count, rows, columns = tensor.places.numel(), tensor.rows, tensor.columns
+                self.fields[i, CpuRow.ALLOWED] = allowed_words(allowed)
+                size = room.rewiring(count, tensor.total, None if allowed is None else allowed.count)
+                if does:
+                    side = room.follow(count, rows)
+                    self.fields[i, CpuRow.SCRATCH_SIDE] = side
+                    size = max(size, side + room.follow(count, columns), room.order_anew(count, rows, columns))
+                sizes.append(size)
+            starts, self.scratch_bytes = room.total_of(sizes)
+            self.starts, self.ordered, self.scratch_at = np.array(starts, np.int64), ordered, 0
+            self.kept_scratch = room.empty(self.scratch_bytes) if self.scratch_bytes <= room.SMALL else self.kept_scratch[:0]
+        return self.kept_scratch if self.kept_scratch.numel() else room.empty(self.scratch_bytes)
 
     def _note(self, i: int, tensor: OrderedSlots, theta: Tensor, order: SlotOrder | None) -> None:
         """Write the addresses of a tensor to the table, if they have changed since the last step."""
-        known = self.known[i]
+        known, passed = self.known[i], tensor.passed  # the numbers that the gate has compared, addresses among them
         buffer = None if order is None else order.buffer
         if (
             known is not None
-            and known[0] is tensor.places
-            and known[1] is tensor.signs
-            and known[2] is buffer
-            and known[3] is tensor.exceptions
-            and known[4:] == (theta.data_ptr(), tensor.index, tensor.sign_seed)
+            and known[0] is passed
+            and known[1] is buffer
+            and known[2] == tensor.index
+            and known[3] == tensor.sign_seed
+            and known[4] is tensor.sign_table
+            and known[5] is tensor.notes
         ):
             return
-        self.known[i] = (
-            tensor.places,
-            tensor.signs,
-            buffer,
-            tensor.exceptions,
-            theta.data_ptr(),
-            tensor.index,
-            tensor.sign_seed,
-        )
+        if passed[5] != self.reborn[i].numel():
+            raise RuntimeError(f"A table for K = {self.reborn[i].numel()} connections: found {passed[5]} places.")
+        self.known[i] = passed, buffer, tensor.index, tensor.sign_seed, tensor.sign_table, tensor.notes
         row = self.fields[i]
+        row[CpuRow.SIGN_TABLE] = sign_words(tensor.sign_table)
+        row[CpuRow.NOTES] = 0 if tensor.notes is None else tensor.notes.address
         rows.write_location(row, theta, tensor)
         row[CpuRow.ROW_START] = 0
         if order is not None:
             row[CpuRow.ROWS], row[CpuRow.COLUMNS] = order.rows, order.columns
             row[ORDER] = order.addresses
 
-    def _note_states(self, i: int, states: Sequence[State]) -> None:
-        known = tuple((value.data_ptr(), value.element_size(), start) for value, start in states)
+    def _note_states(self, i: int, states: Sequence[State], theta: Tensor) -> None:
+        known = tuple([(value.data_ptr(), value.element_size(), start, averaged) for _, value, start, averaged in states])
         if known == self.states[i]:
             return
+        gate.check_states(states, theta, self.tensors[i])
         self.states[i] = known
         rows.write_states(self.fields[i], self.numbers[i], CpuRow.FIRST_STATE, known)
 
 
 def random_places(total: int, count: int, index: int, seed: int) -> Tensor:
     """Do ``rewiring.random_places`` for at most half of the places."""
-    places = torch.empty(count, dtype=torch.int64)
+    if not 0 <= 2 * count <= total:
+        raise ValueError(f"random_places: expected a count of 0 to {total // 2} (half of {total} places), found {count}.")
+    places = torch.empty(count, dtype=torch.int64, device="cpu")
+    free = room.empty(room.arrays(8 * count) + room.rejection(count))
     counter = index << randomness.SLOT_BITS
-    rewire.start_kernel()(_fill_start(RESULT=places.data_ptr(), COUNT=count, SEED=seed, TOTAL=total, COUNTER=counter))
+    arguments = _fill_start(
+        RESULT=places.data_ptr(), COUNT=count, SEED=seed, TOTAL=total, COUNTER=counter, SCRATCH=free.data_ptr()
+    )
+    rewire.start_kernel()(arguments)
     return places
 
 
@@ -170,13 +249,16 @@ def all_finite(values: Sequence[Tensor]) -> bool:
 
     They read contiguous float32 and float64 tensors on the CPU.
     """
-    table = bytearray()
+    words: list[int] = []
     for value in values:
         size = _SIZES.get(value.dtype, 0)
-        if size == 0 or not value.is_cpu or not value.is_contiguous():
+        if size == 0 or not value.is_cpu or not value.is_contiguous() or type(value) not in PLAIN:
             return False
-        table += _pack_values(ADDRESS=value.data_ptr(), COUNT=value.numel(), SIZE=size)
-    words = ctypes.c_char.from_buffer(table) if table else ctypes.c_char()
-    arguments = _fill_finite(NUMBER=len(values), TABLE=ctypes.addressof(words))
+        address, count = value.data_ptr(), value.numel()
+        if not address and count:  # its storage was released
+            return False
+        words += (address, count, size)  # a ValuesRow; this runs in every step, so that names would cost too much
+    table = array("q", words)
+    arguments = _fill_finite(NUMBER=len(values), TABLE=table.buffer_info()[0])
     rewire.finite_kernel()(arguments)
     return arguments[FiniteArguments.FINITE] == 1

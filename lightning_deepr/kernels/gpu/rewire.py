@@ -1,11 +1,12 @@
 """Algorithm 1 after the gradient step, for all tensors of a network, in Triton (see :mod:`lightning_deepr.algorithm.rewiring`).
 
-Nothing comes back to the host. Each of four kernels covers the slots of all tensors, and a program takes a piece of one tensor:
+Nothing comes back to the host. Each kernel covers the slots of all tensors, and a program takes a piece of one tensor:
 
 1. ``shrink`` applies L1, noise and the sign test, and counts and lists the slots with theta < 0, in any order.
 2. ``insert`` puts the places of the active connections into a hash table.
 3. ``claim`` lets every dormant slot draw until it has a place.
-4. ``finish`` gives the reborn slots theta 0, a place, a sign, a birth and the optimizer's starting state.
+4. ``add_living`` and ``add_sums`` add the living slots of averaged states, see :mod:`lightning_deepr.algorithm.newborns`.
+5. ``finish`` gives the reborn slots theta 0, a place, a sign, a birth and the optimizer's starting state, or the mean.
 
 The PyTorch version judges draws in the order (attempt, slot): a place without an active connection goes to its earliest draw.
 The threads of a GPU come in any order. Here a slot therefore only *holds* a place: an earlier draw takes the place from a
@@ -46,6 +47,9 @@ DECREMENT, SCALE, REWIRES, STATES = _word(Row.DECREMENT), _word(Row.SCALE), _wor
 LIMIT, SLOT_START, LISTED = _word(GpuRow.LIMIT), _word(GpuRow.SLOT_START), _word(GpuRow.LISTED)
 FIRST_STATE, STATE_WORDS, MOST_STATES = _word(GpuRow.FIRST_STATE), _word(fields.STATE_WORDS), _word(fields.MOST_STATES)
 ADDRESS, SIZE, START = _word(StateRow.ADDRESS), _word(StateRow.SIZE), _word(StateRow.START)
+AVERAGED = _word(StateRow.AVERAGED)
+FLOAT32, FLOAT64 = _word(fields.FLOATS["float32"]), _word(fields.FLOATS["float64"])
+BFLOAT16, FLOAT16 = _word(fields.FLOATS["bfloat16"]), _word(fields.FLOATS["float16"])
 FIELDS = _word(fields.GPU_ROW_WORDS)
 
 EMPTY = tl.constexpr(randomness.LARGEST)  # larger than every place and every claim
@@ -184,8 +188,94 @@ def claim(words, pieces, counts, dormant, taken, drawn, claims, BLOCK: tl.conste
 
 
 @triton.jit
-def finish(words, pieces, counts, drawn, claims, REAL: tl.constexpr, BLOCK: tl.constexpr):
-    """Give the reborn slots theta 0, a place, a sign, a birth and the optimizer's starting state."""
+def tree_sum(values, BLOCK: tl.constexpr):
+    """Add BLOCK values, a power of two, by a binary tree of neighbours. (The order of ``tl.sum`` over all is not specified.)"""
+    for level in tl.static_range(BLOCK.bit_length() - 1):
+        values = tl.sum(tl.reshape(values, (BLOCK >> (level + 1), 2)), axis=1)
+    return tl.sum(values)
+
+
+@triton.jit
+def add_living(words, pieces, counts, sums, MOST: tl.constexpr, REAL: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the entries of averaged states in a piece. Reborn slots, where theta is still below 0, count as 0.
+
+    Args:
+        sums: float64 [MOST, pieces], the result.
+        MOST: the largest number of states of a tensor.
+    """
+    tensor, row, first = piece(words, pieces)
+    if tl.load(counts + 2 * tensor) > 0:
+        slots = first + tl.arange(0, BLOCK)
+        inside = slots < tl.load(row + COUNT)
+        theta = tl.load(tl.load(row + THETA).to(tl.pointer_type(REAL)) + slots, mask=inside, other=-1.0).to(WIDE)
+        living = inside & ~(theta < 0)
+        states = tl.load(row + STATES)
+        for i in tl.static_range(MOST):
+            if i < states:
+                entry = row + FIRST_STATE + STATE_WORDS * i
+                kind = tl.load(entry + AVERAGED)
+                if kind > 0:
+                    value = state_at(tl.load(entry + ADDRESS), kind, slots, living)
+                    tl.store(sums + i * tl.num_programs(0) + tl.program_id(0), tree_sum(value, BLOCK))
+
+
+@triton.jit
+def state_at(address, kind, slots, mask):
+    """Load a state of any type as float64; 0 where the mask is False."""
+    value = tl.zeros_like(slots).to(tl.float64)
+    if kind == FLOAT32:
+        value = tl.load(address.to(tl.pointer_type(tl.float32)) + slots, mask=mask, other=0.0).to(tl.float64)
+    elif kind == FLOAT64:
+        value = tl.load(address.to(tl.pointer_type(tl.float64)) + slots, mask=mask, other=0.0)
+    elif kind == BFLOAT16:
+        word = tl.load(address.to(tl.pointer_type(tl.int16)) + slots, mask=mask, other=0)
+        value = (word.to(tl.int32) << 16).to(tl.float32, bitcast=True).to(tl.float64)
+    else:
+        value = tl.load(address.to(tl.pointer_type(tl.float16)) + slots, mask=mask, other=0.0).to(tl.float64)
+    return value
+
+
+@triton.jit
+def add_sums(groups, sums, total, number, MOST: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up to BLOCK sums of one tensor that follow one another. Repeated until one is left for each tensor.
+
+    Args:
+        groups: int64 [groups, 2], the first sum of each group and the number of its sums.
+        sums: float64 [MOST, number].
+        total: float64 [MOST, groups], the result.
+    """
+    at = groups + 2 * tl.program_id(0)
+    lanes = tl.arange(0, BLOCK)
+    for i in tl.static_range(MOST):
+        values = tl.load(sums + i * number + tl.load(at) + lanes, mask=lanes < tl.load(at + 1), other=0.0)
+        tl.store(total + i * tl.num_programs(0) + tl.program_id(0), tree_sum(values, BLOCK))
+
+
+@triton.jit
+def mean_bits(total, living, kind, start):
+    """Compute the bits of what a newborn gets (``newborns.mean_of``). ``start`` has those of the starting value."""
+    mean = total / tl.maximum(living, 1).to(tl.float64)
+    word = mean.to(tl.int64, bitcast=True)
+    use = (living > 0) & (((word >> 52) & 0x7FF) != 0x7FF)  # finite
+    if kind != FLOAT64:
+        short = mean.to(tl.float32)
+        if kind == FLOAT16:
+            word = short.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int64)
+        else:
+            word = short.to(tl.int32, bitcast=True).to(tl.int64)
+            if kind == BFLOAT16:  # to the nearest, or the even one
+                word = (word + 0x7FFF + ((word >> 16) & 1)) >> 16
+    return tl.where(use, word, start)
+
+
+@triton.jit
+def finish(words, pieces, counts, drawn, claims, total, tensors, MOST: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr):
+    """Give the reborn slots theta 0, a place, a sign, a birth and the optimizer's starting state, or the mean.
+
+    Args:
+        total: float64 [MOST, tensors], the sums of the living slots of averaged states.
+        MOST: the largest number of states of a tensor that has an averaged one; 0: none has, and there is no ``total``.
+    """
     tensor, row, first = piece(words, pieces)
     if (tl.load(counts + 2 * tensor) > 0) & (tl.load(row + LISTED) == 0):
         cells = first * CELLS + tl.arange(0, CELLS * BLOCK)
@@ -203,8 +293,13 @@ def finish(words, pieces, counts, drawn, claims, REAL: tl.constexpr, BLOCK: tl.c
         for i in tl.static_range(MOST_STATES):
             if i < states:
                 entry = row + FIRST_STATE + STATE_WORDS * i
-                address, size = tl.load(entry + ADDRESS), tl.load(entry + SIZE)
-                value = tl.zeros_like(place) + tl.load(entry + START)
+                address, size, start = tl.load(entry + ADDRESS), tl.load(entry + SIZE), tl.load(entry + START)
+                if i < MOST:
+                    kind = tl.load(entry + AVERAGED)
+                    if kind > 0:
+                        living = tl.load(row + COUNT) - tl.load(counts + 2 * tensor)
+                        start = mean_bits(tl.load(total + i * tensors + tensor), living, kind, start)
+                value = tl.zeros_like(place) + start
                 if size == 2:
                     tl.store(address.to(tl.pointer_type(tl.int16)) + slot, value.to(tl.int16), mask=born)
                 elif size == 4:

@@ -15,9 +15,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lightning_deepr.algorithm import randomness
+from lightning_deepr.algorithm import newborns, randomness
+from lightning_deepr.algorithm.newborns import State
 from lightning_deepr.kernels import rows
 from lightning_deepr.kernels.cpu.fields import (
+    FLOATS,
     GPU_HEADER_WORDS,
     GPU_ROW_WORDS,
     MOST_STATES,
@@ -27,7 +29,7 @@ from lightning_deepr.kernels.cpu.fields import (
     signed,
 )
 from lightning_deepr.kernels.gpu import rewire
-from lightning_deepr.kernels.slots import Slots, State
+from lightning_deepr.kernels.slots import Slots
 
 BLOCK = 256  # slots of a program
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # a multiplication and an addition stay separate, as in PyTorch
@@ -78,6 +80,7 @@ class Table:
         self.slots = int(starts[-1])
         pieces = [(i, first) for i, count in enumerate(counts) for first in range(0, count, BLOCK)]
         self.pieces = torch.tensor(pieces, dtype=torch.long).reshape(-1, 2).to(self.device)
+        self.groups = [torch.tensor(one, dtype=torch.long).reshape(-1, 2).to(self.device) for one in _groups(counts)]
         self.words = np.zeros(GPU_HEADER_WORDS + GPU_ROW_WORDS * len(tensors), np.int64)
         self.rows = self.words[GPU_HEADER_WORDS:].reshape(len(tensors), GPU_ROW_WORDS)
         self.numbers = self.rows.view(np.float64)
@@ -89,7 +92,7 @@ class Table:
         # the content of the table: only what changes is written
         self.known: list[tuple[int, ...]] = [()] * len(tensors)
         self.changing: list[tuple[Any, ...] | None] = [None] * len(tensors)
-        self.states: list[tuple[tuple[int, int, int], ...]] = [()] * len(tensors)
+        self.states: list[tuple[tuple[int, int, int, int], ...]] = [()] * len(tensors)
 
     def step(
         self,
@@ -130,17 +133,33 @@ class Table:
                 if rewires[i] and (want_dormant or self.listed[i] or not _can_write(own, self.device)):
                     masks[i] = theta < 0
             if not all(self.listed):
-                rewire.finish[grid](words, self.pieces, counts, drawn, claims, REAL=real, **options)
+                most = max((len(known) for known in self.states if any(one[3] for one in known)), default=0)
+                total = self._add_living(words, counts, most, REAL=real, WIDE=wide, **options) if most else counts
+                rewire.finish[grid](
+                    words, self.pieces, counts, drawn, claims, total, len(self.tensors), MOST=most, REAL=real, **options
+                )
         for i, mask in masks.items():
             if self.listed[i]:
                 draw_from_list(thetas[i], self.tensors[i], mask, seed, step)
             if self.listed[i] or not _can_write(states[i], self.device):
-                for value, start in states[i]:
-                    value.masked_fill_(mask.to(value.device), start)
+                newborns.start_marked(states[i], mask)
         # A backward pass through the old connections would be wrong. The new version makes autograd refuse it.
-        torch.autograd.graph.increment_version([t.places for t, does in zip(self.tensors, rewires, strict=True) if does])
+        torch.autograd.graph.increment_version(
+            [t.places for t, does in zip(self.tensors, rewires, strict=True) if does and not t.stays]
+        )
         empty = torch.zeros(0, dtype=torch.bool, device=self.device)
         return counts, [masks.get(i, empty) for i in range(len(self.tensors))] if want_dormant else []
+
+    def _add_living(self, words: Tensor, counts: Tensor, most: int, **options: Any) -> Tensor:
+        """Add the living slots of averaged states. Returns float64 [most, tensors]."""
+        sums = torch.empty(most, len(self.pieces), dtype=torch.float64, device=self.device)
+        rewire.add_living[(len(self.pieces),)](words, self.pieces, counts, sums, MOST=most, **options)
+        del options["REAL"], options["WIDE"]
+        for groups in self.groups:
+            total = torch.empty(most, len(groups), dtype=torch.float64, device=self.device)
+            rewire.add_sums[(len(groups),)](groups, sums, total, sums.shape[1], MOST=most, **options)
+            sums = total
+        return sums
 
     def _words(
         self,
@@ -175,7 +194,10 @@ class Table:
                     else:
                         self.numbers[i, field] = float(number)
             own = states[i] if _can_write(states[i], self.device) and not self.listed[i] else []
-            addresses = tuple((value.data_ptr(), value.element_size(), _bits(start, value.dtype)) for value, start in own)
+            addresses = tuple(
+                (value.data_ptr(), value.element_size(), _bits(start, value.dtype), _type(value) if averaged else 0)
+                for _, value, start, averaged in own
+            )
             if addresses != self.states[i]:
                 self.states[i] = addresses
                 rows.write_states(self.rows[i], self.rows[i], GpuRow.FIRST_STATE, addresses)
@@ -197,6 +219,10 @@ def draw_from_list(theta: Tensor, tensor: Slots, dormant: Tensor, seed: int, ste
         dormant: bool [K], the slots that have gone dormant.
     """
     device, total, places = theta.device, tensor.total, tensor.places
+    theta.masked_fill_(dormant, 0.0)
+    tensor.born.masked_fill_(dormant, step)
+    if tensor.stays:
+        return  # nothing moves
     numbers = torch.arange(total, device=device)
     active = torch.zeros(total, dtype=torch.bool, device=device).scatter_(0, places, ~dormant)
     # The candidates come first, ascending, and then the active places. The stable sort below then never puts an active place
@@ -208,17 +234,43 @@ def draw_from_list(theta: Tensor, tensor: Slots, dormant: Tensor, seed: int, ste
     key = torch.where(active[arranged], randomness.LARGEST, key)
     shuffled = arranged[key.argsort(stable=True)]
     chosen = torch.where(dormant, shuffled[(dormant.cumsum(0) - 1).clamp_(min=0)], places)
-    theta.masked_fill_(dormant, 0.0)
     tensor.signs.copy_(torch.where(dormant, tensor.signs_at(chosen), tensor.signs))
-    tensor.born.masked_fill_(dormant, step)
     places.copy_(chosen)
 
 
 def _can_write(states: Sequence[State], device: torch.device) -> bool:
     """Tell whether the kernels reset these states. If not, PyTorch does."""
     return len(states) <= MOST_STATES and all(
-        value.device == device and value.is_contiguous() and value.element_size() in _BITS for value, _ in states
+        value.device == device
+        and value.is_contiguous()
+        and value.element_size() in _BITS
+        and (not averaged or _type(value) > 0)
+        for _, value, _, averaged in states
     )
+
+
+def _type(value: Tensor) -> int:
+    """Return the number of a tensor's type among those of averaged states; 0: it has none."""
+    return FLOATS.get(str(value.dtype).removeprefix("torch."), 0)
+
+
+def _groups(counts: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """List the levels of the sums over tensors: (first sum, number of sums) of each group, in the order of the tensors.
+
+    In the last level each tensor has one group.
+    """
+    sums = [-(-count // BLOCK) for count in counts]
+    levels: list[list[tuple[int, int]]] = []
+    while not levels or max(sums) > 1:
+        level, start, left = [], 0, []
+        for number in sums:
+            within = [(start + i, min(BLOCK, number - i)) for i in range(0, number, BLOCK)] or [(start, 0)]
+            level += within
+            start += number
+            left.append(len(within))
+        levels.append(level)
+        sums = left
+    return levels
 
 
 @cache

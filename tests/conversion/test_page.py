@@ -1,0 +1,90 @@
+"""The code and the YAML of docs/connectivity.md work, and the examples run."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from lightning_deepr import Band, Dale, DeepR
+from tests.helpers.paths import ROOT
+
+PAGE = (ROOT / "docs" / "connectivity.md").read_text(encoding="utf-8")
+
+
+def instantiate(parser: ArgumentParser, parsed: Any) -> Any:
+    return parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore:.*left dense")
+def test_the_code_of_the_page_runs() -> None:
+    space: dict[str, Any] = {}
+    for block in blocks("python"):
+        exec(compile(block, "docs/connectivity.md", "exec"), space)
+    assert space["net"] is not None
+
+
+def test_the_yaml_of_the_page_makes_the_callback() -> None:
+    (block,) = blocks("yaml")
+    parser = ArgumentParser()
+    parser.add_argument("--callbacks", type=list[Callback])
+    parsed = parser.parse_object(yaml.safe_load(block))
+    (callback,) = instantiate(parser, parsed).callbacks
+    assert isinstance(callback, DeepR) and callback.connectivity == {"fc1": "nonzero", "fc2": 0.1}
+    assert callback.candidates == {"fc1": Band(30)} and isinstance(callback.signs["fc2"], Dale)
+    assert callback.signs["fc2"].excitatory == 0.8
+    again = ArgumentParser()
+    again.add_argument("--callbacks", type=list[Callback])
+    text = parser.dump(parsed)
+    assert isinstance(instantiate(again, again.parse_string(text)).callbacks[0], DeepR)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("0.05", 0.05),
+        ("2662", 2662),
+        ("nonzero", "nonzero"),
+        ("{class_path: lightning_deepr.Topology, init_args: {source: lenet300_100.deepr_1pct_mnist}}", "Topology"),
+    ],
+)
+def test_a_connectivity_on_the_command_line(given: str, wanted: Any) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(DeepR, "deepr")
+    made = instantiate(parser, parser.parse_args([f"--deepr.connectivity={given}"])).deepr
+    found = made.connectivity
+    assert type(found).__name__ == wanted if wanted == "Topology" else (found == wanted and type(found) is type(wanted))
+    given = "{class_path: lightning_deepr.NoSelf}"
+    made = instantiate(parser, parser.parse_args(["--deepr.connectivity=0.1", f"--deepr.candidates={given}"])).deepr
+    net = made.prepare(nn.Linear(10, 10))
+    assert not bool((net.weight.detach() + 0).diagonal().any())
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dales_law", "local_fields"])
+def test_an_example_in_its_short_form(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    torch.set_num_threads(1)
+    example(name).main(["--steps", "30", "--out", str(tmp_path / "picture.png")])
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
