@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ def sgd(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(net.parameters(), lr=LR)
 
 
-def plain(net: nn.Module, optimizer: Any, data: Batches) -> Block:
-    """Make a plain loop; a step is forward, loss, backward and ``optimizer.step()`` with its hooks."""
+def plain(net: nn.Module, optimizer: Any, data: Batches, now: Callable[[], float] = time.perf_counter) -> Block:
+    """Make a plain loop; a step is forward, loss, backward and ``optimizer.step()`` with its hooks. ``now`` is the clock."""
     done = 0
 
     def block(steps: int) -> list[float]:
@@ -47,11 +48,11 @@ def plain(net: nn.Module, optimizer: Any, data: Batches) -> Block:
         for _ in range(steps):
             images, labels = data[done % len(data)]
             done += 1
-            started = time.perf_counter()
+            started = now()
             optimizer.zero_grad()
             cross_entropy(net(images), labels).backward()
             optimizer.step()
-            seconds.append(time.perf_counter() - started)
+            seconds.append(now() - started)
         return seconds
 
     return block

@@ -97,7 +97,7 @@ def measure(recipe: Recipe, sparse: bool, steps: int) -> tuple[float, float]:
         sparsify(net, recipe.connectivity)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     if sparse:
-        DeepR(l1=recipe.l1).attach(net, optimizer)
+        DeepR(l1=recipe.l1, lr_scale=1.0).attach(net, optimizer)
     stream = itertools.chain.from_iterable(itertools.repeat(recipe.batches))
     making, whole = [], []
     for _ in range(steps + 4):

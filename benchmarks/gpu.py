@@ -148,7 +148,7 @@ class OnDevice(Setting):
         self.callback._unhook()
         self.layer.to(device)
         self.stepped = [value.to(device) for value in self.stepped]
-        self.optimizer, self.callback = torch.optim.SGD(self.layer.parameters(), lr=0.05), DeepR(l1=1e-3)
+        self.optimizer, self.callback = torch.optim.SGD(self.layer.parameters(), lr=0.05), DeepR(l1=1e-3, lr_scale=1.0)
         self.callback.attach(self.layer, self.optimizer)
         self.theta = next(converted_tensors(self.layer)).theta
         self.theta.grad = torch.zeros_like(self.theta)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import logging
 import statistics
@@ -17,6 +18,8 @@ import torch
 from common import axes
 from torch import nn
 from torch.optim import Optimizer
+
+import lightning_deepr
 
 Row = dict[str, str]
 
@@ -119,6 +122,17 @@ def load(net: nn.Module, state: dict[str, Any]) -> None:
     """Load everything except the wanted numbers of connections."""
     own = net.state_dict()
     net.load_state_dict({name: own[name] if name.endswith(".wanted") else value for name, value in state.items()})
+
+
+def callback_of(kind: str, connectivity: Any, **settings: Any) -> Any:
+    """Make a callback as in the recorded studies: each step of theta as the optimizer takes it, newborns as at the start.
+
+    The methods' defaults for ``lr_scale`` and ``newborn`` are newer than these studies.
+    """
+    method = getattr(lightning_deepr, kind)
+    known = {one.name for one in dataclasses.fields(method)}
+    recorded = {name: value for name, value in (("lr_scale", 1.0), ("newborn", "start")) if name in known}
+    return method(connectivity, **{**recorded, **settings})
 
 
 def quiet() -> None:

@@ -38,7 +38,7 @@ class Setting:
     def __init__(self, count: int, total: float, compute: str) -> None:
         side = round(math.sqrt(total))
         self.layer = sparsify(nn.Linear(side, side, bias=False, device="meta"), count, compute=compute, device="cpu")
-        self.optimizer, self.callback = torch.optim.SGD(self.layer.parameters(), lr=0.05), DeepR(l1=1e-3)
+        self.optimizer, self.callback = torch.optim.SGD(self.layer.parameters(), lr=0.05), DeepR(l1=1e-3, lr_scale=1.0)
         self.callback.attach(self.layer, self.optimizer)
         self.theta = next(converted_tensors(self.layer)).theta
         self.theta.grad = torch.zeros_like(self.theta)

@@ -136,7 +136,7 @@ class Arms:
         name = f"DeepR, {compute}"
         net = sparsify(self.network.build(), self.network.connectivity, compute=compute)
         start_newborn(net, self.network.newborn)
-        optimizer, loop = sgd(net), DeepR(l1=self.network.l1)
+        optimizer, loop = sgd(net), DeepR(l1=self.network.l1, lr_scale=1.0)
         loop.attach(net, optimizer)
         self.rewiring[name] = loop, net
         self.found[name] = plain(net, optimizer, self.data)
@@ -150,7 +150,7 @@ class Arms:
             self.found["sparsimony, every step"] = sparsimony(build(), connectivity, 1, self.data)
 
     def trainer(self) -> None:
-        net, callback = sparsify(self.network.build(), self.network.connectivity), DeepR(l1=self.network.l1)
+        net, callback = sparsify(self.network.build(), self.network.connectivity), DeepR(l1=self.network.l1, lr_scale=1.0)
         start_newborn(net, self.network.newborn)
         self.found["dense, Trainer"] = under_trainer(self.network.build(), None, self.data)
         self.found["DeepR, Trainer"] = under_trainer(net, callback, self.data)

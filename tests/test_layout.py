@@ -6,6 +6,7 @@ python -m tests.test_layout    prints the figures
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -15,17 +16,21 @@ ROOT = Path(__file__).parents[1] / "lightning_deepr"
 ORDER = [
     "_version",
     "_lazy",
+    "packages",
     "models",
     "algorithm",
     "kernels",
     "compute",
     "weights",
     "conversion",
+    "monitoring",
     "training",
     "methods",
+    "_environment",
     "files",
     "export",
     "hub",
+    "pictures",
     "recipes",
     "zoo",
     "commands",
@@ -137,3 +142,11 @@ def test_the_reader_of_imports_sees_all_of_them() -> None:
 if __name__ == "__main__":
     print(f"levels {levels()}, upward imports {len(upward())}, circles {len(circles())}")
     print(*upward(), *circles(), sep="\n")
+
+
+def test_a_wheel_has_every_folder() -> None:
+    """An editable install finds a folder that the list of packages lacks; an ordinary one does not."""
+    listed = re.search(r"^packages = \[\n(.*?)^\]", (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
+    assert listed is not None
+    found = {name_of(file) for file in ROOT.rglob("__init__.py")} - {"lightning_deepr.__init__"} | {"lightning_deepr"}
+    assert found == {name for name in re.findall(r'"(.*?)"', listed[1]) if not name.endswith(".data")}

@@ -73,7 +73,7 @@ def test_grown_weights_start_at_zero_and_nothing_of_the_old_stays() -> None:
     """3. The result of a `torch.where` was thrown away: regrown weights came back with their old value."""
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
-    DeepR(l1=0.05).attach(net, optimizer)
+    DeepR(l1=0.05, lr_scale=1.0, newborn="start").attach(net, optimizer)
     before = slots_by_name(copy.deepcopy(net))
     grown = 0
 
@@ -134,7 +134,7 @@ def test_a_checkpoint_holds_the_topology_after_rewiring(tmp_path: Path) -> None:
     """5. `state_dict` held values only: after the first rewiring no checkpoint could be restored."""
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
-    DeepR(l1=0.05).attach(net, optimizer)
+    DeepR(l1=0.05, lr_scale=1.0, newborn="start").attach(net, optimizer)
     start = {name: slots.places.clone() for name, slots in slots_by_name(net).items()}
     fit_plain(net, optimizer, 30)
     assert all(not torch.equal(slots.places, start[name]) for name, slots in slots_by_name(net).items())
@@ -169,7 +169,7 @@ def test_the_first_count_is_k_and_a_sign_never_changes() -> None:
         assert connections(layer)["weight"][1].unique().numel() == 60 == active(layer)
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
-    DeepR(l1=0.05).attach(net, optimizer)
+    DeepR(l1=0.05, lr_scale=1.0, newborn="start").attach(net, optimizer)
     signs: dict[tuple[str, int], float] = {}
     seen_again = 0
 
@@ -265,7 +265,7 @@ def test_one_step_equals_the_authors_arithmetic() -> None:
     """12. An independent port had to show this: equal to a float32 ulp after a step without noise, and the same dormant set."""
     net = network(0.5)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
-    DeepR(l1=0.05).attach(net, optimizer)
+    DeepR(l1=0.05, lr_scale=1.0, newborn="start").attach(net, optimizer)
     dormant_in_all = 0
     for x, y in batches():
         optimizer.zero_grad()

@@ -18,12 +18,23 @@ from tests.helpers.paths import ROOT
 PUBLIC = {
     "lightning_deepr": {
         *("DeepR", "SoftDeepR", "SET", "RigL", "FixedRandom", "MagnitudePruning", "L1Shrinkage", "SparseTraining"),
-        *("sparsify", "densify", "connections", "connectivity_report", "load_state_dict", "save_sparse"),
+        *(
+            "sparsify",
+            "densify",
+            "connections",
+            "connectivity_report",
+            "load_state_dict",
+            "save_sparse",
+            "follow",
+            "decay_groups",
+        ),
+        *("ages", "dead_units", "prune_dead_units", "pictures"),
         *("LinearDecay", "LrPower", "TurnoverTarget", "SparseLinear", "zoo", "__version__"),
+        *("Band", "Blocks", "Local", "NoSelf", "Dale", "Topology"),
     },
     "lightning_deepr.zoo": {
         *("list_models", "info", "load", "save", "publish", "verify", "connections_of", "path_of"),
-        *("ENTRIES", "Entry", "FormatError", "Verification"),
+        *("ENTRIES", "Entry", "FormatError", "Prediction", "Verification", "predict"),
     },
     "lightning_deepr.hub": {
         *("download", "load", "publish", "revision_of"),
@@ -47,7 +58,7 @@ for package, shown in public.items():
     assert set(dir(package)) == set(package.__all__) == shown, (package, set(dir(package)) ^ shown)
     for name in shown:
         found = getattr(package, name)
-        assert name in ("zoo", "__version__", "ENTRIES", "WEIGHTS") or callable(found), (name, found)
+        assert name in ("zoo", "pictures", "__version__", "ENTRIES", "WEIGHTS") or callable(found), (name, found)
 import lightning_deepr.conversion.convert as convert
 assert lightning_deepr.connections is convert.connections and lightning_deepr.zoo is sys.modules["lightning_deepr.zoo"]
 from lightning_deepr import *
@@ -112,6 +123,7 @@ def run(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_the_makers_of_the_zoo_do_not_write_into_an_installed_package(installed: Path) -> None:
     before = contents(installed)
     for module, option in (("make", "--folder"), ("results", "--out")):

@@ -30,10 +30,9 @@ import torch
 import torch.nn.functional as F
 
 # `mnist` is the script in the same folder.
-from mnist import BATCH, TOTAL, axes, digits
+from mnist import BATCH, TOTAL, axes, callback_of, digits
 from torch import nn
 
-import lightning_deepr
 from lightning_deepr.models import LeNet300100
 from lightning_deepr.weights.find import slots_of
 
@@ -62,7 +61,7 @@ def run(arm: str, seed: int, root: str, epochs: int) -> list[dict[str, Any]]:
     kind, settings = ARMS[arm]
     callback = None
     if kind is not None:
-        callback = getattr(lightning_deepr, kind)(round(0.01 * TOTAL), distribution="deepr", seed=seed, **settings)
+        callback = callback_of(kind, round(0.01 * TOTAL), distribution="deepr", seed=seed, **settings)
         callback.prepare(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     if callback is not None:

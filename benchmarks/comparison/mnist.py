@@ -32,13 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import lightning_deepr
 from lightning_deepr import LinearDecay, LrPower, connectivity_report
 from lightning_deepr.models import LeNet300100
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import axes
-from grid import Job, Results, over_connectivity, summary, table
+from grid import Job, Results, callback_of, over_connectivity, summary, table
 
 HERE = Path(__file__).parent
 RESULTS = Results(HERE / "results.csv", "epochs", "accuracy", "connections", "per_layer")
@@ -212,7 +211,7 @@ def run(job: Job, root: str) -> dict[str, Any]:
     net: nn.Module = LeNet300100()
     kind, callback = ARMS[job.arm], None
     if kind is not None:
-        callback = getattr(lightning_deepr, kind)(round(job.connectivity * TOTAL), seed=job.seed, **settings)
+        callback = callback_of(kind, round(job.connectivity * TOTAL), seed=job.seed, **settings)
         callback.prepare(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=lr)
     steps = epochs * (len(labels) // BATCH)

@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import lightning_deepr
 from lightning_deepr import LinearDecay, connectivity_report, save_sparse
 from lightning_deepr.models import CIFAR10CNN
 from lightning_deepr.recipes.cifar10 import CIFAR10DataModule
@@ -37,7 +36,7 @@ from lightning_deepr.recipes.classifier import is_decayed
 from lightning_deepr.recipes.crops import Crops
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grid import Job, Results, figure, restore, steps_in_common, table
+from grid import Job, Results, callback_of, figure, restore, steps_in_common, table
 
 HERE = Path(__file__).parent
 RESULTS = Results(HERE / "cifar10.csv", "accuracy", "train_loss", "connections", "per_layer")
@@ -144,7 +143,7 @@ TRIALS_AT_20: dict[str, dict[str, Settings]] = {
 }
 
 
-def callback_of(job: Job, settings: Settings) -> Any:
+def method_callback(job: Job, settings: Settings) -> Any:
     shares, aim = settings.pop("shares"), settings.pop("aim", 1.0)
     kind = ARMS[job.arm]
     assert kind is not None
@@ -153,7 +152,7 @@ def callback_of(job: Job, settings: Settings) -> Any:
         settings["l1"] = {n: LinearDecay(v, 0.0) for n, v in l1.items()} if isinstance(l1, dict) else LinearDecay(l1, 0.0)
     if job.arm == "soft_deepr":
         settings.setdefault("target_modules", ["conv2", "local3", "local4"])
-    return getattr(lightning_deepr, kind)(budget(aim * job.connectivity, shares), seed=job.seed, **settings)
+    return callback_of(kind, budget(aim * job.connectivity, shares), seed=job.seed, **settings)
 
 
 def state_file(keep: str | None, job: Job, connectivity: str) -> Path | None:
@@ -176,7 +175,7 @@ def run(job: Job, root: str, keep: str | None) -> Settings:
     lr, momentum, decay, warmup = (settings.pop(name) for name in ("lr", "momentum", "weight_decay", "warmup"))
     torch.manual_seed(job.seed)
     net: nn.Module = CIFAR10CNN().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    callback = None if ARMS[job.arm] is None else callback_of(job, settings)
+    callback = None if ARMS[job.arm] is None else method_callback(job, settings)
     if callback is not None:
         callback.prepare(net)
     decayed = [p for name, p in net.named_parameters() if is_decayed(name)]

@@ -38,8 +38,18 @@ BEST: dict[str, Any] = {
 }
 
 
+# the defaults at the time of the recorded runs, except for what an arm names
+RECORDED: dict[str, Any] = {"lr_scale": 1.0, "newborn": "start"}
+
+
 def defaults(batch_size: int = 10, **model: Any) -> dict[str, Any]:
-    return {"model": model, "data": {"batch_size": batch_size}, "deepr": {"connectivity": 0.01}}
+    return {"model": model, "data": {"batch_size": batch_size}, "deepr": {"connectivity": 0.01, "l1": None}}
+
+
+def present_defaults(connectivity: float, batch_size: int = 10, **model: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"connectivity": connectivity, "l1": "auto", "lr_scale": "auto", "newborn": "neutral"}
+    model = {"schedule": "cosine", **model}
+    return {"model": model, "data": {"batch_size": batch_size}, "deepr": settings, "seeds": 3}
 
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -65,6 +75,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "defaults_sgd_0.05_momentum": {**defaults(64, lr=0.05, momentum=0.9), "seeds": 2},
     "defaults_adam_1e-3": {**defaults(64, lr=1e-3, optimizer="adam"), "seeds": 2},
     "defaults_adam_3e-3": {**defaults(64, lr=3e-3, optimizer="adam"), "seeds": 2},
+    **{
+        f"present_defaults_{name}_{100 * c:g}pct": present_defaults(c, 64, **model)
+        for name, model in (("momentum", {"lr": 0.05, "momentum": 0.9}), ("adam", {"lr": 2e-3, "optimizer": "adam"}))
+        for c in (0.01, 0.05, 0.2)
+    },
     "collapse": {
         "model": {"lr": 0.05},
         "data": {},
@@ -73,6 +88,10 @@ ARMS: dict[str, dict[str, Any]] = {
         "seeds": 1,
     },
 }
+
+
+for _arm in ARMS.values():
+    _arm["deepr"] = {**RECORDED, **_arm["deepr"]}
 
 
 def run(arm: dict[str, Any], seed: int, root: str, val: bool) -> dict[str, Any]:

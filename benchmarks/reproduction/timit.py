@@ -35,7 +35,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import lightning_deepr
 from lightning_deepr import LinearDecay, connectivity_report
 from lightning_deepr.models import BLSTMClassifier
 from lightning_deepr.recipes.sequences import SequenceBatches
@@ -45,7 +44,7 @@ from lightning_deepr.recipes.timit_phones import folding
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import axes
-from grid import Job, Results, figure, load, restore, steps_in_common, table
+from grid import Job, Results, callback_of, figure, load, restore, steps_in_common, table
 
 HERE = Path(__file__).parent
 RESULTS = Results(HERE / "timit.csv", "frame_error", "val_error", "best_step", "connections", "per_layer", "curve")
@@ -275,7 +274,7 @@ def run(job: Job, root: str, cache: str | None) -> Settings:
             temperature, p = settings["temperature"], job.connectivity
             settings["theta_min"] = -settings.pop("depth") * temperature * (1 - p) / (settings["l1"] * p)
         init = {} if job.arm in ("pruning", "l1_shrinkage") else {"init": settings.pop("init", "deepr")}
-        callback = getattr(lightning_deepr, kind)(counts, seed=job.seed, **init, **settings)
+        callback = callback_of(kind, counts, seed=job.seed, **init, **settings)
         callback.prepare(net)
     averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(ema))
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)

@@ -55,7 +55,9 @@ class Chains:
         self.starts = (torch.arange(tensors) * groups * n).repeat_interleave(groups * k)
         self.tensor_of_row = torch.arange(tensors).repeat_interleave(groups)
         self.optimizer = optimizer(self.thetas)
-        self.rewiring = DeepR(l1=alpha, temperature=temperature, seed=seed).attach(self.net, self.optimizer)
+        self.rewiring = DeepR(l1=alpha, temperature=temperature, lr_scale=1.0, newborn="start", seed=seed).attach(
+            self.net, self.optimizer
+        )
         self.compare_gradients()
 
     def u_of_layers(self) -> Tensor:

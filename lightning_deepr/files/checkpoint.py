@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -14,16 +15,17 @@ from torch import nn
 from lightning_deepr.conversion import sharing
 from lightning_deepr.conversion.convert import convert
 from lightning_deepr.conversion.report import ConnectivityReport
-from lightning_deepr.conversion.selection import Candidate, candidates
+from lightning_deepr.conversion.selection import Candidate
 from lightning_deepr.conversion.start import STARTS
-from lightning_deepr.files import architectures, container, sparse_file
+from lightning_deepr.files import architectures, container, pickles, sparse_file
 from lightning_deepr.files.container import Contents
+from lightning_deepr.files.fitting import entries_of, put_back, refuse_misfits, refuse_no_state, without_heads, without_marks
 from lightning_deepr.files.gaps import FormatError
 from lightning_deepr.files.records import active_by_record, kind_of_record, shared_by_record, wanted_by_record
 from lightning_deepr.files.sparse_file import Connections
+from lightning_deepr.weights import precision
 from lightning_deepr.weights.base import FORMAT_KEY
-from lightning_deepr.weights.find import converted_tensors
-from lightning_deepr.weights.install import remove
+from lightning_deepr.weights.names import join, renamed, split_head, unwrapped, without_root_wrapper, without_wrappers
 
 # the names that zoo.info fills in from the file itself
 RESERVED = frozenset(
@@ -37,26 +39,39 @@ def load_state_dict(module: nn.Module, path_or_dict: str | PathLike[str] | Mappi
 
     Args:
         module: a module of the checkpoint's architecture; tensors that are converted already must have the recorded K.
-        path_or_dict: a ``state_dict``, a Lightning checkpoint (its ``state_dict`` is used), or a path to one of them as
-            ``.ckpt``, ``.pt``, ``.pth`` (loaded with ``weights_only=True``), or to a sparse file, ``.safetensors``
-            (:func:`save_sparse`).
+        path_or_dict: a ``state_dict``, a Lightning checkpoint (its ``state_dict`` is used), or a path to one of them
+            (``.ckpt``, ``.pt``, ``.pth``; loaded with ``weights_only=True``), or to a sparse file (``.safetensors``,
+            :func:`save_sparse`). The content of a file decides, not its name. The prefixes that ``torch.compile``, DDP, Fabric
+            and FSDP put into names may be in the module, in the checkpoint, in both or in neither.
 
     Returns:
         the module itself.
 
     Raises:
         ValueError: the file is not a checkpoint, or names layers or shapes that the module does not have.
-        RuntimeError: keys are missing or left over (the message is torch's). A module that was dense stays unchanged.
+        RuntimeError: keys are missing or left over (the message is torch's).
+
+    After an error the module is as it was, unless it is on the meta device.
     """
     if _is_sparse_file(path_or_dict):
-        contents = _open(path_or_dict)  # type: ignore[arg-type]
-        with container.about(path_or_dict):  # type: ignore[arg-type]
-            return load_contents(contents, module)
-    state = _read(path_or_dict) if isinstance(path_or_dict, (str, PathLike)) else path_or_dict
-    return load_checked(module, dict(state.get("state_dict", state)), {})
+        return load_sparse_file(module, path_or_dict)  # type: ignore[arg-type]
+    state = read_state(path_or_dict) if isinstance(path_or_dict, (str, PathLike)) else path_or_dict
+    return load_checked(module, state.get("state_dict", state), {})
 
 
-def load_checked(module: nn.Module, state: dict[str, Any], checked: Mapping[str, Connections]) -> nn.Module:
+def load_sparse_file(module: nn.Module, path: str | PathLike[str]) -> nn.Module:
+    """Do what :func:`load_state_dict` does, for a sparse file alone: any other file is refused and never unpickled.
+
+    Raises:
+        FormatError: (a ValueError) it is another file, damaged, or does not fit.
+        FileNotFoundError: there is no such file.
+    """
+    contents = _open(path)
+    with container.about(Path(path)):
+        return load_contents(contents, module)
+
+
+def load_checked(module: nn.Module, state: Mapping[str, Any], checked: Mapping[str, Connections]) -> nn.Module:
     """Do what :func:`load_state_dict` does, for a ``state_dict``.
 
     Args:
@@ -65,27 +80,14 @@ def load_checked(module: nn.Module, state: dict[str, Any], checked: Mapping[str,
         checked: {head of the entries in ``state``: connections} whose places were checked already. These tensors start with
             their connections, and ``state`` is not read for them.
     """
-    by_name = {(c.module_name, c.tensor_name): c for c in candidates(module)}
-    chosen, counts, records, kinds = [], {}, {}, {}
+    refuse_no_state(state)
+    state = without_root_wrapper(without_marks(state), module)
+    entries = entries_of(module, state)
+    chosen, counts, kinds = [], {}, {}
     known: dict[str, Connections] = {}
-    begun: set[str] = set()
-    for key in state:
-        if not key.endswith(".0." + FORMAT_KEY):
-            continue
-        head = key.removesuffix("0." + FORMAT_KEY)
-        module_name, _, tensor_name = ("." + head.removesuffix(".")).rpartition(".parametrizations.")
-        module_name = module_name.removeprefix(".")
-        candidate = by_name.get((module_name, tensor_name))
-        shape, count = tuple(state[head + "0.shape"].tolist()), wanted_by_record(state, head)
-        kind = kind_of_record(state, head)
-        name = f"{module_name}.{tensor_name}" if module_name else tensor_name
-        if candidate is None:
-            raise ValueError(
-                f"The checkpoint has connections for `{name}`, but {type(module).__name__} has no such weight. Expected a "
-                f"checkpoint of this model; its weights are: {', '.join(c.name for c in by_name.values()) or 'none'}."
-            )
-        if candidate.shape != shape:
-            raise ValueError(f"`{name}`: expected a weight of shape {candidate.shape}, found {shape} in the checkpoint.")
+    begun: dict[str, tuple[str, ...]] = {}
+    for head, candidate in entries.items():
+        count, kind, name = wanted_by_record(state, head), kind_of_record(state, head), candidate.name
         if candidate.slots is not None:
             if not isinstance(candidate.slots, kind):
                 raise ValueError(
@@ -99,50 +101,60 @@ def load_checked(module: nn.Module, state: dict[str, Any], checked: Mapping[str,
                 )
             continue
         chosen.append(candidate)
-        counts[candidate.name], kinds[candidate.name] = count, kind
-        records[candidate.name] = int(state[head + "0.index"])
+        counts[name], kinds[name] = count, kind
         if head in checked:
-            known[candidate.name] = checked[head]
-            begun.add(head)
-    if chosen:
-        chosen.sort(key=lambda candidate: records[candidate.name])
-        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+            known[name] = checked[head]
+            begun[head] = (name, *candidate.aliases)
+    refuse_misfits(module, state, entries)
+    with put_back(module):
+        if chosen:
+            position = {candidate.name: int(state[head + "0.index"]) for head, candidate in entries.items()}
+            chosen.sort(key=lambda candidate: position[candidate.name])
 
-        def begin(candidate: Candidate, *args: Any, **options: Any) -> Any:
-            if candidate.name in known:
-                assert candidate.parameter is not None
-                dtype, device = candidate.parameter.dtype, options["device"]
-                found = known[candidate.name]
-                return found.theta.to(device, dtype), found.slots(dtype, device)
-            return STARTS[kinds[candidate.name]](candidate, *args, **options)
+            def begin(candidate: Candidate, *args: Any, **options: Any) -> Any:
+                if candidate.name in known:
+                    assert candidate.parameter is not None
+                    dtype, device = candidate.parameter.dtype, options["device"]
+                    found = known[candidate.name]
+                    return found.theta.to(device, precision.kept(dtype)), found.slots(dtype, device)
+                return STARTS[kinds[candidate.name]](candidate, *args, **options)
 
-        new = convert(module, chosen, counts, init="deepr", seed=0, compute="auto", begin=begin)
-        for names in shared_by_record(state):
-            joined = [converted for converted in new if converted.name in names]
-            if joined:
-                sharing.join(joined)
-    try:
-        _load_rest(module, state, [head for head in checked if head in begun])
-    except RuntimeError:
-        if chosen and not any(tensor.device.type == "meta" for tensor in before.values()):
-            # The tensors are looked up again: one that joined a shared theta has new slots since its conversion.
-            for converted in [one for one in converted_tensors(module) if one.name in counts]:
-                remove(converted)
-            module.load_state_dict(before)
-        raise
+            new = convert(module, chosen, counts, init="deepr", seed=0, compute="auto", begin=begin)
+            for heads in shared_by_record(state):
+                names = {entries[head].name for head in heads if head in entries}
+                joined = [converted for converted in new if converted.name in names]
+                if joined:
+                    sharing.join(joined)
+        _load_rest(module, state, begun)
     return module
 
 
-def _load_rest(module: nn.Module, state: dict[str, Any], begun: list[str]) -> None:
-    """Call ``module.load_state_dict`` for everything except the tensors that started with their checked connections."""
-    own = {key for head in begun for key in state if key.startswith(head)}
-    result = module.load_state_dict({key: value for key, value in state.items() if key not in own}, strict=False)
-    if own != set(result.missing_keys) or result.unexpected_keys:
-        module.load_state_dict(state)
+def _load_rest(module: nn.Module, state: Mapping[str, Any], begun: Mapping[str, tuple[str, ...]]) -> None:
+    """Call ``module.load_state_dict`` for everything except the tensors that started with their checked connections.
+
+    Args:
+        module: the converted module.
+        state: the whole ``state_dict``.
+        begun: {head of the entries in ``state``: the names} of those tensors.
+    """
+    result = module.load_state_dict(renamed(without_heads(state, set(begun)), module), strict=False)
+    mine = {name for names in begun.values() for name in names}
+    missing = [split_head(without_wrappers(key)) for key in result.missing_keys]
+    if result.unexpected_keys or not all(parts is not None and join(*parts[:2]) in mine for parts in missing):
+        module.load_state_dict(renamed(state, module))
 
 
 def _is_sparse_file(given: Any) -> bool:
-    return isinstance(given, (str, PathLike)) and Path(given).suffix == ".safetensors"
+    """Tell whether a path leads to a sparse file; the content decides, not the name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FormatError: it is neither a sparse file nor one of torch.
+    """
+    if not isinstance(given, (str, PathLike)):
+        return False
+    with container.about(Path(given)):
+        return container.kind_of(Path(given)) == "sparse"
 
 
 def _open(path: str | PathLike[str]) -> container.Contents:
@@ -152,14 +164,38 @@ def _open(path: str | PathLike[str]) -> container.Contents:
     return contents
 
 
-def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
+def read_state(path: str | PathLike[str]) -> Mapping[str, Any]:
+    """Read a checkpoint of torch or Lightning, without unpickling code.
+
+    Raises:
+        ValueError: it is something else.
+    """
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no checkpoint at {file}.")
-    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        with file.open("rb") as stream:  # torch.load looks at the suffix of a path
+            try:
+                loaded = torch.load(stream, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError as error:
+                stream.seek(0)
+                try:
+                    loaded = pickles.read(stream)
+                except Exception:
+                    raise error from None
+                if not isinstance(loaded, Mapping) or not _is_plain(loaded.get("state_dict")):
+                    raise error from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{file}: expected a checkpoint of tensors and Python's own types, as torch.load(weights_only=True) reads it, "
+            f"found a file that it refuses: {error}"
+        ) from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{file}: expected a state_dict or a Lightning checkpoint, found {type(loaded).__name__}.")
     return loaded
+
+
+def _is_plain(state: Any) -> bool:
+    """Whether a ``state_dict`` that was read with placeholders has none."""
+    return isinstance(state, Mapping) and not any(isinstance(value, pickles.Placeholder) for value in state.values())
 
 
 def save_sparse(
@@ -211,7 +247,7 @@ def save_sparse(
     taken = sorted(RESERVED & metadata.keys())
     if taken:
         raise ValueError(f"metadata: expected names that zoo.info does not fill in itself, found {', '.join(taken)}.")
-    known, own = architectures.recognize(module)
+    known, own = architectures.recognize(unwrapped(module))
     if architecture is not None and (architecture != known or (arguments is not None and dict(arguments) != own)):
         raise ValueError(
             f"architecture: expected {known!r} with {own}, which is what this {type(module).__name__} is, found "
@@ -237,7 +273,7 @@ def report_of_checkpoint(path_or_dict: str | PathLike[str] | Mapping[str, Any]) 
     if _is_sparse_file(path_or_dict):
         rows = rows_of(_open(path_or_dict))  # type: ignore[arg-type]
     else:
-        state = _read(path_or_dict) if isinstance(path_or_dict, (str, PathLike)) else path_or_dict
+        state = read_state(path_or_dict) if isinstance(path_or_dict, (str, PathLike)) else path_or_dict
         rows = _rows(state.get("state_dict", state))
     if not rows:
         raise ValueError("expected a sparse checkpoint, found one without a converted tensor.")
@@ -251,7 +287,7 @@ def _rows(state: Mapping[str, Any]) -> list[dict[str, Any]]:
             head = key.removesuffix("0." + FORMAT_KEY)
             shape, count = tuple(state[head + "0.shape"].tolist()), active_by_record(state, head)
             total = math.prod(shape)
-            name = head.removesuffix(".").replace("parametrizations.", "")
+            name = without_wrappers(head.removesuffix(".").replace("parametrizations.", ""))
             rows.append({"name": name, "shape": shape, "total": total, "active": count, "connectivity": count / total})
     return rows
 
@@ -267,7 +303,7 @@ def load_contents(contents: Contents, module: nn.Module | None = None) -> nn.Mod
         if len(types) == 1:
             module.to(types.pop())
         # The module takes the dense tensors themselves: nothing is initialized, and the global generator is not used.
-        module.load_state_dict({name: state[name] for name in sparse_file.dense_names(contents)}, strict=False, assign=True)
+        module.load_state_dict(without_heads(state, set(found)), strict=False, assign=True)
     return load_checked(module, state, found)
 
 

@@ -151,6 +151,30 @@ def read(path: Path) -> Contents:
         return unpack(path.read_bytes())
 
 
+def kind_of(path: Path) -> str:
+    """Find out what a file is by its first bytes: "sparse" (of this package) or "torch" (of ``torch.save``).
+
+    Raises:
+        FormatError: it is neither; the message says what it seems to be.
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint at {path}.")
+    with path.open("rb") as file:
+        start = file.read(DIGEST.stop)
+    if start[8 : DIGEST.start] == HEAD:
+        return "sparse"
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+        return "torch"
+    size = path.stat().st_size
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    found = _guess(start, length, size)
+    raise FormatError(
+        "expected a file of lightning-deepr (safetensors whose header begins with "
+        f"`{HEAD.decode()}`) or one of torch.save, found {found}."
+    )
+
+
 class about:
     """A context that puts the file's path in front of the message of a :class:`FormatError`."""
 
@@ -174,7 +198,7 @@ def unpack(file: bytes) -> Contents:
     if len(file) < DIGEST.stop or length > len(file) - 8 or file[8 : DIGEST.start] != HEAD:
         raise FormatError(
             f"expected a file of lightning-deepr (safetensors whose header begins with `{HEAD.decode()}`), found "
-            f"{_guess(file, length)}."
+            f"{_guess(file, length, len(file))}."
         )
     if length > _LARGEST_HEADER:
         raise FormatError(f"expected a header of at most {_LARGEST_HEADER:,} bytes, found {length:,}.")
@@ -278,15 +302,15 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
-def _guess(file: bytes, length: int) -> str:
-    """Guess what a foreign file is, for the message that refuses it."""
+def _guess(file: bytes, length: int, size: int) -> str:
+    """Guess what a foreign file is, from its first bytes, for the message that refuses it."""
     if file[:4] == b"PK\x03\x04" or file[:2] in (b"\x80\x02", b"\x80\x04"):
-        return "a pickle or a zip file, as torch.save writes: load_state_dict reads those if they are named .pt, .pth or .ckpt"
+        return "a pickle or a zip file, as torch.save writes: load_state_dict(module, path) reads those"
     if file[:9].startswith(b"version h"):
         return "a pointer of Git LFS: `git lfs pull` gets the file itself"
-    if 2 <= length <= len(file) - 8 and file[8:9] == b"{":
+    if 2 <= length <= size - 8 and file[8:9] == b"{":
         return "another safetensors file (for dense weights: safetensors.torch.load_file, and load_state_dict of the result)"
-    return f"{len(file):,} bytes that are something else, or cut off"
+    return f"{size:,} bytes that are something else, or cut off"
 
 
 def _short(value: Any) -> str:

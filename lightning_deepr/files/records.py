@@ -39,10 +39,10 @@ def active_by_record(state: Mapping[str, Any], head: str) -> int:
 
 
 def shared_by_record(state: Mapping[str, Any]) -> list[set[str]]:
-    """List the names of the tensors that share a theta, one set for each shared theta."""
+    """List the heads of the entries of tensors that share a theta, one set for each shared theta."""
     found: dict[int, set[str]] = {}
-    end = ".0." + SHARING_KEY
+    end = "0." + SHARING_KEY
     for key, value in state.items():
-        if key.endswith(end) and "parametrizations." in key:
-            found.setdefault(int(value[0]), set()).add(key.removesuffix(end).replace("parametrizations.", ""))
+        if key.endswith("." + end) and "parametrizations." in key:
+            found.setdefault(int(value[0]), set()).add(key.removesuffix(end))
     return list(found.values())

@@ -51,6 +51,7 @@ def card(
         _front(info, name),
         f"# {name}\n\n{_summary(info)}",
         _use(info, name, repo_id),
+        _section("Input", _input(info)),
         _section("Connectivity", table(info) + (f"\n\n![connectivity]({picture})" if picture else "")),
         _section("Metrics", metrics_table(info)),
         _section("Training", _training(info, recipe)),
@@ -211,6 +212,7 @@ def _use(info: Mapping[str, Any], name: str, repo_id: str | None) -> str:
         "",
         "# an nn.Module in eval mode, computed from its connections; dense=True for ordinary weights",
         f"net = zoo.load({where}{own})",
+        *_RAW.get(_kind_of_input(info), []),
         "```",
     ]
     if repo_id:
@@ -221,6 +223,64 @@ def _use(info: Mapping[str, Any], name: str, repo_id: str | None) -> str:
         ]
     lines += ["", "To go on training it, give it to a `lightning.Trainer` with `DeepR()` among its callbacks."]
     return _section("Use", "\n".join(lines))
+
+
+# from a raw file to a class; ``tests/hub/test_cards.py`` runs them
+_RAW = {
+    "image": [
+        "",
+        "from PIL import Image",
+        "",
+        'image = Image.open("image.png")',
+        "print(zoo.predict(net, image))  # the class and its probability",
+        "logits = net(net.preprocess(image)[None])  # the same by hand",
+    ],
+    "speech": [
+        "",
+        "import soundfile",
+        "",
+        'wave, rate = soundfile.read("recording.wav", dtype="int16")',
+        "frames = zoo.predict(net, wave, rate=rate)  # the class of each 10 ms and its probability",
+        "logits = net(net.preprocess(wave, rate)[None])  # the same by hand",
+    ],
+}
+
+
+def _kind_of_input(info: Mapping[str, Any]) -> str:
+    """Return the kind of input that ``zoo.info`` has recognized: with it comes a task."""
+    return str(info["input"]["kind"]) if "task" in info and isinstance(info.get("input"), Mapping) else ""
+
+
+def _input(info: Mapping[str, Any]) -> str:
+    """Say how the raw input looks, and what ``net.preprocess`` makes of it."""
+    kind = _kind_of_input(info)
+    given = info["input"] if kind else {}
+    if kind == "image":
+        size = f"{given['height']} x {given['width']}"
+        side, colour = given.get("crop"), "grey" if given["channels"] == 1 else "red, green and blue"
+        values = {"unit": "values in 0 to 1, without a further normalization", "standardized": "each image with mean 0 and "
+                  "standard deviation 1"}[given["values"]]  # fmt: skip
+        shape = [given["channels"], side or given["height"], side or given["width"]]
+        lines = [
+            f"- Raw: an image of {size} pixels, {colour}, 8 bits (or floats"
+            " in 0 to 1). A square image of another size is resized.",
+            f"- The network takes float32 [batch, {', '.join(map(str, shape))}]: "
+            + (f"the central crop of {side} x {side}, " if side else "")
+            + f"{values}. `net.preprocess(image)` does it.",
+        ]
+    elif kind == "speech":
+        lines = [
+            f"- Raw: one channel at {given['rate']:,} samples per second (a higher rate is converted), int16 or floats in -1 "
+            "to 1.",
+            f"- The network takes float32 [batch, frames, {len(given['mean'])}], a frame for each 10 ms: 13 MFCC of a 25 ms "
+            "window, their deltas and delta-deltas, normalized by the mean and standard deviation of the training recordings. "
+            "`net.preprocess(wave, rate)` does it, with `pip install 'lightning-deepr[timit]'`.",
+        ]
+    else:
+        return ""
+    if given.get("classes"):
+        lines.append(f"- Classes: {', '.join(given['classes'])}.")
+    return "\n".join(lines)
 
 
 def _training(info: Mapping[str, Any], recipe: str | None) -> str:

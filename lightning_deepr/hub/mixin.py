@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import nn
 
-from lightning_deepr.files.checkpoint import load_state_dict, save_sparse
+from lightning_deepr.files.checkpoint import load_sparse_file, save_sparse
 from lightning_deepr.hub.cards import card_of_class
 from lightning_deepr.hub.errors import readable
 from lightning_deepr.hub.transfer import WEIGHTS, download
@@ -120,7 +120,7 @@ class SparseHubMixin(
                 token=token,
             )
         net = cls(**model_kwargs)
-        load_state_dict(_module(net), file)
+        load_sparse_file(_module(net), file)  # not load_state_dict: no file of the Hub is ever unpickled
         return _module(net).to(map_location).eval()  # type: ignore[return-value]
 
 

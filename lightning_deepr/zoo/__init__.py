@@ -17,21 +17,25 @@ from lightning_deepr._lazy import lazy
 if TYPE_CHECKING:
     from lightning_deepr.files.checkpoint import save_sparse as save
     from lightning_deepr.files.gaps import FormatError
+    from lightning_deepr.zoo.listing import list_models
     from lightning_deepr.zoo.loading import connections_of, info, load, path_of
+    from lightning_deepr.zoo.predicting import Prediction, predict
     from lightning_deepr.zoo.publishing import publish
-    from lightning_deepr.zoo.registry import ENTRIES, Entry, list_models
+    from lightning_deepr.zoo.registry import ENTRIES, Entry
     from lightning_deepr.zoo.verification import Verification, verify
 
 __all__ = [
     "ENTRIES",
     "Entry",
     "FormatError",
+    "Prediction",
     "Verification",
     "connections_of",
     "info",
     "list_models",
     "load",
     "path_of",
+    "predict",
     "publish",
     "save",
     "verify",
@@ -41,7 +45,9 @@ __all__ = [
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        **dict.fromkeys(("ENTRIES", "Entry", "list_models"), "lightning_deepr.zoo.registry"),
+        **dict.fromkeys(("ENTRIES", "Entry"), "lightning_deepr.zoo.registry"),
+        "list_models": "lightning_deepr.zoo.listing",
+        **dict.fromkeys(("Prediction", "predict"), "lightning_deepr.zoo.predicting"),
         "FormatError": "lightning_deepr.files.gaps",
         **dict.fromkeys(("Verification", "verify"), "lightning_deepr.zoo.verification"),
         **dict.fromkeys(("connections_of", "info", "load", "path_of"), "lightning_deepr.zoo.loading"),

@@ -16,6 +16,7 @@ from lightning_deepr.files import container, sparse_file
 from lightning_deepr.files.checkpoint import load_contents, rows_of
 from lightning_deepr.files.container import Contents
 from lightning_deepr.files.gaps import FormatError
+from lightning_deepr.zoo import inputs
 from lightning_deepr.zoo.registry import entry_of, list_models
 
 
@@ -114,7 +115,8 @@ def load(
 
     Returns:
         the network, which is ``module`` itself if given. To continue its training, use a ``Trainer`` with ``DeepR()`` among its
-        callbacks: the callback starts from the loaded connections.
+        callbacks: the callback starts from the loaded connections. ``net.preprocess`` turns a raw image or recording into its
+        input, if the file says how (:mod:`lightning_deepr.zoo.inputs`), and ``net.preprocess.classes`` names its classes.
 
     Raises:
         FileNotFoundError: ``name_or_path`` is neither a name nor a file.
@@ -142,6 +144,9 @@ def load(
     path, contents = open_file(name_or_path)
     with container.about(path):
         loaded = load_contents(contents, module)
+        how = inputs.input_of(contents.record["metadata"], contents.record["architecture"])
+    if how is not None and not hasattr(loaded, "preprocess"):
+        loaded.preprocess = how  # type: ignore[assignment]
     return (densify(loaded) if dense else loaded).eval()
 
 
@@ -188,7 +193,8 @@ def info(name_or_path: str | PathLike[str]) -> dict[str, Any]:
         name, file, bytes, sha256 (of the file), digest (of its contents), format_version, package_version, architecture,
         arguments, dense_parameters (count of numbers outside the sparse tensors), connectivity (``rows`` with name, shape,
         total, active, connectivity, and l1 if it was steered; total, active, connectivity, left_out) and the metadata that
-        :func:`save` got: algorithm, hyperparameters, seeds, metrics, data, recipe, license, ...
+        :func:`save` got: task, algorithm, hyperparameters, seeds, metrics, data, recipe, license, input, ... (``input``, how
+        the raw input is prepared, is there for older files of this package's data sets, too)
 
     Raises:
         FileNotFoundError: ``name_or_path`` is neither a name nor a file.
@@ -198,8 +204,10 @@ def info(name_or_path: str | PathLike[str]) -> dict[str, Any]:
     record = contents.record
     rows = rows_of(contents)
     total, active = record["connectivity"]["total"], record["connectivity"]["active"]
+    how = inputs.input_of(record["metadata"], record["architecture"])
     return {
         **record["metadata"],
+        **({} if how is None else {"task": how.task, "input": inputs.recorded(how)}),
         "name": str(name_or_path) if entry_of(str(name_or_path)) else path.stem,
         "file": str(path),
         "bytes": contents.size,

@@ -16,6 +16,7 @@ import hashlib
 import inspect
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from torch import Tensor
 from lightning_deepr import methods, zoo
 from lightning_deepr.recipes.running import has_root, quiet
 from lightning_deepr.recipes.running import train as run_recipe
+from lightning_deepr.zoo.inputs import known, recorded
 from lightning_deepr.zoo.loading import folder_of_checkout
 from lightning_deepr.zoo.verification import counting, evaluate
 
@@ -178,6 +180,8 @@ def train(name: str, seed: int, root: str, runs: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TRAINED_WITH).write_text(json.dumps(command(plan, seed, "")), encoding="utf-8")
     last = folder / "runs" / plan.recipe / "checkpoints" / "last.ckpt"
+    if not last.is_file():  # a training that left no checkpoint begins again, in the same place
+        shutil.rmtree(folder / "runs", ignore_errors=True)
     arguments = ["fit", *command(plan, seed, root), *(["--ckpt_path", str(last.resolve())] if last.is_file() else [])]
     program = "from lightning_deepr.commands.main import main; main()"
     with (folder / "train.log").open("a", encoding="utf-8") as log:
@@ -257,6 +261,7 @@ def collect(name: str, root: str, runs: Path, folder: Path) -> Path:
         data={"name": data_set.name, "split": data_set.split, "sha256": checksum(made.datamodule)},
         recipe={"name": plan.recipe, "overrides": dict(plan.overrides), **({"command": plan.study} if plan.study else {})},
         license="Apache-2.0",
+        input=None if (how := known(data_set.name)) is None else recorded(how),
     )
 
 

@@ -123,12 +123,14 @@ class Saver(pl.Callback):
             self.output = output_of(pl_module.net)  # type: ignore[arg-type]
 
 
+# the defaults of the version that wrote the files
+OLD: dict[str, Any] = {"lr_scale": 1.0, "newborn": "start"}
 CALLBACKS: dict[str, Callable[[], Any]] = {
-    "deepr": lambda: DeepR(0.3, l1=0.5, seed=3),
-    "schedules": lambda: DeepR({"0": 0.3, "2": 12}, l1=LinearDecay(0.5, 0.1), temperature=1e-6, init="largest", seed=3),
+    "deepr": lambda: DeepR(0.3, l1=0.5, seed=3, **OLD),
+    "schedules": lambda: DeepR({"0": 0.3, "2": 12}, l1=LinearDecay(0.5, 0.1), temperature=1e-6, init="largest", seed=3, **OLD),
     "soft": lambda: SoftDeepR(0.3, temperature=0.04, l1=0.1, seed=3),
-    "set": lambda: SET(0.3, rewire_every_n_steps=3, rewire_until=None, seed=3),
-    "rigl": lambda: RigL(0.3, rewire_every_n_steps=3, rewire_until=0.9, seed=3),
+    "set": lambda: SET(0.3, rewire_every_n_steps=3, rewire_until=None, seed=3, **OLD),
+    "rigl": lambda: RigL(0.3, rewire_every_n_steps=3, rewire_until=0.9, seed=3, **OLD),
 }  # fmt: skip
 
 
@@ -156,7 +158,7 @@ class Plain:
 
     def attach(self, net: nn.Module) -> torch.optim.Optimizer:
         optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
-        DeepR(l1=0.5, scope=self.scope, seed=3).attach(net, optimizer)
+        DeepR(l1=0.5, scope=self.scope, seed=3, **OLD).attach(net, optimizer)
         return optimizer
 
     def write(self, path: Path) -> Tensor:

@@ -7,6 +7,11 @@ The draw rules. A draw has coordinates (seed, stream, step, attempt), which are 
 ``tensor index * 2**40 + slot``. Its 64 bits are SplitMix64's finalizer of ``key + counter * golden``. A place of N is the low
 63 bits modulo N, unless they lie in the incomplete last block of N. A sign is the top bit of the hash of the place. A normal
 deviate is the Box-Muller transform of the two 32-bit halves.
+
+Where K = N, the places are in the order of the slots from the start, and none ever moves.
+
+Where connections may be only at some places, a draw is a code, which stands for a place or for none (-1). A code that stands
+for none is drawn again from the same bits b: the tries are b, bits(b, 1), bits(b, 2), ...
 """
 
 from __future__ import annotations
@@ -50,6 +55,16 @@ def place(stream_key: int, counter: int, total: int) -> int | None:
     return draw % total if draw < whole_blocks else None
 
 
+def allowed_place(stream_key: int, counter: int, codes: Sequence[int]) -> int:
+    """Return an allowed place."""
+    word, attempt = int(bits(stream_key, [counter])[0]), 0
+    while True:
+        draw = (word if attempt == 0 else int(bits(word, [attempt])[0])) % 2**63
+        if draw < 2**63 // len(codes) * len(codes) and codes[draw % len(codes)] >= 0:
+            return codes[draw % len(codes)]
+        attempt += 1
+
+
 def signs(sign_seed: int, places: np.ndarray) -> np.ndarray:
     return np.where(bits(sign_seed, places) >> U64(63), -1.0, 1.0)
 
@@ -60,7 +75,13 @@ def normal(stream_key: int, counters: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.sqrt(-2 * np.log(first)) * np.cos(2 * math.pi * second)
 
 
-def first_free(seed: tuple[int, ...], counters: Sequence[int], total: int, occupied: set[int]) -> list[int]:
+def first_free(
+    seed: tuple[int, ...],
+    counters: Sequence[int],
+    total: int,
+    occupied: set[int],
+    codes: Sequence[int] | None = None,
+) -> list[int]:
     """Draw places in rounds: every slot without a place draws one, and takes it unless it is occupied."""
     found: dict[int, int] = {}
     waiting, attempt = list(counters), 0
@@ -68,7 +89,7 @@ def first_free(seed: tuple[int, ...], counters: Sequence[int], total: int, occup
         stream = key(*seed, attempt)
         still = []
         for counter in waiting:
-            drawn = place(stream, counter, total)
+            drawn = place(stream, counter, total) if codes is None else allowed_place(stream, counter, codes)
             if drawn is None or drawn in occupied:
                 still.append(counter)
             else:
@@ -84,10 +105,13 @@ def shuffled(stream_key: int, index: int, places: Sequence[int]) -> list[int]:
     return [p for _, p in sorted(zip(hashes.tolist(), places, strict=True))]
 
 
-def start_places(total: int, count: int, index: int, seed: int) -> list[int]:
-    if 2 * count > total:
-        return shuffled(key(seed, START_PLACES), index, range(total))[:count]
-    return first_free((seed, START_PLACES), [index * 2**40 + slot for slot in range(count)], total, set())
+def start_places(total: int, count: int, index: int, seed: int, codes: Sequence[int] | None = None) -> list[int]:
+    places = range(total) if codes is None else [p for p in codes if p >= 0]
+    if count == total:
+        return list(range(total))
+    if 2 * count > len(places):
+        return shuffled(key(seed, START_PLACES), index, places)[:count]
+    return first_free((seed, START_PLACES), [index * 2**40 + slot for slot in range(count)], total, set(), codes)
 
 
 @dataclass
@@ -100,9 +124,11 @@ class Tensor:
     theta: np.ndarray
     places: list[int] = field(default_factory=list)
     born: list[int] = field(default_factory=list)
+    codes: list[int] | None = None  # the place of each code, or -1; None: connections may be everywhere
+    sign_of_place: np.ndarray | None = None  # None: hashed
 
     def __post_init__(self) -> None:
-        self.places = start_places(self.total, len(self.theta), self.index, self.seed)
+        self.places = start_places(self.total, len(self.theta), self.index, self.seed, self.codes)
         self.born = [-1] * len(self.theta)
 
     @property
@@ -111,6 +137,8 @@ class Tensor:
 
     @property
     def signs(self) -> np.ndarray:
+        if self.sign_of_place is not None:
+            return self.sign_of_place[self.places]
         return signs(self.sign_seed, np.array(self.places))
 
     def dense(self) -> np.ndarray:
@@ -151,11 +179,14 @@ class Network:
         for tensor in self.tensors:
             died = [slot for slot in range(len(tensor.theta)) if tensor.theta[slot] < 0]
             active = {p for slot, p in enumerate(tensor.places) if slot not in died}
-            if 2 * len(tensor.theta) <= tensor.total:
+            allowed = range(tensor.total) if tensor.codes is None else [p for p in tensor.codes if p >= 0]
+            if len(tensor.theta) == tensor.total:
+                new = [tensor.places[slot] for slot in died]
+            elif 2 * len(tensor.theta) <= len(allowed):
                 counters = [tensor.index * 2**40 + slot for slot in died]
-                new = first_free((self.seed, BIRTH, step), counters, tensor.total, active)
+                new = first_free((self.seed, BIRTH, step), counters, tensor.total, active, tensor.codes)
             else:
-                candidates = [p for p in range(tensor.total) if p not in active]
+                candidates = [p for p in allowed if p not in active]
                 new = shuffled(key(self.seed, BIRTH, step, 0), tensor.index, candidates)[: len(died)]
             for slot, p in zip(died, new, strict=True):
                 tensor.places[slot], tensor.theta[slot], tensor.born[slot] = p, 0.0, step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from lightning_deepr import connections, sparsify, zoo
@@ -16,8 +18,15 @@ from lightning_deepr.conversion.report import connectivity_report
 from lightning_deepr.hub.cards import card, metrics_table, table
 from lightning_deepr.hub.pictures import counts, draw, per_input
 from lightning_deepr.models import LeNet300100
+from lightning_deepr.recipes.cifar10 import CIFAR10DataModule
+from lightning_deepr.recipes.digits import embedded_digits
+from lightning_deepr.recipes.timit_corpus import find_utterances
+from lightning_deepr.recipes.timit_data import load_timit
+from lightning_deepr.recipes.timit_files import read_audio
+from lightning_deepr.recipes.timit_phones import folding
 from lightning_deepr.zoo import write_cards
 from lightning_deepr.zoo.describing import describe
+from tests.helpers.made_up_timit import noise, real_sample, write_riff
 from tests.helpers.paths import ROOT
 
 
@@ -154,3 +163,47 @@ CARDS = ROOT / "zoo" / "cards"
 def test_the_cards_of_the_zoo_are_those_that_the_script_writes(name: str) -> None:
     assert (CARDS / f"{name}.png").is_file()
     assert (CARDS / f"{name}.md").read_text(encoding="utf-8") == card(describe(name), picture=f"{name}.png")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=[] if one == "lenet300_100.deepr_1pct_mnist" else pytest.mark.slow) for one in zoo.list_models()],
+)
+def test_the_snippet_of_a_card_runs_on_a_raw_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image or a recording of the test set gets its right class; a made-up one, where there is no data, gets some class."""
+    code = card(describe(name), picture=None).partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    data = os.environ.get("LIGHTNING_DEEPR_DATA", "")
+    if "timit" in name:
+        pytest.importorskip("soundfile")
+        if data:
+            timit = load_timit(real_sample())
+            one = next(u for u in find_utterances(real_sample()) if u.name == timit.names["test"][0])
+        write_riff(tmp_path / "recording.wav", read_audio(one.audio) if data else noise(16_000, 0))
+    elif "cifar" in name:
+        if data:
+            _, _, images, labels = CIFAR10DataModule(data).load()
+        else:
+            images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        Image.fromarray(np.ascontiguousarray(images[0].permute(1, 2, 0).numpy())).save("image.png")
+    else:
+        _, _, images, labels = embedded_digits()
+        Image.fromarray(images[0].numpy()).save("image.png")
+    found: dict[str, Any] = {}
+    exec(code, found)
+    if "timit" in name:
+        assert len(found["frames"]) == found["logits"].shape[1]
+        assert {one.label for one in found["frames"]} <= set(found["net"].preprocess.classes)
+        if not data:
+            return
+        wanted = timit.test.utterance(0)[1]
+        right = [
+            one.number == int(folding(60).argmax(1)[label])
+            for one, label in zip(found["frames"], wanted, strict=True)
+            if label >= 0
+        ]
+        assert sum(right) > 0.4 * len(right)
+    else:
+        best = int(found["logits"].argmax())
+        assert zoo.predict(found["net"], found["image"]).label == found["net"].preprocess.classes[best]
+        assert ("cifar" in name and not data) or best == int(labels[0])

@@ -29,7 +29,7 @@ def test_fixed_random_is_masked_training(signs: str, make: Callable[[Any], optim
     twin = dense_twin(plain_mlp().double(), net)
     optimizer, twin_optimizer = make(net.parameters()), make(twin.parameters())
     before = [slots.places.clone() for slots in all_slots(net)]
-    FixedRandom(signs=signs, check_invariants=True).attach(net, optimizer)
+    FixedRandom(signs=signs, check_invariants=True, lr_scale=1.0).attach(net, optimizer)
     masks = [torch.zeros(s.total, dtype=torch.float64).index_fill_(0, s.places, 1).view(s.shape) for s in all_slots(net)]
     constant = [
         torch.zeros(s.total, dtype=torch.float64).index_copy_(0, s.places, s.signs.double()).view(s.shape)

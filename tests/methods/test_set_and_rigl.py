@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn, optim
 from torch.utils.checkpoint import checkpoint
 
-from lightning_deepr import SET, RigL, SparseTraining, kernels, sparsify
+from lightning_deepr import SparseTraining, kernels, sparsify
 from lightning_deepr.training.tracked import Stepped
 from lightning_deepr.weights.find import converted_tensors
 from tests.helpers import layers, oracle
 from tests.helpers.comparisons import ALWAYS, EVERY_OTHER, dense_twin
 from tests.helpers.optimizers import adam, sgd
+from tests.helpers.plain import PlainRigL as RigL
+from tests.helpers.plain import PlainSET as SET
 from tests.helpers.regression import SEED, batches, loss_of, mlp, plain_mlp, train
 from tests.helpers.state import all_slots, oracle_of, thetas
 from tests.helpers.statistics import chi_square_p
@@ -288,7 +290,9 @@ def test_nothing_dense_between_updates_and_nothing_dense_stays() -> None:
         assert seen.sizes & sizes == (sizes if step % 3 == 2 else set()), step
         if step not in (2, 3, 8):
             continue
-        held = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.numel() in sizes and t.device.type == "cpu"]
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.device.type == "cpu"]
+        # (a compiled test of this process may have left tensors of symbolic sizes)
+        held = [t for t in tensors if type(t.numel()) is int and t.numel() in sizes]
         assert not held, step
 
 

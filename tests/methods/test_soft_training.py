@@ -260,7 +260,7 @@ def test_statistics_and_loggers(tmp_path: Path) -> None:
     assert callback.statistics()["deepr/0.weight/births"] == 0
 
     logger = CSVLogger(tmp_path)
-    trainer(soft(log_every_n_steps=4), logger=logger).fit(Regression(sgd, STEPS))
+    trainer(soft(log_every_n_steps=4, log_statistics="tensors"), logger=logger).fit(Regression(sgd, STEPS))
     logger.save()
     assert "deepr/net.0.weight/connectivity" in Path(logger.experiment.metrics_file_path).read_text(encoding="utf-8")
 

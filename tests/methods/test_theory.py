@@ -94,7 +94,7 @@ def test_divergence_tells_bias_from_sampling_error(theory: Any, away: float) -> 
 # -- soft-DEEP R -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["flat", "correlated"])
+@pytest.mark.parametrize("name", ["flat", pytest.param("correlated", marks=pytest.mark.slow)])
 def test_soft_deep_r_samples_the_density(theory: Any, name: str) -> None:
     soft, dimensions = theory.soft, theory.soft.DIMENSIONS[name]
     target = theory.densities.Target(theory.densities.ENERGIES[name], soft.ALPHA, soft.TEMPERATURE)
@@ -111,7 +111,11 @@ def test_soft_deep_r_samples_the_density(theory: Any, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "name", "k", "lr"),
-    [((64, 1), "correlated", 2, 0.005), ((64, 1), "quadratic", 3, 0.01), ((24, 60), "correlated", 2, 0.01)],
+    [
+        pytest.param((64, 1), "correlated", 2, 0.005, marks=pytest.mark.slow),
+        pytest.param((64, 1), "quadratic", 3, 0.01, marks=pytest.mark.slow),
+        ((24, 60), "correlated", 2, 0.01),
+    ],
     ids=["2 of 4", "3 of 4", "rows of a layer"],
 )
 def test_deep_r_samples_connectivities_and_weights(theory: Any, shape: tuple[int, int], name: str, k: int, lr: float) -> None:

@@ -241,9 +241,10 @@ def test_timit_is_scored_in_39_classes(tmp_path: Path) -> None:
 
 def test_command_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command_line.main(["zoo", "list", "lenet*"])
-    header, _, row = capsys.readouterr().out.splitlines()
-    assert header.split() == ["name", "connections", "connectivity", "metric", "bytes"]
-    assert row.split() == [NAME, "2,662", "1.00%", "test_accuracy", "0.5", f"{model.stat().st_size:,}"]
+    header, _, row, metric = capsys.readouterr().out.splitlines()
+    assert header == f"{'name':{len(NAME)}s}  connections  K / N  metric   bytes"
+    assert row.split() == [NAME, "2,662", "1.00%", "0.5", f"{model.stat().st_size:,}"]
+    assert metric == "metric: test_accuracy"
     command_line.main(["zoo", "info", NAME])
     out = capsys.readouterr().out
     assert "fc1.weight  300x784  235,200   1,810" in out and "license" in out and "lenet300_100" in out

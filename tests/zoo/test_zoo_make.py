@@ -80,6 +80,7 @@ def test_what_was_trained_by_another_plan_is_refused(tmp_path: Path, plans: None
         make.main(["collect", "--runs", str(tmp_path), "--folder", str(tmp_path / "zoo")])
 
 
+@pytest.mark.slow
 def test_a_failed_training_says_where_its_log_is(tmp_path: Path, plans: None) -> None:
     (name,) = make.PLANS
     make.PLANS[name] = make.Plan("mnist_quickstart", "digits", {"model.no_such_setting": 1})

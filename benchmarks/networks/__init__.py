@@ -1,0 +1,1 @@
+"""The architectures of ``zoo_of_networks.py`` and what is checked of each."""
