@@ -34,7 +34,7 @@ from lightning_deepr.compute.eager import (
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses, size_of
 from lightning_deepr.compute.slots import SparseSlots
-from lightning_deepr.kernels.cpu.buffers import LARGE, empty
+from lightning_deepr.kernels.cpu.buffers import LARGE, empty, scratch
 from lightning_deepr.kernels.cpu.fields import LinearArguments, LinearPhase, pack_order, packer, writable
 from lightning_deepr.kernels.gate import check_values, fault
 
@@ -112,7 +112,7 @@ def _backward(
     batch = dy.shape[0]
     plan = _plan(batch, rows, columns, theta.shape[0], dy.element_size(), True)
     make = empty if plan.large else _small
-    dy_tiled = make((plan.tiled_y if need_x else 0,), dy)
+    at, held = scratch(plan.tiled_y * plan.size, dy) if need_x else (0, None)  # the tiles of dy
     source = 0
     if tiled is None:
         assert x is not None
@@ -122,11 +122,12 @@ def _backward(
     dbias = dy.new_empty(rows) if need_bias else None
     packed = _pack(
         BATCH=batch, TILES=plan.tiles, ROWS=rows, COLUMNS=columns, X=source, XT=tiled.data_ptr(), Y=dy.data_ptr(),
-        YT=dy_tiled.data_ptr(), THETA=theta.data_ptr(), DX=0 if dx is None else dx.data_ptr(),
+        YT=at, THETA=theta.data_ptr(), DX=0 if dx is None else dx.data_ptr(),
         DTHETA=0 if dtheta is None else dtheta.data_ptr(), DBIAS=0 if dbias is None else dbias.data_ptr(),
         PARTS=plan.vectors, order=order,
     )  # fmt: skip
     _run(plan, packed, plan.tiles if need_x else 1)
+    del held
     return dx, dtheta, dbias
 
 
@@ -167,7 +168,16 @@ class LinearFunction(torch.autograd.Function):
         kept, theta, _ = ctx.saved_tensors  # raises if a rewiring came in between
         x, tiled = (None, kept) if ctx.tiled else (kept, None)
         order, need = ctx.order, ctx.needs_input_grad
-        check_backward(kept.dtype, (dy,), (theta, order.count))
+        if (  # the ordinary case of check_backward, without a call
+            type(dy) is not Tensor
+            or theta.numel() != order.count
+            or theta.dtype is not kept.dtype
+            or not theta.is_contiguous()
+            or dispatch_modes() != 0
+            or transforms() is not None
+            or is_jit_tracing()
+        ):
+            check_backward(kept.dtype, (dy,), (theta, order.count))
         if x is not None and x.shape != (dy.shape[0], order.columns):
             raise RuntimeError(f"x was exchanged between the forward and the backward pass: found shape {tuple(x.shape)}.")
         dx, dtheta, dbias = _backward(

@@ -182,7 +182,7 @@ def _encoded(found: Connections) -> tuple[dict[str, Any], dict[str, Tensor]]:
         entry["exceptions"], entry["exception_bits"] = int(dormant.size), gaps.best_width(dormant)
         streams["exceptions"] = _stream(gaps.encode(dormant, entry["exception_bits"]))
     if found.allowed is not None:
-        entry["candidates"], items = found.allowed.record()
+        entry["candidates"], items = found.allowed.record(lists=True)
         if found.allowed.is_list:
             entry["candidate_items"], entry["candidate_bits"] = items.numel(), gaps.best_width(items.numpy())
             streams["candidates"] = _stream(gaps.encode(items.numpy(), entry["candidate_bits"]))
