@@ -29,6 +29,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 EPOCH, EPOCHS = 10, 3
+exact_resume = pytest.mark.skipif(
+    tuple(map(int, pl.__version__.split(".")[:2])) < (2, 5),
+    reason="Lightning 2.4 takes a step too many after a resume in the middle of an epoch, with dense layers too",
+)
 DATA = batches(EPOCH * EPOCHS)
 
 
@@ -118,6 +122,7 @@ SETTINGS = {
 }
 
 
+@exact_resume
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.feature("Checkpoints: crash in the middle of an epoch, resumed exactly")
 def test_crashing_and_resuming_changes_nothing(setting: Setting, tmp_path: Path) -> None:
@@ -139,6 +144,7 @@ def test_crashing_and_resuming_changes_nothing(setting: Setting, tmp_path: Path)
         assert deepr_of(runner).state_dict() == deepr_of(whole_trainer).state_dict()
 
 
+@exact_resume
 def test_a_resumed_run_keeps_its_seed(tmp_path: Path) -> None:
     setting = SETTINGS["sgd momentum"]
     whole, _ = setting.fit(tmp_path / "whole")
