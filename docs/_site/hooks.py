@@ -79,6 +79,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Lead links to where the site has their files."""
     site = page.file.src_uri
     source = _sources.get(site)
+    if site == "index.md":
+        page.meta["hide"] = ["navigation", "toc"]  # the front page has the width for itself
     if site == "commands.md":
         markdown = markdown.replace(PARSERS, commands())
     if source is None or not site.endswith(".md") or (ROOT / source).is_dir():

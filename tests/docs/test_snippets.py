@@ -1,7 +1,7 @@
 """Every block of code of the README and of docs/ runs: those of a page in their order, in one namespace and one new folder.
 
-A block that can't run here says why, ``<!-- not run: reason -->``. What a fragment needs before it, and the reader does not have
-to see, stands in ``<!-- run first: ... -->``.
+A block that can't run here says why, ``<!-- not run: reason -->``. What a fragment needs, and need not be seen, stands
+in ``<!-- run first: ... -->``.
 
     python -m tests.docs.test_snippets    counts the blocks
 """
@@ -28,7 +28,8 @@ from tests.helpers.site import PAGES, Block, blocks_of, title_of
 RUN = ("python", "bash")
 OTHERS = {"text", "diff", "bibtex", "c", "yaml"}  # c: excerpts and headers; the tests of the exports compile what they write
 # About a second or less each, once the kernels are compiled.
-FAST = {f"docs/{name}.md" for name in ("algorithm", "choosing", "connectivity", "loops", "methods", "moving", "statistics", "theory")}
+QUICK = ("algorithm", "choosing", "connectivity", "loops", "methods", "moving", "statistics", "theory")
+FAST = {f"docs/{name}.md" for name in QUICK}
 MOST_NOT_RUN = 13
 
 
