@@ -43,7 +43,7 @@ def on_config(config: Any) -> Any:
     for entry in config.nav:
         if "Zoo" in entry:
             cards = sorted((ROOT / "zoo" / "cards").glob("*.md"))
-            entry["Zoo"] = ["zoo/README.md", *({card.stem: f"zoo/cards/{card.name}"} for card in cards)]
+            entry["Zoo"] = [{"All models": "zoo/README.md"}, *({card.stem: f"zoo/cards/{card.name}"} for card in cards)]
     return config
 
 
@@ -81,6 +81,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     source = _sources.get(site)
     if site == "index.md":
         page.meta["hide"] = ["navigation", "toc"]  # the front page has the width for itself
+    if site == "troubleshooting.md":
+        markdown = markdown.replace("```text\n", "``` {.text .messages}\n")
     if site == "commands.md":
         markdown = markdown.replace(PARSERS, commands())
     if source is None or not site.endswith(".md") or (ROOT / source).is_dir():
