@@ -28,7 +28,7 @@ from tests.helpers.site import PAGES, Block, blocks_of, title_of
 RUN = ("python", "bash")
 OTHERS = {"text", "diff", "bibtex", "c", "yaml"}  # c: excerpts and headers; the tests of the exports compile what they write
 # About a second or less each, once the kernels are compiled.
-QUICK = ("algorithm", "choosing", "connectivity", "loops", "methods", "moving", "statistics", "theory")
+QUICK = ("algorithm", "choosing", "connectivity", "copies", "loops", "methods", "moving", "statistics", "theory")
 FAST = {f"docs/{name}.md" for name in QUICK}
 MOST_NOT_RUN = 13
 
