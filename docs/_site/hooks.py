@@ -24,6 +24,7 @@ from mkdocs.structure.files import File, Files
 ROOT = repository.ROOT
 # For whom a page of another folder is: the pages of docs/ say it themselves.
 READERS = {
+    "zoo/README.md": "whoever looks for a trained sparse model",
     "zoo/": "whoever wants to use this model as it is, or to train it further",
     "benchmarks/": "whoever wants to see the measurement behind a claim, and to repeat it",
     "recipes/": "whoever runs a training from the command line",
