@@ -34,6 +34,11 @@ class Converted(NamedTuple):
             ) from None
 
     @property
+    def is_there(self) -> bool:
+        """Whether the tensor is converted still: ``densify`` makes it an ordinary one."""
+        return slots_of(self.module, self.tensor_name) is self.slots
+
+    @property
     def holder(self) -> parametrize.ParametrizationList:
         return self.module._modules["parametrizations"]._modules[self.tensor_name]  # type: ignore[union-attr, return-value]
 
