@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import linear as torch_linear
 
-from lightning_deepr.compute import flops, gpu_check, sparse_input
+from lightning_deepr.compute import flops, gpu_check, sparse_input, tokens
 from lightning_deepr.compute.dense import rounded
 from lightning_deepr.compute.eager import (
     TRACED,
@@ -88,9 +88,13 @@ def _small(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return like.new_empty(shape)
 
 
-def _forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: bytes, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Compute y [B, rows] and the tiles of x. x is [B, columns] and contiguous."""
+def _forward(
+    x: Tensor, theta: Tensor, bias: Tensor | None, buffer: Tensor, order: bytes, rows: int, columns: int
+) -> tuple[Tensor, Tensor | None]:
+    """Compute y [B, rows] and, if the kernel has made them, the tiles of x. x is [B, columns] and contiguous."""
     batch = x.shape[0]
+    if batch >= tokens.FROM and tokens.suits(batch, theta.shape[0], x.element_size()):
+        return tokens.forward(x, theta, bias, buffer, order, rows, columns), None
     plan = _plan(batch, rows, columns, theta.shape[0], x.element_size(), False)
     make = empty if plan.large else _small
     y, tiled = make((batch, rows), x), make((plan.tiled_x,), x)
@@ -103,13 +107,15 @@ def _forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: bytes, rows: 
 
 
 def _backward(
-    dy: Tensor, x: Tensor | None, tiled: Tensor | None, theta: Tensor, order: bytes, rows: int, columns: int,
+    dy: Tensor, x: Tensor | None, tiled: Tensor | None, theta: Tensor, buffer: Tensor, order: bytes, rows: int, columns: int,
     need_x: bool, need_theta: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Compute the needed gradients of x, theta and bias, from x or, if there are any, from its tiles."""
     if not (need_x or need_theta):
         return None, None, dy.sum(0) if need_bias else None
     batch = dy.shape[0]
+    if x is not None and batch >= tokens.FROM and tokens.suits(batch, theta.shape[0], dy.element_size()):
+        return tokens.backward(dy, x, theta, buffer, order, rows, columns, need_x, need_theta, need_bias)
     plan = _plan(batch, rows, columns, theta.shape[0], dy.element_size(), True)
     make = empty if plan.large else _small
     at, held = scratch(plan.tiled_y * plan.size, dy) if need_x else (0, None)  # the tiles of dy
@@ -154,9 +160,9 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, theta: Tensor, bias: Tensor | None, buffer: Tensor, order: Any) -> Tensor:  # type: ignore[override]
-        y, tiled = _forward(x, theta, bias, order.packed, order.rows, order.columns)
+        y, tiled = _forward(x, theta, bias, buffer, order.packed, order.rows, order.columns)
         # x itself costs nothing where its maker keeps it too; its tiles save the time to make them again
-        ctx.tiled = tiled.nbytes < LARGE
+        ctx.tiled = tiled is not None and tiled.nbytes < LARGE
         ctx.save_for_backward(tiled if ctx.tiled else x, theta, buffer)
         ctx.order = order
         return y
@@ -165,7 +171,7 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(TWICE)
-        kept, theta, _ = ctx.saved_tensors  # raises if a rewiring came in between
+        kept, theta, buffer = ctx.saved_tensors  # raises if a rewiring came in between
         x, tiled = (None, kept) if ctx.tiled else (kept, None)
         order, need = ctx.order, ctx.needs_input_grad
         if (  # the ordinary case of check_backward, without a call
@@ -181,7 +187,7 @@ class LinearFunction(torch.autograd.Function):
         if x is not None and x.shape != (dy.shape[0], order.columns):
             raise RuntimeError(f"x was exchanged between the forward and the backward pass: found shape {tuple(x.shape)}.")
         dx, dtheta, dbias = _backward(
-            dy.contiguous(), x, tiled, theta, order.packed, order.rows, order.columns, need[0], need[1], need[2]
+            dy.contiguous(), x, tiled, theta, buffer, order.packed, order.rows, order.columns, need[0], need[1], need[2]
         )
         return dx, dtheta, dbias, None, None
 
@@ -193,7 +199,7 @@ def linear_op(x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, rows
     _check_operator(x, theta, order, rows, columns, bias)
     if x.shape[0] == 0:
         return x.new_empty((0, rows))
-    return _forward(x, theta, bias, pack_order(*addresses(order, rows, columns, theta.numel())), rows, columns)[0]
+    return _forward(x, theta, bias, order, pack_order(*addresses(order, rows, columns, theta.numel())), rows, columns)[0]
 
 
 def _check_operator(
@@ -242,7 +248,7 @@ def linear_backward_op(
     dy, x, theta = dy.contiguous(), x.contiguous(), theta.contiguous()
     _check_operator(x, theta, order, rows, columns, dy=dy)
     places = pack_order(*addresses(order, rows, columns, theta.numel()))
-    found = _backward(dy, x, None, theta, places, rows, columns, need_x, need_theta, need_bias)
+    found = _backward(dy, x, None, theta, order, places, rows, columns, need_x, need_theta, need_bias)
     dx, dtheta, dbias = (dy.new_empty(0) if gradient is None else gradient for gradient in found)
     return dx, dtheta, dbias
 
@@ -332,7 +338,7 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlo
         return None
     if torch.is_grad_enabled():
         return LinearFunction.apply(x, theta, bias, order.buffer, order)  # type: ignore[no-any-return]
-    return _forward(x, theta, bias, order.packed, order.rows, order.columns)[0]
+    return _forward(x, theta, bias, order.buffer, order.packed, order.rows, order.columns)[0]
 
 
 def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) -> Tensor:
@@ -416,7 +422,7 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
         if torch.is_grad_enabled():
             y = LinearFunction.apply(flat, theta, bias, order.buffer, order)
         else:
-            y = _forward(flat, theta, bias, order.packed, rows, columns)[0]
+            y = _forward(flat, theta, bias, order.buffer, order.packed, rows, columns)[0]
     if cast is not None:
         y = y.to(cast)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
