@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from lightning_deepr.conversion.barred import COMPLEX, EMPTY, LAZY, SHARDED, is_bias
 from lightning_deepr.conversion.selection import Candidate, candidates
+from lightning_deepr.weights.base import Parametrization
 from lightning_deepr.weights.find import converted_tensors
 from lightning_deepr.weights.names import paths_of
 
@@ -44,6 +45,8 @@ def count_parameters(root: nn.Module) -> tuple[int, dict[str, int]]:
     holders: dict[int, int] = {}
     found: dict[int, tuple[str, int]] = {}
     for module in paths_of(root):
+        if isinstance(module, Parametrization):
+            continue  # a frozen weight that is adapted: it counts with its places
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in ours:
                 continue
