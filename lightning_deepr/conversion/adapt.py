@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import nn
 from lightning_deepr.algorithm.signs import check as check_signs
 from lightning_deepr.conversion import adapting, connectivities, sharing
 from lightning_deepr.conversion.allocation import check_connectivity, shares
-from lightning_deepr.conversion.convert import convert, nothing_to_convert
+from lightning_deepr.conversion.convert import convert, densify, nothing_to_convert
 from lightning_deepr.conversion.restrictions import check_candidates
 from lightning_deepr.conversion.selection import Connectivity, Distribution, Modules, candidates, select
 from lightning_deepr.packages.seeds import seed_or_default
+from lightning_deepr.weights.find import converted_tensors
 
 
 def adapt(
@@ -88,6 +90,13 @@ def adapt(
     if scope == "global":
         sharing.join(new)
     adapting.freeze(module, trainable)
+    return module
+
+
+def merged_copy(module: nn.Module) -> nn.Module:
+    """Return a copy whose adapted weights are plain ones, the sums; the module itself if none is adapted."""
+    if any(one.slots.adapts for one in converted_tensors(module)):
+        return densify(copy.deepcopy(module))
     return module
 
 

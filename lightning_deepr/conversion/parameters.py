@@ -66,6 +66,19 @@ def count_parameters(root: nn.Module) -> tuple[int, dict[str, int]]:
     return everything, dict(sorted(dense.items(), key=lambda item: (-item[1], item[0])))
 
 
+def count_adapted(root: nn.Module) -> dict[str, int] | None:
+    """Count the adapted, the frozen and the trained parameters of an adapted network; None: it has no adapted weight."""
+    adapted = sum(one.slots.total for one in converted_tensors(root) if one.slots.adapts)
+    if not adapted:
+        return None
+    sizes = [(0 if is_lazy(one) else one.numel(), one.requires_grad) for one in root.parameters()]
+    return {
+        "adapted": adapted,
+        "frozen": sum(size for size, trained in sizes if not trained),
+        "trainable": sum(size for size, trained in sizes if trained),
+    }
+
+
 def _reason(candidate: Candidate | None, name: str, dimensions: int) -> str:
     if candidate is None:
         return VECTOR if dimensions < 2 or is_bias(name) else "no real numbers"
