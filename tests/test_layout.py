@@ -28,6 +28,7 @@ ORDER = [
     "methods",
     "_environment",
     "files",
+    "adapters",
     "export",
     "hub",
     "pictures",

@@ -34,6 +34,7 @@ from lightning_deepr.compute.eager import (
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses, size_of
 from lightning_deepr.compute.slots import SparseSlots
+from lightning_deepr.compute.upon_base import join
 from lightning_deepr.kernels.cpu.buffers import LARGE, empty, scratch
 from lightning_deepr.kernels.cpu.fields import LinearArguments, LinearPhase, pack_order, packer, writable
 from lightning_deepr.kernels.gate import check_values, fault
@@ -325,6 +326,8 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlo
     A small layer takes some 10 microseconds, so every attribute access counts.
     """
     order = slots.order
+    if slots.adapts:
+        return None
     if order is None or not is_quick(x, theta, slots) or not x.is_contiguous() or theta.numel() != order.count:
         return None
     if bias is not None and (
@@ -358,14 +361,24 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
         RuntimeError: the width or the dtype of x does not fit (the message is that of ``nn.Linear``), or the caller asks for a
             second derivative.
     """
-    rows, columns = slots.rows, slots.columns
     if not isinstance(x, Tensor):  # torch.fx records with proxies
+        return torch_linear(x, slots.weight_of(theta), bias)
+    if slots.adapts and (x.layout is not _STRIDED or x.is_nested):
         return torch_linear(x, slots.weight_of(theta), bias)
     if x.layout is not _STRIDED or x.is_nested:
         return sparse_input.linear(x, theta, bias, slots, linear)
     in_operators = torch.compiler.is_exporting() if torch.compiler.is_dynamo_compiling() else needs_operators()
     if in_operators and not slots.is_large:
         return torch_linear(x, slots.weight_of(theta), bias)
+    if slots.adapts:
+        y = torch_linear(x, slots.base.detach(), bias)
+        return join(y, _product(x, theta, None, slots, in_operators))
+    return _product(x, theta, bias, slots, in_operators)
+
+
+def _product(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots, in_operators: bool) -> Tensor:
+    """Compute :func:`linear` with the connections alone."""
+    rows, columns = slots.rows, slots.columns
     if x.device != theta.device or x.device.type == "meta" or x.dim() == 0 or x.shape[-1] != columns:
         return _as_torch_does(x, theta, bias, rows, columns)
     cast = None
@@ -377,7 +390,8 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
     elif slots.narrow is not None:
         if x.dtype is not slots.narrow or (bias is not None and bias.dtype is not slots.narrow):
             return _as_torch_does(x, theta.to(slots.narrow), bias, rows, columns)
-        cast, x, theta = slots.narrow, x.to(theta.dtype), rounded(theta, slots.narrow)
+        values = theta if slots.adapts else rounded(theta, slots.narrow)
+        cast, x, theta = slots.narrow, x.to(theta.dtype), values
         bias = bias if bias is None else bias.to(theta.dtype)
     elif x.dtype != theta.dtype:
         return _as_torch_does(x, theta, bias, rows, columns)
@@ -386,7 +400,7 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
     if bias is not None and (bias.shape != (rows,) or bias.dtype != theta.dtype or bias.device != theta.device):
         if bias.dtype != theta.dtype or bias.device != theta.device:
             return _as_torch_does(x.reshape(-1, columns)[:0], theta, bias, rows, columns)
-        y = linear(x, theta, None, slots) + bias  # F.linear takes every bias that broadcasts
+        y = _product(x, theta, None, slots, in_operators) + bias  # F.linear takes every bias that broadcasts
         return y if cast is None else y.to(cast)
     # kernels take addresses and no strides
     theta = theta.contiguous()
