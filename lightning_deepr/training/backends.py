@@ -202,7 +202,7 @@ def in_numba(batch: Batch) -> None:
     """Run the same step, line by line, in one compiled kernel for all tensors."""
     items = batch.items
     thetas, slots = batch.thetas, batch.slots
-    table = batch.tables.get(LAST)
+    table: Any = batch.tables.get(LAST)
     if not _is_as_before(table, items):
         key = (thetas[0].dtype, *map(id, slots))
         table = batch.tables.get(key)
