@@ -93,6 +93,19 @@ def test_break_even(tmp_path: Path) -> None:
     assert "SPARSE = (" in printed
 
 
+@pytest.mark.parametrize(("script", "arguments"), [("distributions", []), ("deployment", ["--rounds", "1"])])
+def test_what_the_documentation_shows_is_what_the_script_finds(script: str, arguments: list[str], tmp_path: Path) -> None:
+    """Nothing of these tables depends on the machine: how connections are shared out, and which layer exports where."""
+    command = [sys.executable, str(SCRIPTS / f"{script}.py"), *arguments, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / f"{script}.csv").read_text(encoding="utf-8") == (SCRIPTS / f"{script}.csv").read_text(encoding="utf-8")
+    if script == "deployment":
+        page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+        with (tmp_path / "deployment.csv").open(encoding="utf-8") as file:
+            assert all(f"| {' | '.join(row.values())} |" in page for row in csv.DictReader(file))
+
+
 def test_the_table_of_the_mnist_results_is_printed_from_the_recorded_runs() -> None:
     command = [sys.executable, str(SCRIPTS / "reproduction" / "mnist.py"), "--table"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)

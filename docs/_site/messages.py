@@ -2,6 +2,7 @@
 
     python docs/_site/messages.py            lists the messages that docs/troubleshooting.md lacks, and those that are gone
     python docs/_site/messages.py --write    removes those that are gone and adds the others under "Without a family"
+    python docs/_site/messages.py --into "The command line" commands/    adds those of the folder commands/ to that family
 
 ``docs/troubleshooting.md`` has every message in a block of text beside what to do, and ``tests/docs/test_troubleshooting.py``
 compares. A value that is known only when the message is made is written as an ellipsis.
@@ -218,27 +219,46 @@ def listed(page: str) -> dict[str, list[str]]:
     return families
 
 
-def written(page: str) -> str:
-    """Bring the page up to date: without the messages that are gone, and with the others under ``UNKNOWN``."""
+def without_gone(page: str) -> str:
+    """Remove the messages that the package no longer has."""
     now = found()
-    there = {line for lines in listed(page).values() for line in lines}
-    for line in there - now.keys():
-        page = page.replace(f"\n{line}\n", "\n")
-    if missing := sorted(now.keys() - there):
-        page += f"\n{UNKNOWN}\n\n```text\n" + "\n".join(missing) + "\n```\n"
+    for line in [line for lines in listed(page).values() for line in lines if line not in now]:
+        page = page.replace(f"\n{line}\n", "\n", 1)
     return page
+
+
+def missing(page: str, folder: str = "") -> list[str]:
+    """List the messages that the page lacks, of the files below a folder."""
+    there = {line for lines in listed(page).values() for line in lines}
+    return sorted(text for text, files in found().items() if text not in there and any(f.startswith(folder) for f in files))
+
+
+def added(page: str, title: str, lines: list[str]) -> str:
+    """Add messages to a family, which is made at the end of the page if there is none of that title."""
+    if not lines:
+        return page
+    if f"\n{title}\n" not in page:
+        page = f"{page.rstrip()}\n\n{title}\n\n```text\n```\n"
+    before, _, section = page.partition(f"\n{title}\n")
+    head, _, rest = section.partition("```text\n")
+    present, _, rest = rest.partition("```")
+    text = "\n".join(sorted([*present.splitlines(), *lines], key=str.lower))
+    return f"{before}\n{title}\n{head}```text\n{text}\n```{rest}"
 
 
 def main(arguments: list[str]) -> int:
     page, now = PAGE.read_text(encoding="utf-8"), found()
+    if arguments[:1] == ["--into"]:
+        page = added(page, f"## {arguments[1]}", missing(page, *arguments[2:3]))
+    elif arguments == ["--write"]:
+        page = added(without_gone(page), UNKNOWN, missing(page))
+    PAGE.write_text(page, encoding="utf-8")
     families = {line: title for title, lines in listed(page).items() for line in lines}
-    for line in sorted(now.keys() - families.keys()):
+    for line in missing(page):
         near = difflib.get_close_matches(line, families, n=1, cutoff=0.4)
         print(f"missing ({', '.join(sorted(now[line]))}): {line}\n    perhaps in: {families[near[0]] if near else '?'}")
     for line in sorted(families.keys() - now.keys()):
         print(f"gone: {line}")
-    if "--write" in arguments:
-        PAGE.write_text(written(page), encoding="utf-8")
     return 0
 
 

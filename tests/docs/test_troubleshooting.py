@@ -63,3 +63,10 @@ def test_known_messages_are_found() -> None:
         "expected an int of at least",  # training/arguments.py
     ):
         assert any(part in text for text in messages.found()), part
+
+
+def test_a_message_is_added_to_its_family() -> None:
+    page = "# T\n\n## One\n\nDo it.\n\n```text\nb c d\n```\n\n## Two\n\n```text\nx y z\n```\n"
+    assert messages.listed(messages.added(page, "## One", ["a b c"])) == {"## One": ["a b c", "b c d"], "## Two": ["x y z"]}
+    assert messages.listed(messages.added(page, "## New", ["a b c"]))["## New"] == ["a b c"]
+    assert messages.added(page, "## One", []) == page
