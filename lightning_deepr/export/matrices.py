@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_deepr._needed import EXPORT, needed
 from lightning_deepr.conversion.convert import connections
-from lightning_deepr.export.requirements import needed
 from lightning_deepr.monitoring.prune import pruned_copy
 from lightning_deepr.weights.find import converted_tensors
 from lightning_deepr.weights.names import keep_metadata
@@ -116,7 +116,7 @@ def to_scipy(module: nn.Module, *, prune: bool = False) -> dict[str, Any]:
         >>> to_scipy(sparsify(nn.Linear(100, 10), 0.05))["weight"].nnz
         50
     """
-    (sparse,) = needed("scipy.sparse", purpose="to_scipy")
+    (sparse,) = needed("scipy.sparse", purpose="to_scipy", install=EXPORT)
     result = {}
     for name, matrix in to_csr(module, prune=prune).items():
         matrix = matrix.cpu()
