@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1] / "lightning_deepr"
 # strings.)
 ORDER = [
     "_version",
+    "_deprecated",
+    "_needed",
     "_lazy",
     "packages",
     "models",

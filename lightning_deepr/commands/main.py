@@ -40,8 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    try:
+        _run(command, rest)
+    except ImportError as error:
+        if "pip install" in str(error):  # a library that is missing, and what to do: without the calls that led to it
+            raise SystemExit(f"lightning-deepr {command}: {error}") from error
+        raise
+
+
+def _run(command: str, rest: list[str]) -> None:
     if command in TRAINING:
-        _train(arguments)
+        _train([command, *rest])
     elif command == "report":
         from lightning_deepr.commands.report import report
 

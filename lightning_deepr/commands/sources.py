@@ -122,11 +122,12 @@ def _of_file(name: str, kind: str, file: Path, run: Run | None) -> Source:
     metrics: dict[str, float] = {}
     settings: dict[str, Any] = {}
     if container.kind_of(file) == "sparse":
-        info = zoo.info(file)
+        model = file if Path(name).exists() or name not in zoo.list_models() else name  # by its name: the registry's sha256
+        info = zoo.info(model)
         connectivity = info["connectivity"]
         rows = [{"l1": None, "lr_scale": None, **row, "compute": "-"} for row in connectivity["rows"]]
         report = ConnectivityReport(rows, connectivity["left_out"])
-        places = {tensor: places for tensor, (_, places, _) in zoo.connections_of(file).items()}
+        places = {tensor: places for tensor, (_, places, _) in zoo.connections_of(model).items()}
         metrics = _numbers(info.get("metrics"))
         settings = _recorded(info)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ def run(arguments: Sequence[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("list", help="list the models of the zoo")
     command.add_argument("pattern", nargs="?", default="*", help="shell wildcards, as in 'lenet300_100.*'")
+    command.add_argument("--sort", choices=list(_ORDERS), default="name", help="the order (default: name; metric: best first)")
+    command.add_argument("--task", help="only models for image-classification or audio-classification")
+    command.add_argument("--connectivity", type=float, metavar="SHARE", help="only models of at most this connectivity")
+    command.add_argument("--max-bytes", type=int, metavar="N", help="only files of at most this size")
     command.add_argument("--json", action="store_true", help="print the records as JSON")
     command = commands.add_parser("info", help="show the record of a model")
     command.add_argument("model", help="a name of the zoo, or a file")
@@ -56,8 +60,10 @@ def run(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     try:
         if given.command == "list":
-            names = zoo.list_models(given.pattern)
-            print(json.dumps({name: zoo.info(name) for name in names}, indent=2) if given.json else _listing(names))
+            names = zoo.list_models(given.pattern, task=given.task, connectivity=given.connectivity, max_bytes=given.max_bytes)
+            found = {name: zoo.info(name) for name in names}
+            found = dict(sorted(found.items(), key=lambda item: _ORDERS[given.sort](item[1])))  # equal ones stay by name
+            print(json.dumps(found, indent=2) if given.json else _listing(found))
         elif given.command == "info":
             found = zoo.info(given.model)
             print(json.dumps(found, indent=2) if given.json else _describe(found))
@@ -104,22 +110,17 @@ def _verify(models: Sequence[str], folder: str | None, as_json: bool = False) ->
     print(f"{len(models)} models are as recorded." if models else "There are no models in the zoo.")
 
 
-def _listing(names: Sequence[str]) -> str:
+def _listing(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Format a table of models."""
     rows, kinds = [], dict[str, None]()
-    for name in names:
-        info = zoo.info(name)
+    for name, info in found.items():
         connectivity = info["connectivity"]
         metric, value = next(iter(_metrics(info).items()), ("", None))
         kinds |= {metric: None} if metric else {}
         shown = "-" if value is None else f"{value:.4g}"
         rows.append((name, f"{connectivity['active']:,}", f"{connectivity['connectivity']:.2%}", shown, f"{info['bytes']:,}"))
     if not rows:
-        return (
-            "no model of that name. lightning-deepr zoo list shows all."
-            if zoo.list_models()
-            else "There are no models in the zoo."
-        )
+        return "no such model. lightning-deepr zoo list shows all." if zoo.list_models() else "There are no models in the zoo."
     listed = table(_COLUMNS, rows, right=_COLUMNS[1:])
     return f"{listed}\nmetric: {', '.join(kinds)}" if kinds else listed
 
@@ -128,6 +129,15 @@ def _metrics(info: Mapping[str, Any]) -> dict[str, float]:
     metrics = info.get("metrics")
     found = {key: one.get("value") if isinstance(one, Mapping) else one for key, one in dict(metrics or {}).items()}
     return {key: one for key, one in found.items() if isinstance(one, (int, float)) and not isinstance(one, bool)}
+
+
+_ORDERS: dict[str, Callable[[Mapping[str, Any]], float]] = {
+    "name": lambda info: 0.0,
+    "bytes": lambda info: info["bytes"],
+    "connections": lambda info: info["connectivity"]["active"],
+    "connectivity": lambda info: info["connectivity"]["connectivity"],
+    "metric": lambda info: -next(iter(_metrics(info).values()), -1.0),
+}
 
 
 def _describe(info: Mapping[str, Any]) -> str:

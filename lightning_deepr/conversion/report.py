@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_deepr._needed import needed
 from lightning_deepr.conversion import tables
 from lightning_deepr.conversion.computing import computes
 from lightning_deepr.conversion.parameters import count_adapted, count_parameters
@@ -72,10 +73,7 @@ class ConnectivityReport:
 
     def to_pandas(self) -> Any:
         """Return the rows as a pandas DataFrame."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("ConnectivityReport.to_pandas needs pandas: `pip install pandas`.") from error
+        (pandas,) = needed("pandas", purpose="ConnectivityReport.to_pandas")
         return pandas.DataFrame(self.rows, columns=[*self.columns, *self._rules])
 
     @property

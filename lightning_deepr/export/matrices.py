@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_deepr.export.requirements import needed
+from lightning_deepr._needed import EXPORT, needed
 from lightning_deepr.monitoring.prune import pruned_copy
 from lightning_deepr.weights.find import Converted, converted_tensors
 from lightning_deepr.weights.names import keep_metadata
@@ -124,7 +124,7 @@ def to_scipy(module: nn.Module, *, prune: bool = False) -> dict[str, Any]:
         >>> to_scipy(sparsify(nn.Linear(100, 10), 0.05))["weight"].nnz
         50
     """
-    (sparse,) = needed("scipy.sparse", purpose="to_scipy")
+    (sparse,) = needed("scipy.sparse", purpose="to_scipy", install=EXPORT)
     result = {}
     for name, matrix in to_csr(module, prune=prune).items():
         matrix = matrix.cpu()

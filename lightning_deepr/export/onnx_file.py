@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_deepr._needed import EXPORT, needed
 from lightning_deepr.conversion.adapt import merged_copy
 from lightning_deepr.conversion.convert import connections, densify
 from lightning_deepr.export.onnx_weights import scatter_weights
-from lightning_deepr.export.requirements import needed
 from lightning_deepr.monitoring.prune import pruned_copy
 
 _LARGEST_FILE = 2**31 - 1  # bytes, the limit of a protobuf message
@@ -97,7 +97,7 @@ def to_onnx(
         >>> file.max_error <= 1e-5  # doctest: +SKIP
         True
     """
-    onnx, *_ = needed("onnx", "onnxscript", "onnxruntime", purpose="to_onnx")
+    onnx, *_ = needed("onnx", "onnxscript", "onnxruntime", purpose="to_onnx", install=EXPORT)
     if isinstance(opset, bool) or not isinstance(opset, int) or opset < 1:
         raise ValueError(f"opset: expected the number of an ONNX operator set, found {opset!r}.")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
@@ -218,7 +218,7 @@ def _by_torchscript(plain: nn.Module, traced: tuple[Tensor, ...], dynamic: Mappi
 
     PyTorch 2.14's newer one takes the number of time steps of an LSTM for a constant.
     """
-    (onnx,) = needed("onnx", purpose="to_onnx")
+    (onnx,) = needed("onnx", purpose="to_onnx", install=EXPORT)
     names = list(inspect.signature(plain.forward).parameters)[: len(traced)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "net.onnx"
@@ -262,7 +262,7 @@ def _compare(
     plain: nn.Module, payload: bytes, inputs: tuple[Tensor, ...], dynamic: Mapping[int, str]
 ) -> tuple[tuple[tuple[tuple[int, ...], ...], ...], float, float]:
     """Run both, and return the shapes of the inputs, the largest difference and the largest output."""
-    (runtime,) = needed("onnxruntime", purpose="to_onnx")
+    (runtime,) = needed("onnxruntime", purpose="to_onnx", install=EXPORT)
     try:
         session = runtime.InferenceSession(payload, providers=["CPUExecutionProvider"])
     except Exception as failure:

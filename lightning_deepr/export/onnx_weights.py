@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_deepr.export.requirements import needed
+from lightning_deepr._needed import EXPORT, needed
 
 
 def scatter_weights(proto: Any) -> tuple[str, ...]:
@@ -23,7 +23,7 @@ def scatter_weights(proto: Any) -> tuple[str, ...]:
     Returns:
         the names of the replaced initializers.
     """
-    (onnx,) = needed("onnx", purpose="sparse ONNX weights")
+    (onnx,) = needed("onnx", purpose="sparse ONNX weights", install=EXPORT)
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     nodes, replaced = [], []
     kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16)

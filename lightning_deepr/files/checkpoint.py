@@ -251,9 +251,7 @@ def save_sparse(
         >>> torch.equal(again.weight + 0, net.weight + 0)
         True
     """
-    taken = sorted(RESERVED & metadata.keys())
-    if taken:
-        raise ValueError(f"metadata: expected names that zoo.info does not fill in itself, found {', '.join(taken)}.")
+    refuse_reserved(metadata)
     known, own = architectures.recognize(unwrapped(module))
     if architecture is not None and (architecture != known or (arguments is not None and dict(arguments) != own)):
         raise ValueError(
@@ -266,6 +264,13 @@ def save_sparse(
     record, tensors = sparse_file.contents_of(module, known, own, metadata)
     container.write(Path(path), container.pack(record, tensors))
     return Path(path)
+
+
+def refuse_reserved(metadata: Mapping[str, Any]) -> None:
+    """Raise a ValueError if the metadata have a name that ``zoo.info`` fills in itself."""
+    taken = sorted(RESERVED & metadata.keys())
+    if taken:
+        raise ValueError(f"metadata: expected names that zoo.info does not fill in itself, found {', '.join(taken)}.")
 
 
 def report_of_checkpoint(path_or_dict: str | PathLike[str] | Mapping[str, Any]) -> ConnectivityReport:

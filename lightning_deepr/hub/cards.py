@@ -21,10 +21,11 @@ _CITATION = """@inproceedings{bellec2018deep,
   year      = {2018},
   url       = {https://openreview.net/forum?id=BJ_wN01C-}
 }"""
+_UNKNOWN, _WATTS = "not recorded", 10
 _SPARSE_FROM_THE_START = {"DeepR", "SET", "FixedRandom"}
 # the Hub's names of the tasks and of the data sets
 _TASKS = {"lenet300_100": "image-classification", "cifar10_cnn": "image-classification", "timit_blstm": "audio-classification"}
-_DATA_SETS = {"mnist": "ylecun/mnist", "cifar-10": "uoft-cs/cifar10", "cifar10": "uoft-cs/cifar10"}
+DATA_SETS = {"mnist": "ylecun/mnist", "cifar-10": "uoft-cs/cifar10", "cifar10": "uoft-cs/cifar10"}
 
 
 def card(
@@ -106,18 +107,18 @@ def _front(info: Mapping[str, Any], name: str) -> str:
             *([str(info["architecture"])] if info.get("architecture") else []),
         ],
     }
-    data = _data(info)
-    if data.get("name") and (hub_name := _DATA_SETS.get(str(data["name"]).lower())):
+    data = data_of(info)
+    if data.get("name") and (hub_name := DATA_SETS.get(str(data["name"]).lower())):
         fields["datasets"] = [hub_name]
     results = [
-        {"type": _plain_name(metric), "name": metric.replace("_", " ").capitalize(), "value": numbers["value"]}
+        {"type": _plain_name(metric), "name": metric.replace("_", " ").capitalize(), "value": rounded(numbers["value"])}
         for metric, numbers in metrics(info).items()
         if numbers.get("value") is not None
     ]
     if results:
         data_set = {
             "name": str(data.get("name") or "unknown"),
-            "type": _DATA_SETS.get(str(data.get("name")).lower(), "unknown"),
+            "type": DATA_SETS.get(str(data.get("name")).lower(), "unknown"),
         }
         if data.get("split"):
             data_set["split"] = str(data["split"])
@@ -173,6 +174,8 @@ def metrics_table(info: Mapping[str, Any]) -> str:
         value = numbers.get("value")
         counted = f" ({numbers['correct']:,} of {numbers['examples']:,})" if _counted(numbers) else ""
         lines.append(f"| {name.replace('_', ' ')} | {'' if value is None else _number(value)}{counted} | {over} | {listed} |")
+    if table_of_runs := runs_table(info):
+        lines += ["", table_of_runs]
     notes = [
         f"{name.replace('_', ' ')}: {key.replace('_', ' ')} {value}."
         for name, numbers in found.items()
@@ -184,8 +187,40 @@ def metrics_table(info: Mapping[str, Any]) -> str:
     return "\n".join(lines) + ("\n\n" + " ".join(notes) if notes else "")
 
 
+def runs_table(info: Mapping[str, Any]) -> str:
+    """Write the table of the trained seeds: accuracy, digest, CPU seconds and a proxy of the energy, or "not recorded".
+
+    ``info["runs"]`` has {seed, correct, examples, sha256, cpu_seconds, wall_seconds}, all but the seed optional.
+    """
+    counted = [numbers for numbers in metrics(info).values() if isinstance(numbers.get("seeds"), Sequence)]
+    given = [dict(run) for run in info.get("runs") or [] if isinstance(run, Mapping) and "seed" in run]
+    runs: dict[Any, dict[str, Any]] = {run["seed"]: run for run in given}
+    seeds = [seed for seed in (counted[0]["seeds"] if counted else []) if isinstance(seed, int)]
+    if not runs and len(seeds) < 2 and not info.get("recipe"):
+        return ""
+    own = info.get("seeds", info.get("seed"))
+    of_file = own[0] if isinstance(own, Sequence) and not isinstance(own, str) and len(own) == 1 else own
+    lines = ["| seed | right | sha256 of its file | CPU seconds | energy proxy |", "|---|---:|---|---:|---:|"]
+    for seed in sorted({*runs, *seeds}, key=str):
+        run = runs.get(seed, {})
+        if seed == of_file and counted and _counted(counted[0]):
+            run = {**counted[0], **run}
+        spent, clock = run.get("cpu_seconds"), run.get("wall_seconds")
+        cells = [
+            f"{seed} (this file)" if seed == of_file else str(seed),
+            f"{run['correct']:,} of {run['examples']:,}" if _counted(run) else _UNKNOWN,
+            "below" if seed == of_file else f"`{run['sha256']}`" if run.get("sha256") else _UNKNOWN,
+            (_UNKNOWN if spent is None else f"{spent:,.0f}") + (f" ({clock:,.0f} s on the clock)" if clock else ""),
+            _UNKNOWN if spent is None else f"{spent * _WATTS / 3600:.3g} Wh",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    if any(run.get("cpu_seconds") is not None for run in runs.values()):
+        lines.append(f"\nEnergy proxy: CPU seconds times {_WATTS} W, a nominal figure for one core. Nothing was metered.")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def _summary(info: Mapping[str, Any]) -> str:
-    recorded, data = info.get("connectivity") or {}, _data(info)
+    recorded, data = info.get("connectivity") or {}, data_of(info)
     said = f"`{info['architecture']}`" if info.get("architecture") else "A network"
     if data.get("name"):
         said += f" trained on {data['name']}"
@@ -292,7 +327,7 @@ def _training(info: Mapping[str, Any], recipe: str | None) -> str:
     seeds = info.get("seeds", info.get("seed"))
     if seeds is not None:
         lines.append(f"- seeds: {_short(seeds)}")
-    data = _data(info)
+    data = data_of(info)
     if data:
         said = ", ".join(
             f"{key} `{value}`" if "sha" in key or "sum" in key else f"{key} {_short(value)}" for key, value in data.items()
@@ -305,8 +340,11 @@ def _training(info: Mapping[str, Any], recipe: str | None) -> str:
         overrides = recorded.get("overrides") or []
         if isinstance(overrides, Mapping):
             overrides = [f"--{key} {shlex.quote(_short(value))}" for key, value in overrides.items()]
+        own = info.get("seeds", info.get("seed"))
+        seed = own[0] if isinstance(own, list) and len(own) == 1 else own
+        seeded = [f"--seed_everything {seed}"] if isinstance(seed, int) else []
         command = recorded.get("command") or " ".join(
-            ["lightning-deepr fit --config", str(recorded["name"]), *map(str, overrides)]
+            ["lightning-deepr fit --config", str(recorded["name"]), *map(str, overrides), *seeded]
         )
         lines.append(f"\n```bash\n{command}\n```")
     return "\n".join(lines)
@@ -344,7 +382,8 @@ def _hub_licence(info: Mapping[str, Any]) -> str | None:
     )
 
 
-def _data(info: Mapping[str, Any]) -> dict[str, Any]:
+def data_of(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is recorded of the data: name, split, sha256."""
     return _part(info.get("data", info.get("dataset")))
 
 
@@ -367,7 +406,12 @@ def _counted(numbers: Mapping[str, Any]) -> bool:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return f"{rounded(value):g}" if isinstance(value, float) else str(value)
+
+
+def rounded(value: Any) -> Any:
+    """Round a metric to 4 decimals, the precision of 10,000 test examples; a smaller one keeps two digits."""
+    return round(value, 4) or float(f"{value:.2g}") if isinstance(value, float) else value
 
 
 def _short(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from huggingface_hub import constants, errors
+from lightning_deepr.hub.library import constants, errors
 
 # The base class of the errors of the library's HTTP client (httpx or httpx2, depending on the library's version).
 _HTTP_ERROR: type[Exception] = errors.HfHubHTTPError.__mro__[1]

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import nn
 
 from lightning_deepr.files.checkpoint import load_sparse_file, save_sparse
 from lightning_deepr.hub.cards import card_of_class
 from lightning_deepr.hub.errors import readable
+from lightning_deepr.hub.library import DEFAULT_MODEL_CARD, ModelCard, PyTorchModelHubMixin
 from lightning_deepr.hub.transfer import WEIGHTS, download
 from lightning_deepr.weights.find import converted_tensors
 
@@ -56,8 +56,6 @@ class SparseHubMixin(
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Make the library's card if the class has a template of its own, else a card with the table of the connectivity."""
-        from huggingface_hub.hub_mixin import DEFAULT_MODEL_CARD
-
         if self._hub_mixin_info.model_card_template != DEFAULT_MODEL_CARD:
             return super().generate_model_card(*args, **kwargs)
         return ModelCard(card_of_class(_module(self), self._hub_mixin_info.model_card_data.to_dict(), **kwargs))

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_deepr._needed import needed
+
 _CELLS = 96  # the most cells per side
 _IMAGES = {784: (28, 28)}  # {number of inputs of a first layer: size of the image that they are the pixels of}
 
@@ -70,10 +72,8 @@ def draw(connections: Mapping[str, tuple[Any, Tensor, Tensor]], path: str | Path
 
     Raises:
         ValueError: there is no tensor.
+        ImportError: matplotlib is missing.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not connections:
         raise ValueError("expected at least one sparse tensor to draw, found none.")
     first = next(iter(connections.values()))
@@ -81,8 +81,9 @@ def draw(connections: Mapping[str, tuple[Any, Tensor, Tensor]], path: str | Path
     panels = len(connections) + (image is not None)
     across = min(panels, 4)
     down = -(-panels // across)
-    figure = Figure(figsize=(3.3 * across, 3.1 * down + 0.3 * bool(title)), layout="constrained")
-    FigureCanvasAgg(figure)
+    agg, shapes = needed("matplotlib.backends.backend_agg", "matplotlib.figure", purpose="A picture")
+    figure = shapes.Figure(figsize=(3.3 * across, 3.1 * down + 0.3 * bool(title)), layout="constrained")
+    agg.FigureCanvasAgg(figure)
     axes = list(figure.subplots(down, across, squeeze=False).flat)
     for axis in axes:
         axis.set_xticks([])

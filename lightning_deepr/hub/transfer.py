@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
-
 from lightning_deepr._version import __version__
 from lightning_deepr.hub.errors import HubError, readable
+from lightning_deepr.hub.library import CommitOperationAdd, HfApi, hf_hub_download
 
 WEIGHTS = "model.safetensors"
 LIBRARY = "lightning-deepr"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lightning_deepr._needed import needed
+
 _SIDE = 280  # pixels of the longer side, about
 
 
@@ -32,11 +34,7 @@ def animation(frames: Sequence[np.ndarray], path: str | PathLike[str], *, second
         >>> animation([np.eye(4), np.ones((4, 4))], f"{tempfile.mkdtemp()}/map.gif").name
         'map.gif'
     """
-    try:
-        from matplotlib import colormaps
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("An animation needs matplotlib and Pillow: `pip install matplotlib`.") from error
+    matplotlib, pillow = needed("matplotlib", "PIL.Image", purpose="An animation", install="matplotlib pillow")
     path = Path(path)
     shapes = {np.shape(frame) for frame in frames}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2:
@@ -46,8 +44,8 @@ def animation(frames: Sequence[np.ndarray], path: str | PathLike[str], *, second
     most = max(float(np.max(frame)) for frame in frames) or 1.0
     scale = max(_SIDE // max(next(iter(shapes))), 1)
     pixel = np.ones((scale, scale, 1), np.uint8)
-    colours = [(colormaps["magma"](np.asarray(frame) / most)[..., :3] * 255).astype(np.uint8) for frame in frames]
-    images = [Image.fromarray(np.kron(frame, pixel)) for frame in colours]
+    colours = [(matplotlib.colormaps["magma"](np.asarray(frame) / most)[..., :3] * 255).astype(np.uint8) for frame in frames]
+    images = [pillow.fromarray(np.kron(frame, pixel)) for frame in colours]
     path.parent.mkdir(parents=True, exist_ok=True)
     times = [round(1000 * seconds)] * (len(images) - 1) + [round(5000 * seconds)]
     images[0].save(path, save_all=True, append_images=images[1:], duration=times, loop=0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_deepr._needed import needed
 from lightning_deepr.conversion.convert import connections
 from lightning_deepr.conversion.report import connectivity_report
 from lightning_deepr.files.checkpoint import save_sparse
@@ -99,11 +100,9 @@ def draw(before: Tensor, after: Tensor, tensor: str, path: Path) -> None:
         tensor: name for the colour bar.
         path: the PNG to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    agg, shapes = needed("matplotlib.backends.backend_agg", "matplotlib.figure", purpose="A picture")
+    figure = shapes.Figure(figsize=(9, 4.2), layout="constrained")
+    agg.FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
     highest = max(int(before.max()), int(after.max()), 1)
     for axis, counts, title in zip(axes, (before, after), ("before training", "after training"), strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_deepr._needed import needed
 from lightning_deepr.recipes.crops import Crops
 from lightning_deepr.recipes.resumable import ResumableDataModule
 from lightning_deepr.training.run_config import digest_of
@@ -103,12 +104,11 @@ class CIFAR10DataModule(ResumableDataModule):
         return self._images[first], self._images[first + 1]
 
     def _sets(self, download: bool) -> Any:
-        from torchvision.datasets import CIFAR10
-
+        (datasets,) = needed("torchvision.datasets", purpose="CIFAR10DataModule")
         try:
-            return CIFAR10(self.root, train=True, download=download), CIFAR10(self.root, train=False, download=download)
+            return tuple(datasets.CIFAR10(self.root, train=train, download=download) for train in (True, False))
         except (RuntimeError, OSError) as error:
-            folder = Path(self.root).resolve() / CIFAR10.base_folder
+            folder = Path(self.root).resolve() / datasets.CIFAR10.base_folder
             raise RuntimeError(
                 f"CIFAR-10 was not found in {folder} and could not be downloaded ({error}). {wrong_files(folder)} "
                 "Put them there (cifar-10-python.tar.gz, unpacked), or give another folder with --data.root."

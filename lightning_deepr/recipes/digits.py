@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_deepr._needed import needed
 from lightning_deepr.recipes.batches import Batches
 from lightning_deepr.recipes.resumable import ResumableDataModule
 from lightning_deepr.training.run_config import digest_of
@@ -142,10 +143,9 @@ class MNISTDataModule(DigitsDataModule):
         return train.data, train.targets.long(), test.data, test.targets.long()
 
     def _sets(self, download: bool) -> Any:
-        from torchvision.datasets import MNIST
-
+        (datasets,) = needed("torchvision.datasets", purpose="MNISTDataModule")
         try:
-            return MNIST(self.root, train=True, download=download), MNIST(self.root, train=False, download=download)
+            return tuple(datasets.MNIST(self.root, train=train, download=download) for train in (True, False))
         except (RuntimeError, OSError) as error:
             raise RuntimeError(
                 f"MNIST was not found in {Path(self.root).resolve()} and could not be downloaded ({error}). Expected the four "

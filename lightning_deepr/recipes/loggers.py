@@ -6,6 +6,7 @@ import contextlib
 import os
 from typing import Any
 
+from lightning_deepr._needed import needed
 from lightning_deepr.packages.classes import WandbLogger as _WandbLogger
 from lightning_deepr.packages.messages import rank_zero_info
 
@@ -33,6 +34,7 @@ class WandbLogger(_WandbLogger):
     """
 
     def __init__(self, project: str = "lightning-deepr", save_dir: str = ".", name: str | None = None, **kwargs: Any) -> None:
+        needed("wandb", purpose="WandbLogger")
         mode = wandb_mode()
         where = f"offline, in {os.path.join(save_dir, 'wandb')} (`wandb sync` uploads it)" if mode == "offline" else mode
         rank_zero_info(f"wandb logs {where}.")

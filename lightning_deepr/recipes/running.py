@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_deepr._needed import needed
 from lightning_deepr.packages.names import in_use
 from lightning_deepr.recipes import recipe_arguments, run_folders
 from lightning_deepr.recipes.recipe_arguments import (
@@ -80,7 +81,9 @@ def train(arguments: Sequence[str], run: bool = True) -> LightningCLI:
     Raises:
         SystemExit: with status 2, the arguments are wrong: an unknown recipe, method, key or value, or a test without a
             checkpoint. With status 1, a run or a checkpoint that is named can't be read. The message has what is nearest.
+        ImportError: jsonargparse is missing.
     """
+    needed("jsonargparse", purpose="A recipe", install="'jsonargparse[signatures]'")
     import lightning_deepr.methods  # noqa: F401 (jsonargparse finds loaded classes by their bare names: --sparsity SET)
 
     package = in_use()

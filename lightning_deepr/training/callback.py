@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
+STATE_VERSION = 2  # of a callback's state in a checkpoint; 1: before alpha was steered by the turnover
 OF_TRAINER = 50  # the default of ``log_every_n_steps``: the Trainer's own interval
 
 
@@ -479,7 +480,7 @@ class SparseTraining(SameOnAllRanks, SharedArguments, Callback):
         return {
             **({"extra": extra} if extra else {}),
             **({"tried": tried} if tried else {}),
-            "version": 2,
+            "version": STATE_VERSION,
             "method": state_keys.method(self),
             "seed": self.seed,
             "newborn": self._resumed_newborn or self.newborn,
@@ -504,6 +505,12 @@ class SparseTraining(SameOnAllRanks, SharedArguments, Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        version = state_dict.get("version", 1)
+        if version not in range(1, STATE_VERSION + 1):
+            raise ValueError(
+                f"{type(self).__name__}: expected a callback's state of version {STATE_VERSION} or older, found {version!r}: "
+                "the checkpoint is newer than this package. Update lightning-deepr."
+            )
         self._loaded = dict(state_dict)
         self._apply_loaded()
 

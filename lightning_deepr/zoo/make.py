@@ -20,8 +20,9 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from lightning_deepr.zoo.verification import counting, evaluate
 
 _RUNS = Path("runs/zoo")
 TRAINED_WITH = "trained_with.json"
+_SECONDS, _BEGAN = "cpu_seconds.txt", "began"
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,11 @@ def train(name: str, seed: int, root: str, runs: Path) -> Path:
     if not last.is_file():  # a training that left no checkpoint begins again, in the same place
         shutil.rmtree(folder / "runs", ignore_errors=True)
     arguments = ["fit", *command(plan, seed, root), *(["--ckpt_path", str(last.resolve())] if last.is_file() else [])]
-    program = "from lightning_deepr.commands.main import main; main()"
+    program = (
+        "from lightning_deepr.commands.main import main\n"
+        "from lightning_deepr.zoo.make import counting_seconds\n"
+        "with counting_seconds():\n    main()"
+    )
     with (folder / "train.log").open("a", encoding="utf-8") as log:
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments],
@@ -196,6 +202,29 @@ def train(name: str, seed: int, root: str, runs: Path) -> Path:
     if done.returncode or not written.is_file():
         raise RuntimeError(f"{name}, seed {seed}: the training ended with {done.returncode}; see {folder / 'train.log'}.")
     return written
+
+
+@contextmanager
+def counting_seconds() -> Iterator[None]:
+    """Write the CPU seconds of this process and its children into a file of the current folder when the block ends."""
+
+    def write(line: str) -> None:
+        with open(_SECONDS, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+
+    write(_BEGAN)
+    try:
+        yield
+    finally:
+        write(f"{sum(os.times()[:4]):.1f}")
+
+
+def cpu_seconds(folder: Path) -> float | None:
+    """Sum the CPU seconds of a training over its processes; None: not recorded, or a process was killed before it wrote."""
+    file = folder / _SECONDS
+    lines = file.read_text(encoding="utf-8").split() if file.is_file() else []
+    numbers = [float(line) for line in lines if line != _BEGAN]
+    return round(sum(numbers), 1) if numbers and 2 * len(numbers) == len(lines) else None
 
 
 def _refuse_other_settings(name: str, seed: int, runs: Path) -> None:
@@ -249,6 +278,16 @@ def collect(name: str, root: str, runs: Path, folder: Path) -> Path:
     if len(shares) > 1:
         metric["std"] = statistics.stdev(shares)
     metric["seeds"] = list(found)
+    done = [
+        {
+            "seed": seed,
+            "correct": found[seed][0],
+            "examples": found[seed][1],
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            **({} if (spent := cpu_seconds(runs / name / f"seed_{seed}")) is None else {"cpu_seconds": spent}),
+        }
+        for seed, file in files.items()
+    ]
     algorithm, hyperparameters = settings(made.config)
     return zoo.save(
         zoo.load(files[0]),
@@ -257,6 +296,7 @@ def collect(name: str, root: str, runs: Path, folder: Path) -> Path:
         algorithm=algorithm,
         hyperparameters=hyperparameters,
         seeds=[0],
+        runs=done,
         metrics={data_set.metric: metric},
         data={"name": data_set.name, "split": data_set.split, "sha256": checksum(made.datamodule)},
         recipe={"name": plan.recipe, "overrides": dict(plan.overrides), **({"command": plan.study} if plan.study else {})},

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_deepr.files.checkpoint import save_sparse
-from lightning_deepr.hub import cards
+from lightning_deepr.hub import cards, evaluations
 from lightning_deepr.hub.cards import PICTURE
 from lightning_deepr.zoo.describing import describe
 from lightning_deepr.zoo.loading import connections_of, path_of
@@ -62,8 +62,8 @@ def publish(
     """Publish a sparse model: create the repository or update it, in one commit. ``hub.publish`` is an alias of this function.
 
     The function writes ``model.safetensors``, ``config.json``, ``README.md`` (the model card, with evaluation metadata),
-    ``connectivity.png`` and, if known, the recipe's YAML. It keeps other files of the repository and does not upload unchanged
-    files again.
+    ``.eval_results/lightning-deepr.yaml`` (for a data set of the Hub), ``connectivity.png`` and, if known, the recipe's YAML.
+    It keeps other files of the repository and does not upload unchanged files again.
 
     Args:
         model: a name of the zoo, the path of a file that ``zoo.save`` wrote, or a module with converted weights.
@@ -148,6 +148,10 @@ def _stage(
     yaml = _recipe(info, recipe)
     if yaml is not None:
         files[yaml.name] = yaml
+    if found := evaluations.evaluations(info):
+        results = folder / "eval_results.yaml"
+        results.write_text(evaluations.text(found), encoding="utf-8")
+        files[f"{evaluations.FOLDER}/lightning-deepr.yaml"] = results
     if picture:
         from lightning_deepr.hub.pictures import draw
 

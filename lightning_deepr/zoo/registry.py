@@ -29,22 +29,22 @@ class Entry:
 
 
 ENTRIES: tuple[Entry, ...] = (
-    Entry("lenet300_100.deepr_0p5pct_mnist", "e3109ad21bf2b5091e521cb3d025137643e5a52d25bf8452cdfe89517dd10f1b"),
-    Entry("lenet300_100.deepr_1pct_mnist", "7c55d2db2070a603e3380eba13d5404fa7059528b8d8a75b787ae8c6f9459a1a"),
-    Entry("lenet300_100.deepr_2pct_mnist", "326e1267e2c1174e6f4227d9ddd8bba484c38477aea965f5f01cc37ad3e9a06d"),
-    Entry("lenet300_100.deepr_5pct_mnist", "69f315a86f3fe5ccfe2369cdfdf894f3e86948e9e2bf80e911fb58dc0198c83d"),
-    Entry("lenet300_100.deepr_10pct_mnist", "c5d87880b2d2a69668b4e403d5ef466c3738248304b99a397dbf43d64a3ee6f2"),
-    Entry("lenet300_100.deepr_20pct_mnist", "40568f66bb5824386c950b6a738f5ef9f550c49bc79b961c35f7a3d909b034f3"),
-    Entry("lenet300_100.soft_deepr_1pct_mnist", "5652d2870c0aed89f884fb826aff496d4fc636e5a5017dcd689ce366657d4102"),
-    Entry("lenet300_100.soft_deepr_5pct_mnist", "3c870875a39fa91ce097952b6a9f2e84b6747732b622c236de58bf80f3b73e70"),
-    Entry("cifar10_cnn.deepr_2pct_cifar10", "adffc937e1e5cf198755bbd85f64d8f3e5007d1a70c736f005f5b57c3ca5e111"),
-    Entry("cifar10_cnn.deepr_5pct_cifar10", "cbed8bdb0a4d4de9519e5a2584f3a70e09dea7234eb6bd9d214e70380f06669a"),
-    Entry("cifar10_cnn.deepr_10pct_cifar10", "f34f586eb1d33f6f7e80d1ac88568e7f204469eb49afd23c5e4c961fc181fc99"),
-    Entry("cifar10_cnn.deepr_20pct_cifar10", "95757faa4699f897d4a561bb4a7b7f29f3b8a349c4fe55d4d0837be119f7f389"),
-    Entry("timit_blstm.deepr_1pct_timit_sample", "67894629a3e7f712e91cdffd345318b9486cc32226fe3c8bc6cc1c030da8b89d"),
-    Entry("timit_blstm.deepr_2pct_timit_sample", "1d1f538ea17224f88e11a99e5312654dc47737c36a7d8e1ccc33f272708026a8"),
-    Entry("timit_blstm.deepr_5pct_timit_sample", "eda38ba8a4a3f896399b2eb6b5af1f27bd0ec7a8400558e403763624d25b860c"),
-    Entry("timit_blstm.deepr_10pct_timit_sample", "645eafd38b087c614025cadd940bf8e7f9b652629319c053a9e5162ffb3ebe0a"),
+    Entry("lenet300_100.deepr_0p5pct_mnist", "d9a5730f8e4d5071c35b39d49d8ec6f70f0aa14cc8534af9d2bbea63fb1ae1ca"),
+    Entry("lenet300_100.deepr_1pct_mnist", "7f6b3db0d70aaa9e06dacf4fe0b9397cdd0a929eeeaeb2d836fe23f2c483e168"),
+    Entry("lenet300_100.deepr_2pct_mnist", "e013e3051d5c20f40382385d559e997bbbd2da8592ce80da46d6f76e207558c5"),
+    Entry("lenet300_100.deepr_5pct_mnist", "85e673c2d6076f84934858dd8dbd71c28491b2ebd4d5488326f4d15c75f180e7"),
+    Entry("lenet300_100.deepr_10pct_mnist", "5445af45fe0152fe25f37311e8100aa3a6edc39e1646cefed659fa5e78015bdf"),
+    Entry("lenet300_100.deepr_20pct_mnist", "dc344c68c768c94095b3730adb2e4d6a195c0cb0db30248c6da046241918cd8f"),
+    Entry("lenet300_100.soft_deepr_1pct_mnist", "22fb3a365ecb2c18abc4d72278bb58e3f113fc837124ce70fae70e6665950ae9"),
+    Entry("lenet300_100.soft_deepr_5pct_mnist", "651576fc0e3b3ea71122443a5de3dbb54fa221ace36b1c3a1947f2be6dce5bf9"),
+    Entry("cifar10_cnn.deepr_2pct_cifar10", "0e9a7c6c416d99cf7d62acc240e0e22246c9a04b795ca0b30f844c2937af7f6c"),
+    Entry("cifar10_cnn.deepr_5pct_cifar10", "67c02fb4813d44eb16eab5662b59f4edcfa5cd7d4292ecd3623cd004ea17318c"),
+    Entry("cifar10_cnn.deepr_10pct_cifar10", "f11d73cf97d49534a534681c694d353c673d1e6087526b61c8225a7fa6b3e373"),
+    Entry("cifar10_cnn.deepr_20pct_cifar10", "695997f42585a091f6e135330f0fa3bfc5034ba6310e419d4149a7ed73479cd5"),
+    Entry("timit_blstm.deepr_1pct_timit_sample", "7eefb70dfce8d227813dd8bbae197c27734a8dbdecc3f00cd17912327576e9b9"),
+    Entry("timit_blstm.deepr_2pct_timit_sample", "5701a0efa8e867bc904b0b123d792a023d7f3f050d6355b96ff804c4932d4448"),
+    Entry("timit_blstm.deepr_5pct_timit_sample", "0fa3b7bd742ea6abac7ba105bf61261a24c2ff014a7819ce90b4a061ac73f09c"),
+    Entry("timit_blstm.deepr_10pct_timit_sample", "2d70d33ba18f2721b692a103d21718bbe179b3066b9cb826ab0a46b1cba53ea9"),
 )
 
 

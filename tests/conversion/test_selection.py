@@ -355,7 +355,7 @@ def test_report_as_data() -> None:
 def test_report_as_a_data_frame() -> None:
     report = connectivity_report(sparsify(LeNet300100(), 2662))
     if importlib.util.find_spec("pandas") is None:  # pandas is optional, and the error says so
-        with pytest.raises(ImportError, match=r"to_pandas needs pandas: `pip install pandas`"):
+        with pytest.raises(ImportError, match=r"to_pandas needs pandas, not installed here: pip install pandas$"):
             report.to_pandas()
         return
     frame = report.to_pandas()

@@ -10,11 +10,13 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
 from lightning_deepr import connections, sparsify, zoo
 from lightning_deepr.conversion.report import connectivity_report
+from lightning_deepr.hub import evaluations
 from lightning_deepr.hub.cards import card, metrics_table, table
 from lightning_deepr.hub.pictures import counts, draw, per_input
 from lightning_deepr.models import LeNet300100
@@ -74,6 +76,7 @@ def test_what_a_card_says(info: dict[str, Any]) -> None:
         "test accuracy: selection none.",
         "- algorithm: DeepR (temperature = 0.0, l1 = LinearDecay(start=0.0002, end=0.0))",
         f"sha256 `{'ab' * 32}`",
+        "| 0 | not recorded | not recorded | not recorded | not recorded |",
         "[`mnist_best.yaml`](mnist_best.yaml)",
         "lightning-deepr fit --config mnist_best --trainer.max_epochs 100",
         f"- sha256: `{'cd' * 32}`",
@@ -96,6 +99,60 @@ def test_the_metadata_for_the_hub(info: dict[str, Any]) -> None:
         "test",
     )
     assert data.model_name == info["name"]
+
+
+def test_every_seed_has_a_row(info: dict[str, Any]) -> None:
+    """What was recorded of it, and "not recorded" for the rest: nothing is estimated from something else."""
+    info |= {"seeds": [1], "runs": [
+        {"seed": 0, "correct": 9730, "examples": 10000, "sha256": "ef" * 32, "cpu_seconds": 720.0},
+        {"seed": 1, "cpu_seconds": 1800.04, "wall_seconds": 950},
+    ]}  # fmt: skip
+    text = card(info)
+    for said in (
+        f"| 0 | 9,730 of 10,000 | `{'ef' * 32}` | 720 | 2 Wh |",
+        "| 1 (this file) | 9,741 of 10,000 | below | 1,800 (950 s on the clock) | 5 Wh |",
+        "| 2 | not recorded | not recorded | not recorded | not recorded |",
+        "Energy proxy: CPU seconds times 10 W, a nominal figure for one core. Nothing was metered.",
+        "lightning-deepr fit --config mnist_best --trainer.max_epochs 100 --seed_everything 1\n",
+    ):
+        assert said in text
+    del info["runs"]
+    text = card(info)
+    assert "Wh" not in text and "| 1 (this file) | 9,741 of 10,000 | below | not recorded | not recorded |" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.49693123894725894, "0.4969"),
+        (0.97, "0.97"),
+        (0.00049329, "0.0005"),
+        (0.0000123, "1.2e-05"),
+        (12.34567, "12.3457"),
+        (3, "3"),
+    ],
+)
+def test_metrics_are_rounded(info: dict[str, Any], value: float, shown: str) -> None:
+    info["metrics"] = {"test_accuracy": {"value": value, "mean": value, "std": value}}
+    text = card(info)
+    assert f"| test accuracy | {shown} | {shown} ± {shown} |" in text
+    (result,) = huggingface_hub.ModelCard(text).data.eval_results
+    assert result.metric_value == pytest.approx(float(shown), abs=1e-9)
+    assert evaluations.evaluations(info)[0]["value"] == result.metric_value
+
+
+def test_evaluation_results_in_the_hubs_present_form(info: dict[str, Any]) -> None:
+    found = yaml.safe_load(evaluations.text(evaluations.evaluations(info)))
+    assert found == [{
+        "dataset": {"id": "ylecun/mnist", "task_id": "mnist"}, "value": 0.9741, "notes": "test accuracy, 9,741 of 10,000 right",
+    }]  # fmt: skip
+    parse = getattr(huggingface_hub, "parse_eval_result_entries", None)
+    if parse is not None:  # the library's own reader, since 1.4
+        (entry,) = parse(found)
+        assert (entry.dataset_id, entry.task_id, entry.value) == ("ylecun/mnist", "mnist", 0.9741)
+        assert huggingface_hub.eval_result_entries_to_yaml([entry]) == found
+    assert evaluations.evaluations({**info, "data": {"name": "TIMIT sample"}}) == []  # not on the Hub
+    assert evaluations.evaluations({**info, "metrics": {}}) == []
 
 
 def test_what_is_not_recorded_is_left_out(info: dict[str, Any]) -> None:

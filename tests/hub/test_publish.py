@@ -13,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from lightning_deepr import sparsify, zoo
@@ -43,6 +44,7 @@ def test_published_and_loaded_again(writer: HubServer, file: Path) -> None:
     assert repository.private and repository.refs["main"] == made.revision
     files = repository.commits[made.revision]
     assert sorted(files) == [
+        ".eval_results/lightning-deepr.yaml",
         ".gitattributes",
         "README.md",
         "config.json",
@@ -55,6 +57,8 @@ def test_published_and_loaded_again(writer: HubServer, file: Path) -> None:
     assert config["architecture"] == "lenet300_100" and config["sha256"] == made.sha256
     data = huggingface_hub.ModelCard(files["README.md"].content.decode()).data
     assert data.eval_results[0].metric_value == 0.97 and data.license == "apache-2.0"
+    (result,) = yaml.safe_load(files[".eval_results/lightning-deepr.yaml"].content)
+    assert result == {"dataset": {"id": "ylecun/mnist", "task_id": "mnist"}, "value": 0.97, "notes": "test accuracy"}
     net = zoo.load(MODEL, source="hub")
     assert same(net, zoo.load(file)) and same(net, lenet()) and not net.training
     dense = zoo.load(MODEL, source="hub", dense=True)

@@ -288,7 +288,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, folder: Path, lines: Calla
 
 def test_no_home_folder(folder: Path, lines: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("NUMBA_CACHE_DIR")
-    monkeypatch.setattr(cache, "user_cache_dir", lambda *a, **k: "~/.cache/lightning-deepr")  # no home folder
+    monkeypatch.setattr(cache, "_user_cache", lambda: "~/.cache/lightning-deepr")  # no home folder
     monkeypatch.chdir(tmp_path)
     assert stored_by(storing(91)) == 91
     assert len(lines()) == 1

@@ -185,5 +185,5 @@ def test_a_folder_that_can_not_be_written_does_not_end_a_training(tmp_path: Path
 
 def test_without_matplotlib_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="Pictures need matplotlib"):
+    with pytest.raises(ImportError, match=r"A picture needs matplotlib\.figure, not installed here: pip install matplotlib$"):
         pictures.degrees(sparsify(nn.Linear(10, 10), 0.2))

@@ -5,21 +5,23 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_deepr import DeepR, sparsify, zoo
+from lightning_deepr import DeepR, Topology, sparsify, zoo
 from lightning_deepr.commands import main as command_line
 from lightning_deepr.files import architectures
 from lightning_deepr.models import CIFAR10CNN, BLSTMClassifier, LeNet300100
 from lightning_deepr.recipes import running
 from lightning_deepr.weights.find import converted_tensors
-from lightning_deepr.zoo import loading, registry
+from lightning_deepr.zoo import comparing, loading, registry
 from lightning_deepr.zoo.verification import evaluate, labels_hit
 
 NAME = "lenet300_100.deepr_1pct_test"
@@ -245,6 +247,9 @@ def test_command_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert header == f"{'name':{len(NAME)}s}  connections  K / N  metric   bytes"
     assert row.split() == [NAME, "2,662", "1.00%", "0.5", f"{model.stat().st_size:,}"]
     assert metric == "metric: test_accuracy"
+    for column in ("bytes", "connections", "connectivity", "metric", "name"):
+        command_line.main(["zoo", "list", "lenet*", "--sort", column])
+        assert NAME in capsys.readouterr().out
     command_line.main(["zoo", "info", NAME])
     out = capsys.readouterr().out
     assert "fc1.weight  300x784  235,200   1,810" in out and "license" in out and "lenet300_100" in out
@@ -253,7 +258,7 @@ def test_command_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command_line.main(["zoo", "verify", NAME, str(model)])
     assert "2 models are as recorded" in capsys.readouterr().out
     command_line.main(["zoo", "list", "nothing*"])
-    assert "no model of that name" in capsys.readouterr().out
+    assert "no such model" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"(?s)zoo verify: cifar10_cnn.other: There is no checkpoint"):
         command_line.main(["zoo", "verify"])
     assert f"{NAME}: as recorded" in capsys.readouterr().out, "one failure stopped the verification of the other models"
@@ -261,6 +266,82 @@ def test_command_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         command_line.main(["zoo", "info", "nothing"])
     with pytest.raises(SystemExit, match=r"expected a recorded `recipe`, one of .*mnist.*, found none"):
         command_line.main(["zoo", "verify", NAME, "--data"])
+
+
+def test_the_list_sorts_and_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def listed(*options: str) -> list[dict[str, object]]:
+        command_line.main(["zoo", "list", *options])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80 and len(lines) > 3
+        command_line.main(["zoo", "list", *options, "--json"])
+        found = json.loads(capsys.readouterr().out)
+        shown = [line.split()[0] for line in lines if line.split()[0] in found]
+        assert shown == list(found)
+        return list(found.values())
+
+    assert [one["name"] for one in listed()] == zoo.list_models()
+    for column, key in {
+        "bytes": lambda info: info["bytes"],
+        "connections": lambda info: info["connectivity"]["active"],
+        "connectivity": lambda info: info["connectivity"]["connectivity"],
+        "metric": lambda info: -next(iter(info["metrics"].values()))["value"],
+    }.items():
+        found = [key(one) for one in listed("--sort", column)]
+        assert found == sorted(found) and len(set(found)) > 5
+    few = listed("--task", "audio-classification", "--connectivity", "0.03", "--sort", "bytes")
+    assert [one["name"] for one in few] == zoo.list_models(task="audio-classification", connectivity=0.03)
+    with pytest.raises(SystemExit, match="zoo list: task: expected audio-classification or image-classification"):
+        command_line.main(["zoo", "list", "--task", "text"])
+    with pytest.raises(SystemExit):
+        command_line.main(["zoo", "list", "--sort", "colour"])
+    assert "invalid choice: 'colour'" in capsys.readouterr().err
+
+
+def test_every_reader_compares_the_sha256_of_a_name(model: Path, tmp_path: Path) -> None:
+    """Another sound file under a name of the zoo: its own digest is right, the registry's is not."""
+    zoo.save(sparsify(LeNet300100(), 0.01, seed=2), model, **METADATA)
+    readers: dict[str, Callable[[], object]] = {
+        "load": lambda: zoo.load(NAME),
+        "info": lambda: zoo.info(NAME),
+        "verify": lambda: zoo.verify(NAME),
+        "connections_of": lambda: zoo.connections_of(NAME),
+        "predict": lambda: zoo.predict(NAME, torch.zeros(28, 28)),
+        "publish": lambda: zoo.publish(NAME, "someone/net"),
+        "Topology": lambda: sparsify(LeNet300100(), Topology(NAME)),
+        "export": lambda: command_line.main(["export", NAME, "--to", "c", "--out", str(tmp_path / "net.h")]),
+        "report": lambda: command_line.main(["report", NAME]),
+        "compare": lambda: command_line.main(["compare", NAME, str(model)]),
+    }
+    for name, read in readers.items():
+        with pytest.raises((zoo.FormatError, SystemExit), match=r"registry's.*found") as caught:
+            read()
+        assert "Install the package again" in str(caught.value), name
+    assert not (tmp_path / "net.h").exists()
+
+
+def test_the_checksums_that_sha256sum_reads() -> None:
+    lines = (loading.folder() / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    assert lines == [f"{entry.sha256}  {entry.filename}" for entry in zoo.ENTRIES]
+
+
+def test_the_comparison_is_that_of_the_files(tmp_path: Path) -> None:
+    rows = comparing.rows()
+    page = (loading.folder() / "comparison.md").read_text(encoding="utf-8")
+    assert page == comparing.page(rows), "python -m lightning_deepr.zoo.comparing writes it anew"
+    with Image.open(loading.folder() / "comparison.png") as picture:
+        assert picture.text["Description"] == comparing.digest(rows), "the picture is of other files"
+        assert picture.size[0] > 600
+    assert len(rows) == len(zoo.ENTRIES)
+    with (loading.folder() / "results.csv").open(encoding="utf-8") as file:
+        measured = {row["name"]: int(row["correct"]) for row in csv.DictReader(file)}
+    assert {row.name: row.correct for row in rows} == measured
+    for data in {row.data for row in rows}:
+        mine = [row for row in rows if row.data == data]
+        assert [row.bytes for row in mine] == sorted(row.bytes for row in mine) and mine[0].best
+        best = [row.accuracy for row in mine if row.best]
+        assert best == sorted(set(best)) and best[-1] == max(row.accuracy for row in mine)
+    comparing.main([str(tmp_path)])
+    assert (tmp_path / "comparison.md").read_text(encoding="utf-8") == page and (tmp_path / "comparison.png").is_file()
 
 
 def test_the_recorded_metric_on_the_test_set_of_the_recorded_recipe(

@@ -31,7 +31,6 @@ import numba
 from numba.core import config
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
-from platformdirs import user_cache_dir
 
 from lightning_deepr._version import __version__
 
@@ -57,8 +56,21 @@ def root() -> Path | None:
     given = os.environ.get("NUMBA_CACHE_DIR") or getattr(config, "CACHE_DIR", "")
     if given:
         return Path(given).absolute() / "lightning-deepr"
-    path = Path(user_cache_dir("lightning-deepr", appauthor=False))
+    path = Path(_user_cache())
     return path / "kernels" if path.is_absolute() else None  # without a home folder the path begins with "~"
+
+
+def _user_cache() -> str:
+    """Return the package's folder among the user's caches, as ``platformdirs`` names it; that library may be missing."""
+    try:
+        from platformdirs import user_cache_dir
+    except ImportError:  # a light installation: torch, lightning, numpy, numba and safetensors
+        if sys.platform == "win32":
+            caches = os.environ.get("LOCALAPPDATA") or os.path.join("~", "AppData", "Local")
+            return os.path.join(os.path.expanduser(caches), "lightning-deepr", "Cache")
+        caches = "~/Library/Caches" if sys.platform == "darwin" else os.environ.get("XDG_CACHE_HOME", "").strip() or "~/.cache"
+        return os.path.join(os.path.expanduser(caches), "lightning-deepr")
+    return user_cache_dir("lightning-deepr", appauthor=False)
 
 
 def digest_of_sources() -> str:
