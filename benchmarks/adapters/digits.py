@@ -5,7 +5,8 @@
 
 LeNet-300-100 is trained on the first 50,000 upright digits (dense, once). Then it learns 5,000 others (or 1,000) that are
 turned by 90 degrees, or inverted, in 20 epochs of batches of 50, with a cosine schedule. Every arm but the last two trains
-as many values: 1,594 (what LoRA of rank 1 has) or 6,376 (rank 4), shared out over the three layers as LoRA does; biases are frozen.
+as many values: 1,594 (what LoRA of rank 1 has) or 6,376 (rank 4), shared out over the three layers as LoRA does; biases are
+frozen.
 
 Each arm has the same tuning effort: five learning rates at seed 0, of which the best on 5,000 validation digits is taken. Then
 three seeds are tested once on the 10,000 test digits of the new kind, and on the upright ones ("old"; an adapter that is taken
@@ -38,13 +39,17 @@ from grid import Job, Results, Row, summary
 HERE = Path(__file__).parent
 RESULTS = Results(HERE / "digits.csv", "accuracy", "old", "trained")
 RANKS = {1: 1594, 4: 6376}
-RATES = {  # five per optimizer and kind of arm, a factor of about 3 apart
+RATES = {  # five per optimizer and kind of arm, a factor of about 3 apart; the best lies inside
     "AdamW": {
         "lora": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
         "full": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-        "": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+        "sparse": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     },
-    "SGD": {"lora": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "full": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "": (1e-2, 3e-2, 1e-1, 3e-1, 1.0)},
+    "SGD": {
+        "lora": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        "full": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        "sparse": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    },
 }
 SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "fixed": ("FixedRandom", {"signs": "free"}),
@@ -185,7 +190,7 @@ def jobs(tasks: list[str], optimizers: list[str]) -> tuple[list[Job], Any]:
     def rates(arm: str) -> tuple[float, ...]:
         kind, optimizer = arm.split()
         known = RATES[optimizer]
-        return known.get("full" if kind == "head" else kind, known[""])
+        return known["full" if kind in ("full", "head") else "lora" if kind == "lora" else "sparse"]
 
     tuning = [made(*one, 0, lr, "validation") for one in combinations for lr in rates(one[1])]
 
