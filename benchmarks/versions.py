@@ -63,6 +63,9 @@ def run(lightning: str, torch: str | None, tests: list[str]) -> dict[str, str]:
     for line in done.stdout.splitlines():
         if line.startswith(("FAILED", "ERROR")):
             print("  ", line, flush=True)
+    if done.returncode not in (0, 1):  # no test ran: a file could not be imported
+        raise SystemExit(f"versions: expected tests that run, found pytest's exit status {done.returncode}: {closing}")
+    counts["failed"] = str(int(counts.get("failed", 0)) + int(counts.get("error", 0)))
     row = dict(zip(COLUMNS, versions, strict=False))
     return {**row, **{key: counts.get(key, "0") for key in COLUMNS[4:]}}
 

@@ -11,10 +11,12 @@ from lightning_deepr._lazy import lazy
 from lightning_deepr._version import __version__
 
 if TYPE_CHECKING:
-    from lightning_deepr import pictures, zoo
+    from lightning_deepr import adapters, pictures, zoo
+    from lightning_deepr.adapters.file import load_adapter, save_adapter
     from lightning_deepr.algorithm.candidates import Band, Blocks, Local, NoSelf
     from lightning_deepr.algorithm.signs import Dale
     from lightning_deepr.algorithm.steering import TurnoverTarget
+    from lightning_deepr.conversion.adapt import adapt
     from lightning_deepr.conversion.convert import connections, densify, sparsify
     from lightning_deepr.conversion.layers import SparseLinear
     from lightning_deepr.conversion.report import connectivity_report
@@ -49,6 +51,8 @@ __all__ = [
     "Topology",
     "TurnoverTarget",
     "__version__",
+    "adapt",
+    "adapters",
     "ages",
     "connections",
     "connectivity_report",
@@ -56,9 +60,11 @@ __all__ = [
     "decay_groups",
     "densify",
     "follow",
+    "load_adapter",
     "load_state_dict",
     "pictures",
     "prune_dead_units",
+    "save_adapter",
     "save_sparse",
     "sparsify",
     "zoo",
@@ -81,6 +87,9 @@ __getattr__, __dir__ = lazy(
         "SparseLinear": "lightning_deepr.conversion.layers",
         "connectivity_report": "lightning_deepr.conversion.report",
         **dict.fromkeys(("load_state_dict", "save_sparse"), "lightning_deepr.files.checkpoint"),
+        "adapt": "lightning_deepr.conversion.adapt",
+        "adapters": "lightning_deepr.adapters",
+        **dict.fromkeys(("load_adapter", "save_adapter"), "lightning_deepr.adapters.file"),
         "ages": "lightning_deepr.monitoring.ages",
         "dead_units": "lightning_deepr.monitoring.dead_units",
         "prune_dead_units": "lightning_deepr.monitoring.prune",

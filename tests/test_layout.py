@@ -30,6 +30,7 @@ ORDER = [
     "methods",
     "_environment",
     "files",
+    "adapters",
     "export",
     "hub",
     "pictures",

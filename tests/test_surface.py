@@ -25,6 +25,10 @@ PUBLIC = {
             "connectivity_report",
             "load_state_dict",
             "save_sparse",
+            "adapt",
+            "adapters",
+            "save_adapter",
+            "load_adapter",
             "follow",
             "decay_groups",
         ),
@@ -58,7 +62,7 @@ for package, shown in public.items():
     assert set(dir(package)) == set(package.__all__) == shown, (package, set(dir(package)) ^ shown)
     for name in shown:
         found = getattr(package, name)
-        assert name in ("zoo", "pictures", "__version__", "ENTRIES", "WEIGHTS") or callable(found), (name, found)
+        assert name in ("adapters", "zoo", "pictures", "__version__", "ENTRIES", "WEIGHTS") or callable(found), (name, found)
 import lightning_deepr.conversion.convert as convert
 assert lightning_deepr.connections is convert.connections and lightning_deepr.zoo is sys.modules["lightning_deepr.zoo"]
 from lightning_deepr import *

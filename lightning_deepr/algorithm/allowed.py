@@ -29,6 +29,7 @@ from lightning_deepr.algorithm.units import Units
 WHOLE, BAND, BLOCKS, LOCAL, LISTED, NOSELF, BITMAP = range(7)
 WORDS = 8  # of a form: its kind, and its numbers
 MOST_ASKED = 1 << 32  # the most places about which a function is asked, and the most codes that are counted one by one
+LISTED_FROM = 8  # with fewer places per allowed place, a mask is kept as bits: a draw then takes up to so many tries
 _PIECE = 1 << 21  # places that are looked at together
 _MOST_TRIES = 64  # draws that are made at once
 
@@ -240,14 +241,20 @@ class Allowed:
 
     # -- records --------------------------------------------------------------------------------------------------------------
 
-    def record(self) -> tuple[list[int], Tensor]:
-        """Return everything as whole numbers, and the list or the bitmap; :meth:`of_record` reads both."""
-        units = self.units
+    def record(self, lists: bool = False) -> tuple[list[int], Tensor]:
+        """Return everything as whole numbers, and the list or the bitmap; :meth:`of_record` reads both.
+
+        Args:
+            lists: whether a list that takes more bytes than the bitmap is returned as it is, for who writes only its gaps.
+        """
+        units, items = self.units, self.items
         numbers = [units.groups, units.majors, units.minors, units.inner, int(units.transposed), int(units.grouped)]
         for form in self.forms:
             words = (form.kind, *form.numbers)
+            if form.kind == LISTED and not lists and 64 * items.numel() > units.total:
+                words, items = (LISTED, _AS_BITS), _bits_of(items, units.total)
             numbers += [*words, *[0] * (WORDS - len(words))]
-        return numbers, self.items
+        return numbers, items
 
     @classmethod
     def of_record(cls, numbers: Sequence[int], items: Tensor, total: int) -> Allowed:
@@ -264,9 +271,12 @@ class Allowed:
         kinds = [form.kind for form in forms]
         if NOSELF in kinds[:1] or BITMAP in kinds[:1] or LISTED in kinds[1:] or kinds.count(BITMAP) > 1:
             raise ValueError(f"candidates: expected a form of places first, found the kinds {kinds}: the record is damaged.")
-        wanted = (total + 63) // 64 if BITMAP in kinds else items.numel() if LISTED in kinds else 0
+        as_bits = kinds[0] == LISTED and rest[1] == _AS_BITS
+        wanted = (total + 63) // 64 if BITMAP in kinds or as_bits else items.numel() if LISTED in kinds else 0
         if items.numel() != wanted or items.dtype is not torch.int64:
             raise ValueError(f"candidates: expected {wanted} numbers, found {items.numel()}: the record is damaged.")
+        if as_bits:
+            items = cls(units, (Form(WHOLE), Form(BITMAP)), items, 0).places()
         ordered = LISTED not in kinds or bool((items[1:] > items[:-1]).all())
         if LISTED in kinds and items.numel() and (int(items[0]) < 0 or int(items[-1]) >= total or not ordered):
             raise ValueError(f"candidates: expected ascending places below {total}: the record is damaged.")
@@ -275,6 +285,15 @@ class Allowed:
             if problem is not None:
                 raise ValueError(f"candidates: {problem}: the record is damaged.")
         return cls(units, forms, items)
+
+
+_AS_BITS = 1  # in the record of a LISTED form: its items are the words of a bitmap
+
+
+def _bits_of(places: Tensor, total: int) -> Tensor:
+    """Return the words of the bitmap of some places, int64, which are all different."""
+    words = torch.zeros((total + 63) // 64, dtype=torch.long, device=places.device)
+    return words.index_add_(0, places >> 6, torch.ones_like(places) << (places & 63))
 
 
 def incomplete(space: int) -> int:
@@ -406,7 +425,7 @@ def describe(form: Form, items: Tensor) -> str:
 def bind(given: Any, units: Units, shape: Sequence[int], device: torch.device | None = None) -> Allowed:
     """Fit candidates to a weight.
 
-    A mask is kept as one bit per place, or as a list of the allowed places if they are at most one in 64. So is a function,
+    A mask is kept as one bit per place, or as a list of the allowed places if they are at most one in 8. So is a function,
     which is asked about every place once. The other forms keep nothing.
 
     Args:
@@ -495,6 +514,6 @@ def _listed(units: Units, ruled: Sequence[Form], masks: Sequence[Tensor], functi
         words[first >> 6 : (first >> 6) + part.numel()] = part
     several = [describe(form, words) for form in ruled] + [repr(function) for function in functions] + ["Mask"] * len(masks)
     bitmap = Allowed(units, (Form(WHOLE), Form(BITMAP)), words, count, functions, text=" & ".join(several))
-    if 64 * count > total:
+    if LISTED_FROM * count > total:
         return bitmap
     return Allowed(units, (Form(LISTED),), bitmap.places(), count, functions, text=bitmap.text)

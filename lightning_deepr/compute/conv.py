@@ -27,6 +27,7 @@ from lightning_deepr.compute.eager import check_backward, is_plain, needs_operat
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses, size_of
 from lightning_deepr.compute.slots import SparseSlots
+from lightning_deepr.compute.upon_base import join
 from lightning_deepr.kernels.cpu.fields import ConvArguments, ConvPhase, filler, pack_order
 from lightning_deepr.kernels.gate import check_values, fault
 
@@ -482,18 +483,32 @@ def conv2d(
         return torch_conv2d(
             F.pad(x, (around[2], around[3], around[0], around[1])), slots.weight_of(theta), bias, stride, 0, dilation
         )
+    if slots.adapts:
+        if not kernels.suits(theta):
+            return torch_conv2d(x, slots.weight_of(theta), bias, stride, padding, dilation)
+        y = torch_conv2d(x, slots.base.detach(), bias, stride, padding, dilation)
+        return join(y, _product(x, theta, None, slots, stride, around, dilation, autocast))
+    return _product(x, theta, bias, slots, stride, around, dilation, autocast, padding)
+
+
+def _product(
+    x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots, stride: Pair, around: tuple[int, int, int, int],
+    dilation: Pair, autocast: bool, padding: str | int | Sequence[int] = 0,
+) -> Tensor:  # fmt: skip
+    """Compute :func:`conv2d` with the connections alone."""
+    weight = tuple(slots.shape)
     cast = None
     if autocast:
         cast = torch.get_autocast_dtype(x.device.type)
     elif slots.narrow is not None and kernels.suits(theta):
-        cast, theta = slots.narrow, rounded(theta, slots.narrow)
+        cast, theta = slots.narrow, theta if slots.adapts else rounded(theta, slots.narrow)
     if cast is not None:
         x = x.to(theta.dtype)
         bias = bias if bias is None else bias.to(theta.dtype)
     theta = theta.contiguous()  # kernels take addresses and no strides
     bias = bias if bias is None else bias.contiguous()
     if not kernels.suits(theta):
-        y: Tensor = torch_conv2d(x, slots.dense(theta), bias, stride, padding, dilation)
+        y = torch_conv2d(x, slots.dense(theta), bias, stride, padding, dilation)
         return y if cast is None else y.to(cast)
     order = slots.ordered()
     if torch.compiler.is_compiling() or not is_plain(x) or x.shape[0] == 0:

@@ -40,9 +40,14 @@ def _rows(indices: Tensor, theta: Tensor, slots: Any) -> tuple[Tensor, Tensor, T
     at = number[row]
     mine = (at >= 0).nonzero().view(-1)
     places = at[mine] * columns + slots.places[mine] - row[mine] * columns
-    values = (theta * slots.signs)[mine].to(slots.narrow or theta.dtype)
+    values = (theta * slots.signs)[mine]
+    values = values if slots.adapts else values.to(slots.narrow or theta.dtype)
     table = torch.zeros(used.numel() * columns, dtype=values.dtype, device=theta.device).index_copy(0, places, values)
-    return used, where.view(indices.shape), table.view(used.numel(), columns)
+    table = table.view(used.numel(), columns)
+    if slots.adapts:
+        own = slots.base.detach().index_select(0, used.long())
+        table = (own.to(theta.dtype) + table).to(own.dtype)
+    return used, where.view(indices.shape), table
 
 
 def _padding(used: Tensor, padding: int | None) -> int | None:

@@ -81,6 +81,7 @@ class LayerCompute:
         give_back: a hook that runs after the weight has become dense again, with the same arguments.
         forward: the forward that ``take_over`` gives to a layer whose class has none of its own; None: there is no such
             forward.
+        adapts: whether sparse compute can add the connections to a frozen weight.
         reads: True if the layer always runs its author's forward, which reads the weight.
     """
 
@@ -91,6 +92,7 @@ class LayerCompute:
     give_back: Hook = _nothing
     forward: Callable[..., Any] | None = None
     reads: bool = False
+    adapts: bool = True
 
     def runs_own(self, module: nn.Module) -> bool:
         """Tell whether a converted layer runs its author's forward, which reads the weight as it likes."""

@@ -92,3 +92,14 @@ def addresses(buffer: Tensor, rows: int, columns: int, count: int) -> list[int]:
         found.append(address)
         address += 4 * (length + _PAD)
     return found
+
+
+def dense_weight(buffer: Tensor, theta: Tensor, rows: int, columns: int) -> Tensor:
+    """Build the weight [rows, columns] from the buffer of an order and theta [K]."""
+    count, at = theta.numel(), rows + 1 + _PAD
+    ends, column, slot = buffer[: rows + 1], buffer[at : at + count], buffer[at + count + _PAD : at + 2 * count + _PAD]
+    row = torch.repeat_interleave(torch.arange(rows, device="cpu"), ends.diff())
+    values = theta.detach()[(slot & 0x7FFFFFFF).long()] * torch.where(slot < 0, -1, 1)
+    weight = theta.new_zeros((rows, columns))
+    weight[row, column.long()] = values
+    return weight

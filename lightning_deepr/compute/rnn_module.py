@@ -70,4 +70,5 @@ def _release(module: Any) -> None:
     module._flat_weight_refs = []
 
 
-RECURRENT = LayerCompute(capable, take_over=take_over, give_back=give_back)
+# (the kernels' sequences read no second weight beside the connections)
+RECURRENT = LayerCompute(capable, take_over=take_over, give_back=give_back, adapts=False)

@@ -27,6 +27,9 @@ class SparseSlots(OrderedSlots, Protocol):
     keeps_no_writes: bool
     used: str  # what became of ``layer.weight``: "sparse" (``F.linear`` took it), "dense" (it was built), "" (nothing yet)
 
+    adapts: bool  # whether the connections are added to a frozen weight
+    base: torch.nn.Parameter  # this weight
+
     narrow: torch.dtype | None  # the weight's dtype where it has fewer bits than theta
 
     @property

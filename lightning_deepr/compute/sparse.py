@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import linear as torch_linear
 
-from lightning_deepr.compute import flops, gpu_check, sparse_input
+from lightning_deepr.compute import flops, gpu_check, sparse_input, tokens
 from lightning_deepr.compute.dense import rounded
 from lightning_deepr.compute.eager import (
     TRACED,
@@ -34,7 +34,8 @@ from lightning_deepr.compute.eager import (
 from lightning_deepr.compute.gather import TWICE
 from lightning_deepr.compute.order import addresses, size_of
 from lightning_deepr.compute.slots import SparseSlots
-from lightning_deepr.kernels.cpu.buffers import LARGE, empty
+from lightning_deepr.compute.upon_base import join
+from lightning_deepr.kernels.cpu.buffers import LARGE, empty, scratch
 from lightning_deepr.kernels.cpu.fields import LinearArguments, LinearPhase, pack_order, packer, writable
 from lightning_deepr.kernels.gate import check_values, fault
 
@@ -88,9 +89,13 @@ def _small(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return like.new_empty(shape)
 
 
-def _forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: bytes, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Compute y [B, rows] and the tiles of x. x is [B, columns] and contiguous."""
+def _forward(
+    x: Tensor, theta: Tensor, bias: Tensor | None, buffer: Tensor, order: bytes, rows: int, columns: int
+) -> tuple[Tensor, Tensor | None]:
+    """Compute y [B, rows] and, if the kernel has made them, the tiles of x. x is [B, columns] and contiguous."""
     batch = x.shape[0]
+    if batch >= tokens.FROM and tokens.suits(batch, theta.shape[0], x.element_size()):
+        return tokens.forward(x, theta, bias, buffer, order, rows, columns), None
     plan = _plan(batch, rows, columns, theta.shape[0], x.element_size(), False)
     make = empty if plan.large else _small
     y, tiled = make((batch, rows), x), make((plan.tiled_x,), x)
@@ -103,16 +108,18 @@ def _forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: bytes, rows: 
 
 
 def _backward(
-    dy: Tensor, x: Tensor | None, tiled: Tensor | None, theta: Tensor, order: bytes, rows: int, columns: int,
+    dy: Tensor, x: Tensor | None, tiled: Tensor | None, theta: Tensor, buffer: Tensor, order: bytes, rows: int, columns: int,
     need_x: bool, need_theta: bool, need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Compute the needed gradients of x, theta and bias, from x or, if there are any, from its tiles."""
     if not (need_x or need_theta):
         return None, None, dy.sum(0) if need_bias else None
     batch = dy.shape[0]
+    if x is not None and batch >= tokens.FROM and tokens.suits(batch, theta.shape[0], dy.element_size()):
+        return tokens.backward(dy, x, theta, buffer, order, rows, columns, need_x, need_theta, need_bias)
     plan = _plan(batch, rows, columns, theta.shape[0], dy.element_size(), True)
     make = empty if plan.large else _small
-    dy_tiled = make((plan.tiled_y if need_x else 0,), dy)
+    at, held = scratch(plan.tiled_y * plan.size, dy) if need_x else (0, None)  # the tiles of dy
     source = 0
     if tiled is None:
         assert x is not None
@@ -122,11 +129,12 @@ def _backward(
     dbias = dy.new_empty(rows) if need_bias else None
     packed = _pack(
         BATCH=batch, TILES=plan.tiles, ROWS=rows, COLUMNS=columns, X=source, XT=tiled.data_ptr(), Y=dy.data_ptr(),
-        YT=dy_tiled.data_ptr(), THETA=theta.data_ptr(), DX=0 if dx is None else dx.data_ptr(),
+        YT=at, THETA=theta.data_ptr(), DX=0 if dx is None else dx.data_ptr(),
         DTHETA=0 if dtheta is None else dtheta.data_ptr(), DBIAS=0 if dbias is None else dbias.data_ptr(),
         PARTS=plan.vectors, order=order,
     )  # fmt: skip
     _run(plan, packed, plan.tiles if need_x else 1)
+    del held
     return dx, dtheta, dbias
 
 
@@ -153,9 +161,9 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, theta: Tensor, bias: Tensor | None, buffer: Tensor, order: Any) -> Tensor:  # type: ignore[override]
-        y, tiled = _forward(x, theta, bias, order.packed, order.rows, order.columns)
+        y, tiled = _forward(x, theta, bias, buffer, order.packed, order.rows, order.columns)
         # x itself costs nothing where its maker keeps it too; its tiles save the time to make them again
-        ctx.tiled = tiled.nbytes < LARGE
+        ctx.tiled = tiled is not None and tiled.nbytes < LARGE
         ctx.save_for_backward(tiled if ctx.tiled else x, theta, buffer)
         ctx.order = order
         return y
@@ -164,14 +172,23 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(TWICE)
-        kept, theta, _ = ctx.saved_tensors  # raises if a rewiring came in between
+        kept, theta, buffer = ctx.saved_tensors  # raises if a rewiring came in between
         x, tiled = (None, kept) if ctx.tiled else (kept, None)
         order, need = ctx.order, ctx.needs_input_grad
-        check_backward(kept.dtype, (dy,), (theta, order.count))
+        if (  # the ordinary case of check_backward, without a call
+            type(dy) is not Tensor
+            or theta.numel() != order.count
+            or theta.dtype is not kept.dtype
+            or not theta.is_contiguous()
+            or dispatch_modes() != 0
+            or transforms() is not None
+            or is_jit_tracing()
+        ):
+            check_backward(kept.dtype, (dy,), (theta, order.count))
         if x is not None and x.shape != (dy.shape[0], order.columns):
             raise RuntimeError(f"x was exchanged between the forward and the backward pass: found shape {tuple(x.shape)}.")
         dx, dtheta, dbias = _backward(
-            dy.contiguous(), x, tiled, theta, order.packed, order.rows, order.columns, need[0], need[1], need[2]
+            dy.contiguous(), x, tiled, theta, buffer, order.packed, order.rows, order.columns, need[0], need[1], need[2]
         )
         return dx, dtheta, dbias, None, None
 
@@ -183,7 +200,7 @@ def linear_op(x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, rows
     _check_operator(x, theta, order, rows, columns, bias)
     if x.shape[0] == 0:
         return x.new_empty((0, rows))
-    return _forward(x, theta, bias, pack_order(*addresses(order, rows, columns, theta.numel())), rows, columns)[0]
+    return _forward(x, theta, bias, order, pack_order(*addresses(order, rows, columns, theta.numel())), rows, columns)[0]
 
 
 def _check_operator(
@@ -232,7 +249,7 @@ def linear_backward_op(
     dy, x, theta = dy.contiguous(), x.contiguous(), theta.contiguous()
     _check_operator(x, theta, order, rows, columns, dy=dy)
     places = pack_order(*addresses(order, rows, columns, theta.numel()))
-    found = _backward(dy, x, None, theta, places, rows, columns, need_x, need_theta, need_bias)
+    found = _backward(dy, x, None, theta, order, places, rows, columns, need_x, need_theta, need_bias)
     dx, dtheta, dbias = (dy.new_empty(0) if gradient is None else gradient for gradient in found)
     return dx, dtheta, dbias
 
@@ -309,6 +326,8 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlo
     A small layer takes some 10 microseconds, so every attribute access counts.
     """
     order = slots.order
+    if slots.adapts:
+        return None
     if order is None or not is_quick(x, theta, slots) or not x.is_contiguous() or theta.numel() != order.count:
         return None
     if bias is not None and (
@@ -322,7 +341,7 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlo
         return None
     if torch.is_grad_enabled():
         return LinearFunction.apply(x, theta, bias, order.buffer, order)  # type: ignore[no-any-return]
-    return _forward(x, theta, bias, order.packed, order.rows, order.columns)[0]
+    return _forward(x, theta, bias, order.buffer, order.packed, order.rows, order.columns)[0]
 
 
 def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) -> Tensor:
@@ -342,14 +361,24 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
         RuntimeError: the width or the dtype of x does not fit (the message is that of ``nn.Linear``), or the caller asks for a
             second derivative.
     """
-    rows, columns = slots.rows, slots.columns
     if not isinstance(x, Tensor):  # torch.fx records with proxies
+        return torch_linear(x, slots.weight_of(theta), bias)
+    if slots.adapts and (x.layout is not _STRIDED or x.is_nested):
         return torch_linear(x, slots.weight_of(theta), bias)
     if x.layout is not _STRIDED or x.is_nested:
         return sparse_input.linear(x, theta, bias, slots, linear)
     in_operators = torch.compiler.is_exporting() if torch.compiler.is_dynamo_compiling() else needs_operators()
     if in_operators and not slots.is_large:
         return torch_linear(x, slots.weight_of(theta), bias)
+    if slots.adapts:
+        y = torch_linear(x, slots.base.detach(), bias)
+        return join(y, _product(x, theta, None, slots, in_operators))
+    return _product(x, theta, bias, slots, in_operators)
+
+
+def _product(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots, in_operators: bool) -> Tensor:
+    """Compute :func:`linear` with the connections alone."""
+    rows, columns = slots.rows, slots.columns
     if x.device != theta.device or x.device.type == "meta" or x.dim() == 0 or x.shape[-1] != columns:
         return _as_torch_does(x, theta, bias, rows, columns)
     cast = None
@@ -361,7 +390,8 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
     elif slots.narrow is not None:
         if x.dtype is not slots.narrow or (bias is not None and bias.dtype is not slots.narrow):
             return _as_torch_does(x, theta.to(slots.narrow), bias, rows, columns)
-        cast, x, theta = slots.narrow, x.to(theta.dtype), rounded(theta, slots.narrow)
+        values = theta if slots.adapts else rounded(theta, slots.narrow)
+        cast, x, theta = slots.narrow, x.to(theta.dtype), values
         bias = bias if bias is None else bias.to(theta.dtype)
     elif x.dtype != theta.dtype:
         return _as_torch_does(x, theta, bias, rows, columns)
@@ -370,7 +400,7 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
     if bias is not None and (bias.shape != (rows,) or bias.dtype != theta.dtype or bias.device != theta.device):
         if bias.dtype != theta.dtype or bias.device != theta.device:
             return _as_torch_does(x.reshape(-1, columns)[:0], theta, bias, rows, columns)
-        y = linear(x, theta, None, slots) + bias  # F.linear takes every bias that broadcasts
+        y = _product(x, theta, None, slots, in_operators) + bias  # F.linear takes every bias that broadcasts
         return y if cast is None else y.to(cast)
     # kernels take addresses and no strides
     theta = theta.contiguous()
@@ -406,7 +436,7 @@ def linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) ->
         if torch.is_grad_enabled():
             y = LinearFunction.apply(flat, theta, bias, order.buffer, order)
         else:
-            y = _forward(flat, theta, bias, order.packed, rows, columns)[0]
+            y = _forward(flat, theta, bias, order.buffer, order.packed, rows, columns)[0]
     if cast is not None:
         y = y.to(cast)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch.nn.utils import parametrize
 
 from lightning_deepr.algorithm.signs import check as check_signs
 from lightning_deepr.compute import check_compute
-from lightning_deepr.conversion import connectivities, notebook, pruned, sharing, tied
+from lightning_deepr.conversion import adapting, connectivities, notebook, pruned, sharing, tied
 from lightning_deepr.conversion.allocation import check_connectivity, shares
 from lightning_deepr.conversion.computing import tell_own_forwards, warn_of_ddp
 from lightning_deepr.conversion.connectivities import Given
 from lightning_deepr.conversion.draws import first_unused, note_used
+from lightning_deepr.conversion.kinds import kind_of
 from lightning_deepr.conversion.materialize import materialize, refuse_unmaterializable
 from lightning_deepr.conversion.restrictions import allowed_of, check_candidates, refuse_too_many, tables_of
 from lightning_deepr.conversion.selection import (
@@ -153,6 +155,7 @@ def convert(
     compute: str,
     device: torch.device | str | None = None,
     begin: Callable[..., tuple[Tensor, Parametrization]] = start,
+    upon: Collection[str] = (),
     given: Mapping[str, Given] | None = None,
     restriction: Any = None,
     signs: Any = "place",
@@ -166,6 +169,8 @@ def convert(
         init, seed, compute, device: as for :func:`sparsify`.
         begin: the function that makes theta and its parametrization; it takes the arguments of
             :func:`lightning_deepr.conversion.start.start`, the default, which makes K slots.
+        upon: the names of the tensors that stay as frozen weights, to which the connections are added. ``begin`` puts the slots
+            upon them.
         given: {tensor name: the places that the user gives}.
         restriction, signs: ``candidates`` and ``signs`` of :func:`sparsify`.
     """
@@ -173,7 +178,8 @@ def convert(
         raise ValueError(f"init: expected one of {', '.join(INITS)}, found {init!r}.")
     policy = check_compute(compute)
     check_seed(seed)
-    tied.refuse(root, chosen)
+    adapting.refuse_unfit(one for one in chosen if one.name in upon)
+    tied.refuse(root, [one for one in chosen if one.name not in upon])
     for candidate in chosen:
         if parametrize.is_parametrized(candidate.module, candidate.tensor_name):
             kind = type(candidate.module.parametrizations[candidate.tensor_name][0]).__name__  # type: ignore[index, union-attr]
@@ -184,6 +190,13 @@ def convert(
         refusal = candidate.kind.refuses(candidate.module)
         if refusal:
             raise ValueError(f"`{candidate.name}` {refusal}")
+    partners = tied.partners(root, chosen)
+    for module, tensor_name in itertools.chain.from_iterable(partners.values()):
+        if parametrize.is_parametrized(module, tensor_name) or (refusal := kind_of(type(module)).refuses(module)):
+            raise ValueError(
+                f"A tensor that is tied with `{tensor_name}` of {type(module).__name__} can't be adapted: this one "
+                f"{refusal or 'has another parametrization'}"
+            )
     refuse_unmaterializable(root, chosen)
     tell_own_forwards(chosen, policy)
     warn_of_ddp(root, chosen)
@@ -207,7 +220,13 @@ def convert(
         slots.layer = candidate.kind.compute
         slots.choose_compute(policy, slots.layer.capable(candidate.module, candidate.tensor_name, candidate.shape))
         install(candidate.module, candidate.tensor_name, theta, slots, candidate.name)
-        slots.hold(candidate.module.parametrizations[candidate.tensor_name])  # type: ignore[index, union-attr, arg-type]
+        holder: Any = candidate.module.parametrizations[candidate.tensor_name]  # type: ignore[index, union-attr]
+        slots.hold(holder)
+        if slots.adapts:
+            holder[0].base.requires_grad_(False)
+        for module, tensor_name in partners.get(candidate.name, ()):
+            layer = kind_of(type(module)).compute
+            install(module, tensor_name, holder.original, slots, candidate.name, tied=layer)
     materialize(root, seed, device)
     if any(candidate.total > 1 << 28 for candidate in chosen):
         give_back()  # the memory that the conversion used
@@ -240,8 +259,9 @@ def nothing_to_convert(module: nn.Module) -> str:
 def densify(module: nn.Module) -> nn.Module:
     """Turn converted weights back into ordinary dense parameters, in place.
 
-    Dormant connections become zeros. The ``state_dict`` then loads without this package. The parameters are new objects:
-    make a new optimizer. A parametrization of others that was registered upon a converted weight stays upon the dense one.
+    Dormant connections become zeros; an adapted weight becomes the sum of its frozen weight and the connections. The
+    ``state_dict`` then loads without this package. The parameters are new objects: make a new optimizer. A parametrization of
+    others that was registered upon a converted weight stays upon the dense one.
 
     Args:
         module: a module with or without converted weights.
@@ -265,9 +285,10 @@ def densify(module: nn.Module) -> nn.Module:
                 f"`{converted.name}` of shape {tuple(converted.slots.shape)} would take more than 16 GiB as a dense weight. "
                 "`connections(module)` gives its places and values."
             )
-    for converted in list(converted_tensors(module)):
+    dense: dict[Parametrization, nn.Parameter] = {}
+    for converted in list(converted_tensors(module, every=True)):
         note_used(converted)
-        remove(converted)
+        dense[converted.slots] = remove(converted, dense.get(converted.slots))
     notebook.hide(module)
     return module
 

@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from lightning_deepr.conversion.barred import COMPLEX, EMPTY, LAZY, SHARDED, is_bias
 from lightning_deepr.conversion.selection import Candidate, candidates
+from lightning_deepr.weights.base import Parametrization
 from lightning_deepr.weights.find import converted_tensors
 from lightning_deepr.weights.names import paths_of
 
@@ -44,6 +45,8 @@ def count_parameters(root: nn.Module) -> tuple[int, dict[str, int]]:
     holders: dict[int, int] = {}
     found: dict[int, tuple[str, int]] = {}
     for module in paths_of(root):
+        if isinstance(module, Parametrization):
+            continue  # a frozen weight that is adapted: it counts with its places
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in ours:
                 continue
@@ -61,6 +64,19 @@ def count_parameters(root: nn.Module) -> tuple[int, dict[str, int]]:
         dense[reason] = dense.get(reason, 0) + size
     everything = sum(dense.values()) + sum({one.slots: one.slots.total for one in converted_tensors(root)}.values())
     return everything, dict(sorted(dense.items(), key=lambda item: (-item[1], item[0])))
+
+
+def count_adapted(root: nn.Module) -> dict[str, int] | None:
+    """Count the adapted, the frozen and the trained parameters of an adapted network; None: it has no adapted weight."""
+    adapted = sum(one.slots.total for one in converted_tensors(root) if one.slots.adapts)
+    if not adapted:
+        return None
+    sizes = [(0 if is_lazy(one) else one.numel(), one.requires_grad) for one in root.parameters()]
+    return {
+        "adapted": adapted,
+        "frozen": sum(size for size, trained in sizes if not trained),
+        "trainable": sum(size for size, trained in sizes if trained),
+    }
 
 
 def _reason(candidate: Candidate | None, name: str, dimensions: int) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_deepr._needed import needed
 from lightning_deepr.conversion import tables
 from lightning_deepr.conversion.computing import computes
-from lightning_deepr.conversion.parameters import count_parameters
+from lightning_deepr.conversion.parameters import count_adapted, count_parameters
 from lightning_deepr.conversion.selection import candidates
 from lightning_deepr.conversion.table import WIDTH, table
 from lightning_deepr.weights.find import converted_tensors
@@ -30,10 +30,12 @@ class ConnectivityReport:
         left_out: dict[str, str],
         parameters: int | None = None,
         dense: dict[str, int] | None = None,
+        adapted: dict[str, int] | None = None,
     ) -> None:
         self.rows = rows
         self.left_out = left_out
         self.parameters = parameters  # of the whole network, as if it were dense; None: not known (a checkpoint)
+        self.adapted = adapted  # of an adapted network: {"adapted", "frozen", "trainable"}: numbers of parameters
         self.dense = dense or {}  # {reason: the number of parameters that are dense for it}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -66,6 +68,7 @@ class ConnectivityReport:
             "left_out": dict(self.left_out),
             "parameters": self.parameters,
             "dense": dict(self.dense),
+            **({} if self.adapted is None else {"adapted": dict(self.adapted)}),
         }
 
     def to_pandas(self) -> Any:
@@ -103,6 +106,12 @@ class ConnectivityReport:
     def _notes(self) -> Iterator[str]:
         """Write the lines below the table: what is dense."""
         yield from (f"left dense: {name} ({why})" for name, why in self.left_out.items())
+        if self.adapted is not None:
+            yield (
+                f"adapted: {self.active:,} connections beside {self.adapted['adapted']:,} frozen weights; frozen in all: "
+                f"{self.adapted['frozen']:,}; trainable: {self.adapted['trainable']:,}"
+            )
+            return
         if self.parameters:
             dense = sum(self.dense.values())
             why = ", ".join(f"{reason} {count:,}" for reason, count in self.dense.items() if count)
@@ -163,6 +172,9 @@ def connectivity_report(module: nn.Module) -> ConnectivityReport:
         stayed dense, ``.dense`` {reason: number} of all parameters that did, and ``.parameters`` the number of all, converted
         tensors with N each.
 
+        The report of an adapted network has ``.adapted``: {"adapted": the number of weights that have a difference, "frozen":
+        that of all frozen parameters, "trainable": that of all trained ones}; connections are those of the difference.
+
         Rows of tensors whose places or signs follow rules also have candidates, allowed (the number of allowed places) and
         signs.
 
@@ -192,4 +204,4 @@ def connectivity_report(module: nn.Module) -> ConnectivityReport:
         for c in converted_tensors(module)
     ]
     left_out = {c.name: c.left_out or "not selected" for c in candidates(module) if c.slots is None}
-    return ConnectivityReport(rows, left_out, *count_parameters(module))
+    return ConnectivityReport(rows, left_out, *count_parameters(module), count_adapted(module))

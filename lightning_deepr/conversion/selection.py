@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -77,9 +77,10 @@ def candidates(root: nn.Module) -> list[Candidate]:
     found = []
     tied = tied_names(root)
     metrics: list[str] = []
+    known: dict[Parametrization, int] = {}
     for module, paths in paths_of(root).items():
         prefix = paths[0]
-        if isinstance(module, parametrize.ParametrizationList):
+        if isinstance(module, (parametrize.ParametrizationList, Parametrization)):
             continue
         if any(kind.__module__.split(".")[0] == "torchmetrics" for kind in type(module).__mro__):
             metrics.append(prefix)
@@ -122,6 +123,12 @@ def candidates(root: nn.Module) -> list[Candidate]:
             elif parameter is not None and not parameter.requires_grad:
                 reason = "requires_grad=False"
             name, *aliases = (join(path, tensor_name) for path in paths)
+            if slots is not None and slots in known:  # a tied weight that was adapted: one tensor with several names
+                first = known[slots]
+                found[first] = replace(found[first], aliases=(*found[first].aliases, name, *aliases))
+                continue
+            if slots is not None:
+                known[slots] = len(found)
             if not reason and parameter is not None and id(parameter) in tied:
                 reason = tied_reason(tied[id(parameter)], name)
             found.append(
@@ -166,7 +173,8 @@ def _named(candidate: Candidate, fits: Callable[[str], object]) -> bool:
     return False
 
 
-def _names(pattern: str, name: str) -> bool:
+def names_of(pattern: str, name: str) -> bool:
+    """Tell whether a pattern is a name or a suffix of it at a dot, with fnmatch."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, "*." + pattern)
 
 
@@ -193,7 +201,7 @@ def covered(pattern: str, found: Sequence[Candidate], everything: bool = False) 
     direct = [c for c in found if matches(pattern, c)]
     if direct:
         return direct
-    within = [c for c in found if any(_names(pattern, parent) for parent in parents_of(c))]
+    within = [c for c in found if any(names_of(pattern, parent) for parent in parents_of(c))]
     if everything:
         return within
     return [c for c in within if not c.left_out] or [c for c in within if c.left_out.endswith(_WHEN_NAMED)]
@@ -316,18 +324,22 @@ def refuse_unknown(modules: Modules, found: Sequence[Candidate], argument: str) 
     for pattern in [modules] if isinstance(modules, str) else modules:
         if not (any(_selects(pattern, c) for c in found) if single else covered(pattern, found, everything=True)):
             names = sorted({c.module_name for c in found if c.module_name} | {c.name for c in found})
-            near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or names[:8]
             kind = "the regular expression" if single else "the pattern"
             hint = (
                 " (a single string is a regular expression for whole names; write a list to match by suffix)"
                 if single and any(matches(pattern, c) for c in found)
                 else ""
             )
-            listed = ", ".join(f"`{name}`" for name in near) if near else "none: the model has no weight to convert"
             raise ValueError(
                 f"{argument}: {kind} {pattern!r} matches no tensor{hint}. Expected the name of a layer with weights or of a "
-                f"tensor in it; the nearest names are: {listed}."
+                f"tensor in it; the nearest names are: {nearest(pattern, names)}."
             )
+
+
+def nearest(pattern: str, names: Sequence[str]) -> str:
+    """List the names that are most like a pattern, for a message."""
+    near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or names[:8]
+    return ", ".join(f"`{name}`" for name in near) if near else "none: the model has no weight to convert"
 
 
 def best_key(keys: Iterable[str], candidate: Candidate, argument: str) -> str | None:
@@ -339,7 +351,7 @@ def best_key(keys: Iterable[str], candidate: Candidate, argument: str) -> str | 
     known = list(keys)
     matching = [key for key in known if matches(key, candidate)]
     for parent in () if matching else parents_of(candidate):  # no key names it: the nearest parent that a key names
-        matching = [key for key in known if _names(key, parent)]
+        matching = [key for key in known if names_of(key, parent)]
         if matching:
             break
     matching.sort(key=len, reverse=True)

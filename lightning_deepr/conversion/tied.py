@@ -26,6 +26,22 @@ def tied_names(root: nn.Module) -> dict[int, list[str]]:
     return {key: found for key, found in names.items() if len(found) > 1}
 
 
+def partners(root: nn.Module, chosen: Iterable[Any]) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Find the other layers that hold a chosen tensor.
+
+    Returns:
+        {name of the candidate: [(layer, the tensor's name in it)]}, for tied ones.
+    """
+    mine = {id(c.parameter): c for c in chosen if c.parameter is not None}
+    found: dict[str, list[tuple[nn.Module, str]]] = {}
+    for module in root.modules():
+        for tensor_name, parameter in module._parameters.items():
+            candidate = mine.get(id(parameter))
+            if candidate is not None and (module, tensor_name) != (candidate.module, candidate.tensor_name):
+                found.setdefault(candidate.name, []).append((module, tensor_name))
+    return found
+
+
 def reason(names: Sequence[str], name: str) -> str:
     """Say why a tied tensor is left out."""
     return f"{REASON} with {', '.join(f'`{other}`' for other in names if other != name)}"

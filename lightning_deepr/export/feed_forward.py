@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from lightning_deepr.conversion.adapt import merged_copy
 from lightning_deepr.conversion.convert import connections
 from lightning_deepr.conversion.known import called_otherwise, evaluating, foreign, hooks_of
 from lightning_deepr.export.matrices import rows_of
@@ -61,7 +62,7 @@ def read_layers(module: nn.Module) -> list[LinearLayer]:
     Raises:
         ValueError: the network is not a chain of linear layers and ReLU; the message names the other part.
     """
-    module = unwrapped(module)
+    module = merged_copy(unwrapped(module))
     module = nn.Sequential(module) if isinstance(module, _KNOWN) else module
     for name, part in module.named_modules():
         different = hooks_of(part) or called_otherwise(part)

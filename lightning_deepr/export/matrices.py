@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_deepr._needed import EXPORT, needed
-from lightning_deepr.conversion.convert import connections
 from lightning_deepr.monitoring.prune import pruned_copy
-from lightning_deepr.weights.find import converted_tensors
+from lightning_deepr.weights.find import Converted, converted_tensors
 from lightning_deepr.weights.names import keep_metadata
 from lightning_deepr.weights.outside import as_densified, outside, refuse_stacked
 
@@ -81,7 +80,8 @@ def to_csr(module: nn.Module, *, prune: bool = False) -> dict[str, Tensor]:
     Returns:
         {tensor name: CSR [rows, columns]} with all K connections, including those of value 0, sorted by row and column. A
         weight of more than two dimensions becomes a matrix of ``shape[0]`` rows: a convolution's columns are (channel, height,
-        width), in that order. Tensors that are not converted, such as biases, are not included.
+        width), in that order. An adapted weight is the sum, with all of its places. Tensors that are not converted, such as
+        biases, are not included.
 
     Raises:
         ValueError: another parametrization computes a weight from the connections.
@@ -100,7 +100,15 @@ def to_csr(module: nn.Module, *, prune: bool = False) -> dict[str, Tensor]:
     for converted in converted_tensors(module):
         refuse_stacked(converted, "to_csr")
     module = pruned_copy(module, prune)
-    return {name: _csr(*found) for name, found in connections(module).items()}
+    return {one.name: _csr(one.slots.shape, *_entries(one)) for one in converted_tensors(module)}
+
+
+def _entries(one: Converted) -> tuple[Tensor, Tensor]:
+    """List the places and the values of a weight; those of an adapted one are all places, with the sums."""
+    if not one.slots.adapts:
+        return one.slots.active(one.theta)
+    whole = one.slots.whole(one.theta.detach()).detach().reshape(-1)
+    return torch.arange(whole.numel(), device=whole.device), whole
 
 
 def to_scipy(module: nn.Module, *, prune: bool = False) -> dict[str, Any]:

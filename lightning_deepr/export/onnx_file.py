@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_deepr._needed import EXPORT, needed
+from lightning_deepr.conversion.adapt import merged_copy
 from lightning_deepr.conversion.convert import connections, densify
 from lightning_deepr.export.onnx_weights import scatter_weights
 from lightning_deepr.monitoring.prune import pruned_copy
@@ -102,6 +103,7 @@ def to_onnx(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     dynamic = {0: "batch"} if dynamic is None else dict(dynamic)
     _check_inputs(inputs, dynamic)
+    module = merged_copy(module)
     _refuse(module)
     smaller = pruned_copy(module, prune)
     found = connections(smaller)

@@ -66,6 +66,12 @@ def read_trainable(module: nn.Module) -> list[TrainableLayer]:
     Raises:
         ValueError: a layer can't be trained in C; the message names it and says what to do.
     """
+    for one in converted_tensors(module):
+        if one.slots.adapts:
+            raise ValueError(
+                f"to_c(train=True): `{one.name}` is a difference to a frozen weight, which C does not train: expected sparse "
+                "weights. to_c_header exports the merged network."
+            )
     for name, part in unwrapped(module).named_modules():
         if part._parameters and "parametrizations" not in name.split(".") and not isinstance(part, nn.Linear):
             kind = type_before_parametrizations(part).__name__

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_deepr.conversion import sharing
+from lightning_deepr.conversion import adapting, sharing
 from lightning_deepr.conversion.convert import convert
 from lightning_deepr.conversion.report import ConnectivityReport
 from lightning_deepr.conversion.selection import Candidate
@@ -24,7 +24,7 @@ from lightning_deepr.files.gaps import FormatError
 from lightning_deepr.files.records import active_by_record, kind_of_record, shared_by_record, wanted_by_record
 from lightning_deepr.files.sparse_file import Connections
 from lightning_deepr.weights import precision
-from lightning_deepr.weights.base import FORMAT_KEY
+from lightning_deepr.weights.base import BASE_KEY, FORMAT_KEY
 from lightning_deepr.weights.names import join, renamed, split_head, unwrapped, without_root_wrapper, without_wrappers
 
 # the names that zoo.info fills in from the file itself
@@ -86,6 +86,7 @@ def load_checked(module: nn.Module, state: Mapping[str, Any], checked: Mapping[s
     chosen, counts, kinds = [], {}, {}
     known: dict[str, Connections] = {}
     begun: dict[str, tuple[str, ...]] = {}
+    upon: set[str] = set()
     for head, candidate in entries.items():
         count, kind, name = wanted_by_record(state, head), kind_of_record(state, head), candidate.name
         if candidate.slots is not None:
@@ -100,6 +101,8 @@ def load_checked(module: nn.Module, state: Mapping[str, Any], checked: Mapping[s
                     "a dense model (densify(module) first), or convert with the recorded connectivity."
                 )
             continue
+        if head + "0." + BASE_KEY in state:
+            upon.add(name)
         chosen.append(candidate)
         counts[name], kinds[name] = count, kind
         if head in checked:
@@ -109,6 +112,8 @@ def load_checked(module: nn.Module, state: Mapping[str, Any], checked: Mapping[s
     with put_back(module):
         if chosen:
             position = {candidate.name: int(state[head + "0.index"]) for head, candidate in entries.items()}
+            if upon:
+                chosen = adapting.once(chosen)
             chosen.sort(key=lambda candidate: position[candidate.name])
 
             def begin(candidate: Candidate, *args: Any, **options: Any) -> Any:
@@ -117,9 +122,11 @@ def load_checked(module: nn.Module, state: Mapping[str, Any], checked: Mapping[s
                     dtype, device = candidate.parameter.dtype, options["device"]
                     found = known[candidate.name]
                     return found.theta.to(device, precision.kept(dtype)), found.slots(dtype, device)
+                if candidate.name in upon:
+                    return adapting.difference_start(candidate, *args, **{**options, "init": "module"})
                 return STARTS[kinds[candidate.name]](candidate, *args, **options)
 
-            new = convert(module, chosen, counts, init="deepr", seed=0, compute="auto", begin=begin)
+            new = convert(module, chosen, counts, init="deepr", seed=0, compute="auto", begin=begin, upon=upon)
             for heads in shared_by_record(state):
                 names = {entries[head].name for head in heads if head in entries}
                 joined = [converted for converted in new if converted.name in names]

@@ -194,16 +194,19 @@ def put_back(module: nn.Module) -> Iterator[None]:
     )
     keep_metadata(before, state)
     parameters = {part: dict(part._parameters) for part in module.modules()}
+    trained = {parameter: parameter.requires_grad for parameter in module.parameters()}
     try:
         yield
     except Exception:
         # The tensors are looked up again: one that joined a shared theta has new slots since its conversion.
-        new = [one for one in converted_tensors(module) if one.slots not in had]
+        new = [one for one in converted_tensors(module, every=True) if one.slots not in had]
         for converted in new:
             remove(converted)
         for part in {converted.module for converted in new}:
             part._parameters.clear()  # an optimizer may hold the former parameters, in the former order
             part._parameters.update(parameters[part])
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad_(requires_grad)
         for converted in new:
             converted.slots.layer.give_back(converted.module, converted.tensor_name)
         module.load_state_dict(before)

@@ -89,22 +89,27 @@ def contents_of(
     """
     for converted in converted_tensors(module):
         refuse_stacked(converted, "save_sparse")
+        if converted.slots.adapts:
+            raise ValueError(
+                f"save_sparse: `{converted.name}` is a difference to a frozen weight: expected sparse weights. "
+                "`lightning_deepr.save_adapter(net, path)` writes the difference alone."
+            )
     rest = outside(module)
     tensors, versions = rest.values, rest.versions()
     sparse: dict[str, Any] = {}
     streams_of: dict[str, Tensor] = {}
     for converted in converted_tensors(module):
         name = converted.name
-        _refuse_infinite(name, converted.slots.narrowed(converted.theta.detach()))
-        found = _connections(converted.slots, converted.theta.detach())
-        sparse[name], streams = _encoded(found)
+        refuse_infinite(name, converted.slots.narrowed(converted.theta.detach()))
+        found = connections_of(converted.slots, converted.theta.detach())
+        sparse[name], streams = encoded(found)
         streams_of.update({f"{name}.{key}": value for key, value in streams.items()})
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"`{name}`: expected a tensor in the module's state_dict, found {type(value).__name__}.")
         if name in streams_of:
             raise ValueError(f"`{name}`: expected another name for this tensor; the file keeps connections under it.")
-        _refuse_infinite(name, value)
+        refuse_infinite(name, value)
     tensors.update(streams_of)
     report = connectivity_report(module)
     record = {
@@ -124,7 +129,8 @@ def contents_of(
     return record, tensors
 
 
-def _refuse_infinite(name: str, value: Tensor) -> None:
+def refuse_infinite(name: str, value: Tensor) -> None:
+    """Refuse values that are not finite, which a file can't hold."""
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
         raise ValueError(
             f"`{name}` holds NaN or infinity: expected finite values. A buffer that needs them can't be part of a file: "
@@ -132,7 +138,8 @@ def _refuse_infinite(name: str, value: Tensor) -> None:
         )
 
 
-def _connections(slots: Parametrization, theta: Tensor) -> Connections:
+def connections_of(slots: Parametrization, theta: Tensor) -> Connections:
+    """List the active connections of a tensor, in the order of their places, on the CPU."""
     if isinstance(slots, KSlots):
         places, own, signs = slots.places, slots.own(theta), slots.signs
         # A weight that passed through zero (trained without rewiring, or with free signs) keeps its present sign.
@@ -150,7 +157,7 @@ def _connections(slots: Parametrization, theta: Tensor) -> Connections:
     return Connections(
         tuple(slots.shape),
         places[order].cpu(),
-        slots.narrowed(values[order]).cpu(),
+        (values[order] if slots.adapts else slots.narrowed(values[order])).cpu(),
         exceptions.cpu(),
         slots.index,
         slots.sign_seed,
@@ -161,7 +168,8 @@ def _connections(slots: Parametrization, theta: Tensor) -> Connections:
     )
 
 
-def _encoded(found: Connections) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def encoded(found: Connections) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Write connections as an entry of the record and as tensors of the file."""
     places = found.places.numpy()
     bits = gaps.best_width(places)
     entry: dict[str, Any] = {
@@ -182,7 +190,7 @@ def _encoded(found: Connections) -> tuple[dict[str, Any], dict[str, Tensor]]:
         entry["exceptions"], entry["exception_bits"] = int(dormant.size), gaps.best_width(dormant)
         streams["exceptions"] = _stream(gaps.encode(dormant, entry["exception_bits"]))
     if found.allowed is not None:
-        entry["candidates"], items = found.allowed.record()
+        entry["candidates"], items = found.allowed.record(lists=True)
         if found.allowed.is_list:
             entry["candidate_items"], entry["candidate_bits"] = items.numel(), gaps.best_width(items.numpy())
             streams["candidates"] = _stream(gaps.encode(items.numpy(), entry["candidate_bits"]))
@@ -210,6 +218,11 @@ def check(contents: Contents) -> None:
         FormatError: they disagree.
     """
     record, pieces = contents.record, contents.pieces
+    if "adapter" in record:
+        raise FormatError(
+            "expected a sparse network, found an adapter, which is a difference to a pretrained one: "
+            "`lightning_deepr.load_adapter(net, path)` loads it."
+        )
     if set(record) - {"versions"} != _RECORD_KEYS:
         raise FormatError(f"record: expected {', '.join(sorted(_RECORD_KEYS))}, found {', '.join(sorted(record))[:200]}.")
     for key in _RECORD_KEYS - {"architecture", "package_version"}:
@@ -222,7 +235,7 @@ def check(contents: Contents) -> None:
         raise FormatError("record: `architecture` and `package_version`: expected text.")
     sums = {"active": 0, "total": 0}
     for name, entry in record["sparse"].items():
-        _check_entry(name, entry, pieces)
+        check_entry(name, entry, pieces)
         sums = {key: sums[key] + entry[key] for key in sums}
     if record["connectivity"] != sums:
         raise FormatError(
@@ -235,7 +248,8 @@ def check(contents: Contents) -> None:
             raise FormatError(f"`{name[:80]}`: expected a dense tensor, found a part of a converted one.")
 
 
-def _check_entry(name: str, entry: Any, pieces: dict[str, Piece]) -> None:
+def check_entry(name: str, entry: Any, pieces: dict[str, Piece]) -> None:
+    """Check that an entry of the record and its tensors agree, without decoding the places."""
     keys = set(entry) if isinstance(entry, dict) else set()
     whole = all(group <= keys or not group & keys for group in (_EXCEPTION_KEYS, _CANDIDATE_KEYS))
     if not whole or keys - _RULE_KEYS - _EXCEPTION_KEYS - _CANDIDATE_KEYS - _TABLE_KEYS != _SPARSE_KEYS:
@@ -289,11 +303,12 @@ def _piece(pieces: dict[str, Piece], name: str) -> Piece:
 
 def dense_names(contents: Contents) -> list[str]:
     """List the tensors of the file that are not part of a sparse tensor."""
-    own = {f"{name}.{key}" for name, entry in contents.record["sparse"].items() for key in _streams(entry)}
+    own = {f"{name}.{key}" for name, entry in contents.record["sparse"].items() for key in names_of_streams(entry)}
     return [name for name in contents.pieces if name not in own]
 
 
-def _streams(entry: dict[str, Any]) -> tuple[str, ...]:
+def names_of_streams(entry: dict[str, Any]) -> tuple[str, ...]:
+    """List the ends of the names of an entry's tensors."""
     found = ["values", "gaps"]
     found += ["exceptions"] if "exceptions" in entry else []
     found += ["candidates"] if entry.get("candidate_items") else []
@@ -308,12 +323,17 @@ def all_connections(contents: Contents) -> Iterator[tuple[str, Connections]]:
     """
     for name, entry in sorted(contents.record["sparse"].items(), key=lambda item: item[1]["index"]):
         try:
-            yield name, _decoded(name, entry, contents.pieces)
+            yield name, decoded(name, entry, contents.pieces)
         except FormatError as error:
             raise FormatError(f"`{name}`: {error}") from error
 
 
-def _decoded(name: str, entry: dict[str, Any], pieces: dict[str, Piece]) -> Connections:
+def decoded(name: str, entry: dict[str, Any], pieces: dict[str, Piece]) -> Connections:
+    """Read the connections of an entry that was checked.
+
+    Raises:
+        FormatError: the places do not agree with it.
+    """
     total = entry["total"]
     places = torch.from_numpy(gaps.decode(pieces[f"{name}.gaps"].data, entry["active"], entry["bits"], total=total))
     values = pieces[f"{name}.values"].tensor()

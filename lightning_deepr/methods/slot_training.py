@@ -2,7 +2,7 @@
 
 # no `from __future__ import annotations`: see training/arguments.py
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -13,6 +13,7 @@ from lightning_deepr.algorithm import newborns, rewiring
 from lightning_deepr.algorithm.signs import Dale
 from lightning_deepr.algorithm.signs import check as check_signs
 from lightning_deepr.compute import check_compute
+from lightning_deepr.conversion import adapting
 from lightning_deepr.conversion.convert import convert
 from lightning_deepr.conversion.restrictions import part
 from lightning_deepr.conversion.selection import Candidate
@@ -39,6 +40,9 @@ class SlotTraining(ScaledArguments, SparseTraining):
             one that normalizes its gradients (Adam's family, RMSprop) a newborn's first step is then several times the
             learning rate. "neutral": a state that behaves like a second moment starts at the mean over the living slots of its
             tensor, all other states as under "start". A probe of the optimizer finds these states.
+        of: "weight" | "difference". "difference": the weights stay as they are, frozen, and the connections are a difference to
+            them that starts at 0: a sparse adapter of a pretrained network. Everything else is frozen, too.
+        trainable: what is trained beside the difference: "biases" | "norms" | names of layers or tensors, as a list.
     """
 
     compute: str = "auto"
@@ -46,10 +50,14 @@ class SlotTraining(ScaledArguments, SparseTraining):
     sign_words: ClassVar[tuple[str, ...]] = ("place",)
     lr_scale: float | dict[str, float | str] | str = "auto"
     newborn: str = "neutral"
+    of: str = "weight"
+    trainable: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_compute(self.compute)
         check_signs(self.signs, words=self.sign_words)
+        adapting.check_of(self.of, self.init)
+        adapting.check_trainable(self.trainable, self.of)
         check_word("newborn", self.newborn, newborns.WORDS)
         super().__post_init__()
 
@@ -88,12 +96,14 @@ class SlotTraining(ScaledArguments, SparseTraining):
     @override
     def convert(self, module: nn.Module, new: list[Candidate], counts: Mapping[str, int]) -> list[Converted]:
         names = {candidate.name for candidate in new}
+        upon = names if self.of == "difference" else ()
+        begin_with: Any = adapting.difference_start if upon else start
 
         def begin(candidate: Candidate, count: int, index: int, **options: Any) -> tuple[Tensor, KSlots]:
             places = None if "given" in options else self.first_places(candidate, count, index)
             if places is not None:
                 places = places.to(options["device"])
-            return start(candidate, count, index, places=places, **options)
+            return begin_with(candidate, count, index, places=places, **options)
 
         return convert(
             module,
@@ -103,6 +113,7 @@ class SlotTraining(ScaledArguments, SparseTraining):
             seed=cast("int", self.seed),
             compute=self.compute,
             begin=begin,
+            upon=upon,
             given=getattr(counts, "given", None),
             restriction=part(self.candidates, new, names),
             signs=part(self.signs, new, names),

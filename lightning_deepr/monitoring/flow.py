@@ -34,9 +34,13 @@ class Edges:
 
 
 def converted_of(layer: Layer, weight: Weight) -> Converted | None:
-    """Return the converted tensor of a weight, or None if the weight is dense."""
+    """Return the converted tensor of a weight, or None if the weight is dense (as the sum with a frozen weight is)."""
     slots = slots_of(layer.module, weight.name)
-    return None if slots is None else Converted(f"{layer.name}.{weight.name}".lstrip("."), layer.module, weight.name, slots)
+    return (
+        None
+        if slots is None or slots.adapts
+        else Converted(f"{layer.name}.{weight.name}".lstrip("."), layer.module, weight.name, slots)
+    )
 
 
 def edges_of(graph: Graph, *, values: bool = False, dense: bool = True) -> list[Edges]:

@@ -124,6 +124,11 @@ def prune_dead_units(module: nn.Module) -> PrunedUnits:
         (True, True, True)
     """
     for converted in converted_tensors(module):
+        if converted.slots.adapts:
+            raise ValueError(
+                f"prune_dead_units: `{converted.name}` has a frozen weight below its connections, which connects all units: "
+                "expected sparse weights. densify(copy.deepcopy(module)) has the sums of both."
+            )
         if converted.slots.owner() is not None:
             raise RuntimeError(
                 f"prune_dead_units: {type(converted.slots.owner()).__name__} is at work on `{converted.name}`: expected a "

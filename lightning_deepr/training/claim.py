@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_deepr.algorithm.statistics import Turnover
 from lightning_deepr.algorithm.steering import Steering, TurnoverTarget
-from lightning_deepr.conversion import connectivities, pruned, restrictions, sharing, tied
+from lightning_deepr.conversion import adapting, connectivities, pruned, restrictions, sharing, tied
 from lightning_deepr.conversion.allocation import shares
 from lightning_deepr.conversion.convert import nothing_to_convert
 from lightning_deepr.conversion.selection import Candidate, candidates, entry_for, refuse_unknown, select, takes_what_is_usual
@@ -66,11 +66,18 @@ def claim(callback: Method, module: nn.Module, watch: bool = False, early: bool 
 
 def _claim(callback: Method, module: nn.Module, connectivity: Any, watch: bool, early: bool) -> int:
     found = candidates(module)
+    of = getattr(callback, "of", "weight")
+    if of == "difference" and connectivity is not None:
+        found = adapting.adaptable(module, found, callback.target_modules, callback.trainable)  # type: ignore[attr-defined]
     for argument in BY_TENSOR:
         value = getattr(callback, argument)
         if isinstance(value, Mapping):
             refuse_unknown(list(value), found, argument)
     chosen = _chosen(callback, module, found, connectivity)
+    if of == "difference":
+        adapting.refuse_sparse(chosen)
+        adapting.refuse_trained(chosen)
+        chosen = adapting.once(chosen)
     entries: Entries = {
         c.name: (
             entry_for("l1", callback.l1, c),
@@ -93,9 +100,12 @@ def _claim(callback: Method, module: nn.Module, connectivity: Any, watch: bool, 
     restrictions.refuse_unnamed(chosen, rules)
     adopt_rules(callback, adopted, chosen)
     if new:
-        if takes_what_is_usual(callback.target_modules, connectivity) and (line := tied.left_out(module, found)):
+        usual = of == "weight" and takes_what_is_usual(callback.target_modules, connectivity)
+        if usual and (line := tied.left_out(module, found)):
             rank_zero_warn(f"{type(callback).__name__}: {line}")
         _convert(callback, module, new, connectivity, watch)
+        if of == "difference":
+            adapting.freeze(module, callback.trainable)  # type: ignore[attr-defined]
     if callback.scope == "global":
         sharing.join([converted for converted in converted_tensors(module) if converted.name in entries])
     if adopted:
@@ -150,8 +160,9 @@ def _convert(callback: Method, module: nn.Module, new: list[Candidate], connecti
     for converted in callback.convert(module, new, counts):
         converted.slots.watch(watch)
     total, count = sum(c.total for c in new), sum(counts.values())
+    upon = " upon frozen weights" if getattr(callback, "of", "weight") == "difference" else ""
     rank_zero_info(
-        f"{type(callback).__name__}: {count:,} connections of {total:,} ({count / total:.2%}) in {len(new)} tensors."
+        f"{type(callback).__name__}: {count:,} connections{upon} of {total:,} ({count / total:.2%}) in {len(new)} tensors."
     )
 
 

@@ -229,9 +229,9 @@ def was_skipped(optimizer: Optimizer) -> bool:
 
 def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None:
     """Stop before a step if a theta or a gradient is not finite. The message names the tensor and the step."""
-    values: list[torch.Tensor] = list({id(theta := t.theta): theta for t in tensors}.values())  # layers may share one theta
+    values: list[torch.Tensor] = [t.theta for t in tensors]
     if gradients:
-        values += [theta.grad for theta in values if theta.grad is not None]
+        values += [gradient for theta in values if (gradient := theta.grad) is not None]
     if kernels.all_finite(values):
         return
     looked = [("theta", t, t.slots.own(t.theta.detach())) for t in tensors]

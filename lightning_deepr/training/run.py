@@ -57,7 +57,9 @@ class Run:
         if size != self._size:
             known = {id(tensor) for tensor, _ in self._matched}
             where = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
-            self._matched = [(tensor, where[id(tensor.theta)]) for tensor in tensors if id(tensor.theta) in where]
+            # Under Fabric every optimizer of the process is asked about, also after the network was made dense.
+            there = [tensor for tensor in tensors if tensor.converted.is_there]
+            self._matched = [(tensor, where[id(tensor.theta)]) for tensor in there if id(tensor.theta) in where]
             self.held = {tensor.name: tensor.theta for tensor, _ in self._matched}
             if self._size >= 0:
                 self.joined += [tensor for tensor, _ in self._matched if id(tensor) not in known]

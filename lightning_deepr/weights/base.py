@@ -37,6 +37,7 @@ FORMAT_KEY = "lightning_deepr.load_state_dict"
 SHARING_KEY = "pool"  # the checkpoint's record of a tensor that shares its theta with others, beside its connections
 UPON_KEY = "further_parametrizations"  # the number of parametrizations of others upon a converted tensor, if there are any
 DTYPE_KEY = "weight_dtype"  # a number of the weight's dtype, where theta has another one
+BASE_KEY = "base"  # the frozen weight to which the connections are added, if there is one
 FINGERPRINT_KEY = "fingerprint"  # of the connections; older checkpoints have none
 INTEGER_KEYS = ("places", "born", "sign_exceptions", "sign_seed", "index", "shape", SHARING_KEY)
 EMPTY_KEYS = ("places", "born", "sign_exceptions")  # entries of the checkpoint that may be empty tensors
@@ -93,6 +94,7 @@ class Parametrization(nn.Module):
     records: tuple[str, ...] = ()  # attributes in the state_dict, beside those of every parametrization
     stays = False  # whether no slot ever moves: a tensor that began with K = N and slots in the order of their places
     is_simple_dense = False  # whether dense compute may leave out the parametrization, see compute/dense_linear.py
+    adapts = False  # whether the connections are added to a frozen weight (conversion/adapt.py)
     is_block = False  # whether it is a block of a layer whose blocks lie on several ranks (conversion/row_blocks.py)
     replicated: Any = None  # who averages theta's gradient over the ranks beside FSDP (weights/replicated.py)
 

@@ -34,6 +34,11 @@ class Converted(NamedTuple):
             ) from None
 
     @property
+    def is_there(self) -> bool:
+        """Whether the tensor is converted still: ``densify`` makes it an ordinary one."""
+        return slots_of(self.module, self.tensor_name) is self.slots
+
+    @property
     def holder(self) -> parametrize.ParametrizationList:
         return self.module._modules["parametrizations"]._modules[self.tensor_name]  # type: ignore[union-attr, return-value]
 
@@ -46,18 +51,21 @@ def slots_of(module: nn.Module, tensor_name: str) -> Any:
     return first if isinstance(first, Parametrization) else None
 
 
-def converted_tensors(module: nn.Module) -> Iterator[Converted]:
+def converted_tensors(module: nn.Module, every: bool = False) -> Iterator[Converted]:
     """Iterate over the converted tensors of a module, in the order of conversion.
 
     Args:
         module: the network to search.
+        every: whether a tensor that several layers hold (a tied weight that was adapted) comes once for each of them.
     """
     found = []
+    seen: set[Parametrization] = set()
     for submodule, paths in paths_of(module).items():
         if parametrize.is_parametrized(submodule):
             for tensor_name in submodule.parametrizations:  # type: ignore[union-attr]
                 slots = slots_of(submodule, tensor_name)
-                if slots is not None:
+                if slots is not None and (every or slots not in seen):
+                    seen.add(slots)
                     found.append(Converted(join(paths[0], tensor_name), submodule, tensor_name, slots))
     return iter(sorted(found, key=lambda converted: converted.slots.index))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_deepr.compute.layer import LayerCompute
 from lightning_deepr.weights import precision
 from lightning_deepr.weights.averages import watch_for_averaged_models
 from lightning_deepr.weights.base import UPON_KEY, Parametrization
@@ -19,7 +20,14 @@ from lightning_deepr.weights.find import Converted, slots_of, stacked_upon
 UNSEEN = 5  # a change may be a load or a swap of averages; this many, without a step between them, are an optimizer
 
 
-def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametrization, name: str) -> None:
+def install(
+    module: nn.Module,
+    tensor_name: str,
+    theta: Tensor,
+    slots: Parametrization,
+    name: str,
+    tied: LayerCompute | None = None,
+) -> None:
     """Replace a weight by a parametrization.
 
     theta is a *new* parameter. This makes an optimizer with the old parameter detectable.
@@ -31,13 +39,15 @@ def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametri
         theta: the values of the new parameter.
         slots: the parametrization.
         name: the weight's name in the network, for a warning.
+        tied: None, or how this layer computes, if ``theta`` is the parameter of another layer whose tensor it shares.
     """
     watch_for_averaged_models()
     watch_for_ddp()
     _own_class(module)
     old = module._parameters[tensor_name]
-    requires_grad = True if old is None else old.requires_grad
-    parameter = nn.Parameter(theta, requires_grad=requires_grad)
+    requires_grad = True if old is None or slots.adapts else old.requires_grad
+    parameter = theta if tied is not None else nn.Parameter(theta, requires_grad=requires_grad)
+    assert isinstance(parameter, nn.Parameter)
     module._parameters[tensor_name] = parameter
     # unsafe=True: torch would otherwise build the weight to check dtype and shape, and a very large layer has no memory for
     # that
@@ -45,14 +55,18 @@ def install(module: nn.Module, tensor_name: str, theta: Tensor, slots: Parametri
     holder: Any = module.parametrizations[tensor_name]  # type: ignore[index, union-attr]
     holder.__class__ = ThetaHolder
     holder.register_state_dict_post_hook(_record_others)
-    slots.layer.take_over(module, tensor_name)
-    slots.name = name
+    layer = slots.layer if tied is None else tied
+    layer.take_over(module, tensor_name)
+    if tied is not None:
+        holder.layer = tied
     own: Any = type(module)
     if hasattr(own, "reset_parameters"):
         own.reset_parameters = _reset_parameters
     own._load_from_state_dict = _load_from_state_dict
     type(module).register_parameter = _register_parameter  # type: ignore[method-assign]
-    warn_if_nobody_rewires(parameter, slots, name)
+    if tied is None:
+        slots.name = name
+        warn_if_nobody_rewires(parameter, slots, name)
 
 
 class ThetaHolder(parametrize.ParametrizationList):
@@ -127,25 +141,35 @@ def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str,
             )
 
 
-def remove(converted: Converted) -> None:
+def remove(converted: Converted, parameter: nn.Parameter | None = None) -> nn.Parameter:
     """Turn a converted weight back into an ordinary dense parameter, with zeros at dormant places.
 
     Parametrizations of others that were registered upon ours stay: they compute from the dense weight as they did from ours.
+
+    Args:
+        converted: the tensor.
+        parameter: what becomes the weight; None: a new parameter with the tensor's values.
+
+    Returns:
+        the weight.
     """
     with torch.no_grad():
-        weight = converted.slots.whole(converted.theta.detach())
+        weight = converted.slots.whole(converted.theta.detach()) if parameter is None else parameter
     requires_grad = converted.theta.requires_grad
     module, name, upon = converted.module, converted.tensor_name, stacked_upon(converted.holder)
+    layer: LayerCompute = getattr(converted.holder, "layer", converted.slots.layer)
     _own_class(module)
     for number in range(len(upon), 0, -1):
         del converted.holder._modules[
             str(number)
         ]  # or torch would let them compute once more, and a spectral norm takes a step
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-    module._parameters[name] = nn.Parameter(weight, requires_grad=requires_grad)
-    converted.slots.layer.give_back(module, name)
+    parameter = nn.Parameter(weight, requires_grad=requires_grad) if parameter is None else parameter
+    module._parameters[name] = parameter
+    layer.give_back(module, name)
     if upon:
         _register_again(module, name, upon)
+    return parameter
 
 
 def _register_again(module: nn.Module, name: str, parametrizations: list[nn.Module]) -> None:

@@ -7,6 +7,7 @@ place (``places``) and the sign (``signs``) of each slot's connection.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,12 +22,14 @@ from lightning_deepr.compute import build_weight
 from lightning_deepr.compute.eager import is_jit_tracing, is_plain, is_recorded, needs_operators, transforms, unwatched
 from lightning_deepr.compute.order import Order
 from lightning_deepr.compute.stacked import is_stacked
+from lightning_deepr.compute.upon_base import add_to_base
 from lightning_deepr.compute.weight import SparseWeight as _SparseWeight
 from lightning_deepr.kernels import gate
 from lightning_deepr.weights import copies, precision
 from lightning_deepr.weights.averages import realign_averages
-from lightning_deepr.weights.base import FINGERPRINT_KEY, FORMAT_KEY, LARGEST_READ, Notice, Parametrization
+from lightning_deepr.weights.base import BASE_KEY, FINGERPRINT_KEY, FORMAT_KEY, LARGEST_READ, Notice, Parametrization
 
+DENSEST_UPON_BASE = 0.2  # the connectivity up to which "auto" adds the connections' product to that of the base
 _KERNEL_TYPES = (torch.float32, torch.float64)
 _told: set[str] = set()
 
@@ -34,7 +37,8 @@ _told: set[str] = set()
 class KSlots(Parametrization):
     """The parametrization that computes the dense-shaped weight from a theta of K slots.
 
-    It keeps K places and K signs. It keeps no tensor of size N.
+    It keeps K places and K signs. It keeps no tensor of size N, except for ``base``: the weight is then this frozen tensor,
+    which was there before, plus the connections (:mod:`lightning_deepr.conversion.adapt`).
 
     Args:
         shape: the weight's shape, with N potential connections.
@@ -46,12 +50,15 @@ class KSlots(Parametrization):
         notice: the warning that all tensors of one conversion share.
         allowed: the places where connections may be; None: everywhere.
         sign_table: the signs of the places; None: their hashes.
+        base: the frozen weight to which the connections are added; None: 0.
     """
 
     tensors = ("places", "born", "signs", "exceptions")
     placing = ("places", "signs")
     records = ("places", "born")
     _in_order: tuple[Tensor, tuple[int, int], bool] | None = None  # the last answer of in_place_order
+    base: nn.Parameter  # only if ``adapts``
+    overwritten: Tensor | None = None  # the base's values at the K places, while the connections are merged into it
 
     def __init__(
         self,
@@ -65,6 +72,7 @@ class KSlots(Parametrization):
         *,
         allowed: Allowed | None = None,
         sign_table: SignTable | None = None,
+        base: nn.Parameter | None = None,
     ) -> None:
         exceptions = torch.empty_like(places[:0]) if exceptions is None else exceptions
         super().__init__(shape, index, sign_seed, exceptions, dtype, notice)
@@ -79,6 +87,13 @@ class KSlots(Parametrization):
         self._asked_size, self._asked_device, self._asked = -1, torch.device("cpu"), False
         # receives the dense weight's gradient if a method needs it (RigL does in the steps that rewire)
         self.on_dense_gradient: Callable[[Tensor], None] | None = None
+        if base is not None:
+            self.put_upon(base)
+
+    def put_upon(self, base: nn.Parameter) -> None:
+        """Let the weight be a frozen tensor plus the connections. It stays the same object, in its own memory and dtype."""
+        self.adapts = True
+        self.register_parameter("base", base)
 
     @property
     def count(self) -> int:
@@ -86,6 +101,8 @@ class KSlots(Parametrization):
         return self.places.numel()
 
     def check(self, theta: Tensor, name: str | None = None) -> bool:
+        if self.adapts and (problem := self.base_problem()) is not None:
+            raise RuntimeError(f"`{name or self.name}`: {problem}.")
         return gate.check(theta, self, name)
 
     def written(self, theta: Tensor, name: str) -> list[tuple[str, Tensor]]:
@@ -97,12 +114,13 @@ class KSlots(Parametrization):
     def active(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         if self.doubt is not None:
             copies.check(self)
-        return self.places.clone(), self.narrowed(self.own(theta.detach()) * self.signs).clone()
+        values = self.own(theta.detach()) * self.signs
+        return self.places.clone(), (values if self.adapts else self.narrowed(values)).clone()
 
     def forward(self, theta: Tensor) -> Tensor:
         if self.doubt is not None and not torch.compiler.is_dynamo_compiling():
             copies.check(self)
-        sparse = self.compute == "sparse" and not self.is_watched and self.on_dense_gradient is None
+        sparse = self.compute == "sparse" and not self.is_watched and self.on_dense_gradient is None and not self.is_merged
         traced = torch.compiler.is_dynamo_compiling()
         if sparse and not traced and (self.is_large or not needs_operators()) and not is_stacked(theta, self):
             return _SparseWeight(self.own(theta), self)
@@ -112,7 +130,7 @@ class KSlots(Parametrization):
         return self.weight_of(self.own(theta))
 
     def weight_of(self, part: Tensor) -> Tensor:
-        """Compute the dense-shaped weight from this tensor's own theta [K].
+        """Compute the dense-shaped weight from this tensor's own theta [K]: the connections, and the base if there is one.
 
         Raises:
             RuntimeError: the weight would take more than 1 GiB.
@@ -127,7 +145,9 @@ class KSlots(Parametrization):
                 "(more than 1 GiB). `lightning_deepr.connections(module)` gives its places and values instead."
             )
         # (a tensor whose slots may move has to save its places: autograd then refuses a backward pass after a rewiring)
-        if self.stays and self.narrow is None and not torch.compiler.is_dynamo_compiling() and self.in_place_order:
+        if self.adapts:
+            weight = self._upon_base(part)
+        elif self.stays and self.narrow is None and not torch.compiler.is_dynamo_compiling() and self.in_place_order:
             weight = (part * self.signs).view(self.shape)
         else:
             weight = build_weight(part, self.signs, self.places, self.shape, self.narrow)
@@ -138,7 +158,19 @@ class KSlots(Parametrization):
     def whole(self, theta: Tensor) -> Tensor:
         if self.doubt is not None:
             copies.check(self)
+        if self.adapts:
+            return self._upon_base(self.own(theta)).clone()
         return build_weight(self.own(theta), self.signs, self.places, self.shape, self.narrow)
+
+    def _upon_base(self, part: Tensor) -> Tensor:
+        if self.is_merged:
+            return self.base.detach()
+        return add_to_base(self.base.detach(), part, self.signs, self.places)
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the connections are written into the base, so that the base alone is the weight."""
+        return self.overwritten is not None
 
     @property
     def in_place_order(self) -> bool:
@@ -157,7 +189,7 @@ class KSlots(Parametrization):
 
     @property
     def is_simple_dense(self) -> bool:  # type: ignore[override]
-        return not self.is_watched and self.on_dense_gradient is None
+        return not self.is_watched and self.on_dense_gradient is None and not self.adapts
 
     @property
     def is_large(self) -> bool:
@@ -173,15 +205,19 @@ class KSlots(Parametrization):
             policy: "auto" | "dense" | "sparse".
             capable: whether sparse compute supports this tensor.
         """
-        self.policy = policy if capable else "dense"
+        self.policy = policy if capable and (self.layer.adapts or not self.adapts) else "dense"
         self._asked_size = -1
-        sparse = self.policy == "sparse" or (self.policy == "auto" and kernels.available() and self.layer.guess(self))
+        sparse = self.policy == "sparse" or (self.policy == "auto" and kernels.available() and self._guess())
         if self.policy == "auto" and self.is_large:
             sparse = True  # the dense weight is too large
             self.policy = "sparse"
         self.compute = "sparse" if sparse else "dense"
         if sparse and self.places.device.type == "cpu" and self.signs.dtype in _KERNEL_TYPES and kernels.available():
             self.refresh_order()
+
+    def _guess(self) -> bool:
+        # upon a base, sparse compute saves a copy of it and its dense gradient, at any batch size
+        return self.count <= DENSEST_UPON_BASE * self.total if self.adapts else self.layer.guess(self)
 
     def uses_sparse(self, x: Tensor, module: nn.Module) -> bool:
         """Whether this forward pass computes sparsely.
@@ -192,6 +228,8 @@ class KSlots(Parametrization):
         """
         if self.doubt is not None and not torch.compiler.is_dynamo_compiling():
             copies.check(self)
+        if self.adapts:
+            return self.compute == "sparse" and self.on_dense_gradient is None and not self.is_merged
         if self.policy != "auto" or torch.compiler.is_dynamo_compiling() or self.on_dense_gradient is not None:
             return self.compute == "sparse" and self.on_dense_gradient is None
         if type(x) is not Tensor or is_jit_tracing():
@@ -284,6 +322,8 @@ class KSlots(Parametrization):
             return "theta is not finite"
         if not signed and bool((mine < 0).any()):
             return f"expected theta >= 0, found {float(mine.min())}"
+        if self.adapts and (changed := self.base_problem()):
+            return changed
         if bool(((places < 0) | (places >= self.total)).any()):
             return f"a place lies outside 0 ... {self.total - 1}"
         if places.unique().numel() != places.numel():
@@ -304,7 +344,32 @@ class KSlots(Parametrization):
                 return f"the optimizer's {name} of a reborn slot is not at its start, {start}"
         return None
 
+    def base_problem(self) -> str | None:
+        """Say why the frozen base is not frozen any more, or return None."""
+        if self.base.requires_grad:
+            return (
+                "its frozen weight has requires_grad=True: expected that only the difference to it is trained. Somebody has "
+                "unfrozen it (`requires_grad_(True)`, a fine-tuning callback): leave out the parameters whose names end with "
+                "`.base`"
+            )
+        if self.is_merged:
+            return (
+                "its connections are merged into the frozen weight: expected them apart for a training. Call "
+                "`lightning_deepr.adapters.unmerge(net)` first"
+            )
+        return None
+
     # -- moving, copying, saving ------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KSlots:
+        base = self._parameters.pop("base", None)  # it is cast like any other weight; theta and its signs may not be
+        super()._apply(fn, recurse)
+        if base is not None:
+            held = nn.ParameterList([base])._apply(fn)
+            self._parameters["base"] = held[0]
+            if self.overwritten is not None:
+                self.overwritten = fn(self.overwritten)
+        return self
 
     def moved(self) -> None:
         self._asked_size = -1
@@ -323,8 +388,10 @@ class KSlots(Parametrization):
             self.weight_dtype,
             allowed=self.allowed,
             sign_table=self.sign_table,
+            base=copy.deepcopy(self.base, memo) if self.adapts else None,
         )
         replica.born = self.born.clone()
+        replica.overwritten = None if self.overwritten is None else self.overwritten.clone()
         replica.take_after(self, memo)
         if self.order is not None:
             replica.refresh_order()
@@ -377,6 +444,52 @@ class KSlots(Parametrization):
             found = copies.fingerprint(self.places, self.exceptions, self.sign_seed)
             destination[prefix + FINGERPRINT_KEY] = found
             copies.hand_out(self, destination[prefix + "places"], found)
+        if self.adapts:
+            base = self.base if keep_vars and not self.is_merged else self.unmerged().detach()
+            destination[prefix + BASE_KEY] = base
+
+    def unmerged(self) -> Tensor:
+        """Return the base as it was before the connections were merged into it: itself if they are not."""
+        if self.overwritten is None:
+            return self.base
+        flat = self.base.detach().reshape(-1)
+        return flat.index_copy(0, self.places, self.overwritten).view(self.shape)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        recorded, errors = state_dict.get(prefix + BASE_KEY), len(error_msgs)
+        problem = self._base_refusal(recorded) if prefix + FORMAT_KEY in state_dict else None
+        if problem is not None:
+            error_msgs.append(f"`{prefix.removesuffix('.0.').replace('parametrizations.', '')}`: {problem}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )  # fmt: skip
+        if recorded is None or len(error_msgs) > errors or prefix + FORMAT_KEY not in state_dict:
+            return
+        if self.base.is_meta:
+            self._parameters["base"] = nn.Parameter(recorded.detach().clone(), requires_grad=False)
+        else:
+            with torch.no_grad():
+                self.base.copy_(recorded)
+
+    def _base_refusal(self, recorded: Tensor | None) -> str | None:
+        """Say why the base in a checkpoint does not fit, or return None."""
+        if self.adapts != (recorded is not None):
+            forms = "connections alone", "connections upon a frozen weight"
+            return (
+                f"expected {forms[self.adapts]}, found {forms[not self.adapts]} in the checkpoint: convert as it records, "
+                '`sparsify` or `adapt` (of="difference"), or load it into a dense network with `load_state_dict(module, path)`.'
+            )
+        if recorded is None:
+            return None
+        if recorded.shape != self.base.shape:
+            return f"expected a frozen weight of shape {tuple(self.base.shape)}, found {tuple(recorded.shape)}."
+        if self.is_merged:
+            return "its connections are merged into the frozen weight: call `lightning_deepr.adapters.unmerge(net)`, then load."
+        return None
 
     def _refusal(self, record: dict[str, Tensor]) -> str | None:
         problem = super()._refusal(record) or self._count_refusal(record)

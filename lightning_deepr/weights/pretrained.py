@@ -3,7 +3,8 @@
 ``from_pretrained`` builds the network anew, dense, and skips names that it does not know: a file of connections alone would
 leave the weights as they were drawn, with no error. So what ``save_pretrained`` writes has the dense weight, too, under its own
 name, and the file loads without this package. A converted network finds its connections in it, and does not need the weight.
-PEFT only ever loads adapters into layers that it has just made: its files have the dense weight alone.
+PEFT only ever loads adapters into layers that it has just made: its files have the dense weight alone. So have those of an
+adapted network, as the merged weight; :func:`lightning_deepr.save_adapter` writes the difference.
 """
 
 from __future__ import annotations
@@ -55,6 +56,6 @@ def add_dense_weight(slots: Any, destination: dict[str, Any], prefix: str) -> No
     path, _, tensor_name = head.removesuffix(".").rpartition("parametrizations.")
     with torch.no_grad():
         destination[path + tensor_name] = slots.whole(theta.detach())
-    if library == "peft":
+    if library == "peft" or slots.adapts:  # (with a base, the file would have every weight twice)
         for name in [name for name in destination if name.startswith(head)]:
             del destination[name]

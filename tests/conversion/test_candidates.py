@@ -198,12 +198,17 @@ def test_a_band_of_a_million_by_a_million_keeps_nothing_of_that_size() -> None:
 
 def test_a_mask_is_kept_as_bits_or_as_a_list_of_few() -> None:
     units = Units(1, 512, 512)
-    for share, words in ((0.1, 512 * 512 // 64), (0.01, None)):
+    for share, words in ((0.2, 512 * 512 // 64), (0.1, None), (0.01, None)):
         mask = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) < share
         allowed = bind(mask, units, (512, 512))
         assert allowed.items.numel() == (int(mask.sum()) if words is None else words)
         assert (allowed.forms[-1].kind == BITMAP) == (words is not None)
         assert torch.equal(allowed.mask().view(512, 512), mask)
+        numbers, items = allowed.record()  # a state_dict never takes more than the bits
+        assert items.numel() <= 512 * 512 // 64
+        for record in ((numbers, items), allowed.record(lists=True)):
+            again = Allowed.of_record(*record, 512 * 512)
+            assert again == allowed and again.count == allowed.count
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------------

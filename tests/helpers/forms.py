@@ -66,7 +66,7 @@ def codes_of(name: str, size: int) -> list[int]:
     allowed = [form.allows(size, size, *divmod(p, size)) for p in places]
     whole = [p if allowed[p] else -1 for p in places]
     if name == "few":
-        return [p for p in whole if p >= 0]  # at most one in 64: a list
+        return [p for p in whole if p >= 0]  # at most one in 8: a list
     if name in ("no self", "function", "local, function", "mask"):
         return whole
     found = []

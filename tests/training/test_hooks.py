@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn, optim
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from lightning_deepr import DeepR
+from lightning_deepr import DeepR, densify
 from tests.helpers.loops import STEPS, Run, Setting, by_fabric, by_plain_loop, by_trainer
 from tests.helpers.optimizers import sgd
 from tests.helpers.regression import Regression, batches, loss_of, mlp, train
@@ -175,3 +175,14 @@ def test_a_callback_given_to_fabric_leaves_nothing_behind() -> None:
         run.optimizer.step()
         assert all(torch.equal(slots.places, places) for slots, places in zip(all_slots(run.net), before, strict=True))
     assert len(set(counts)) == 1
+
+
+def test_after_fabric_a_dense_network_leaves_other_trainings_alone() -> None:
+    """The callback lives on, and hears of every optimizer of the process: its tensors may be ordinary ones by now."""
+    run = by_fabric(Setting())
+    densify(run.net)
+    other = nn.Linear(3, 2)
+    optimizer = sgd(other.parameters())
+    other(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert run.callback.tracked, "the callback has not forgotten them: it was asked"

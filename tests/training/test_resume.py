@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
@@ -29,6 +29,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 EPOCH, EPOCHS = 10, 3
+exact_resume = pytest.mark.skipif(
+    tuple(map(int, pl.__version__.split(".")[:2])) < (2, 5),
+    reason="Lightning 2.4 takes a step too many after a resume in the middle of an epoch, with dense layers too",
+)
 DATA = batches(EPOCH * EPOCHS)
 
 
@@ -76,7 +80,9 @@ class Setting:
         default = {"connectivity": 0.3, "distribution": "uniform", "l1": 0.1, "seed": SEED, "check_invariants": True}
         callbacks: list[pl.Callback] = [DeepR(**{**default, **self.options, **options})]
         if self.averaged:
-            callbacks.append(EMAWeightAveraging(decay=0.8))
+            if not hasattr(pl.callbacks, "EMAWeightAveraging"):
+                pytest.skip("Lightning before 2.6 has no EMAWeightAveraging")
+            callbacks.append(pl.callbacks.EMAWeightAveraging(decay=0.8))
         saver = ModelCheckpoint(
             folder, every_n_train_steps=2, save_top_k=-1, filename="{step:02d}", auto_insert_metric_name=False
         )
@@ -116,6 +122,7 @@ SETTINGS = {
 }
 
 
+@exact_resume
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.feature("Checkpoints: crash in the middle of an epoch, resumed exactly")
 def test_crashing_and_resuming_changes_nothing(setting: Setting, tmp_path: Path) -> None:
@@ -137,6 +144,7 @@ def test_crashing_and_resuming_changes_nothing(setting: Setting, tmp_path: Path)
         assert deepr_of(runner).state_dict() == deepr_of(whole_trainer).state_dict()
 
 
+@exact_resume
 def test_a_resumed_run_keeps_its_seed(tmp_path: Path) -> None:
     setting = SETTINGS["sgd momentum"]
     whole, _ = setting.fit(tmp_path / "whole")

@@ -13,7 +13,7 @@ from lightning_deepr.kernels.cpu.fields import FORM_WORDS
 from lightning_deepr.kernels.cpu.fields import AllowedWords as W
 from lightning_deepr.kernels.cpu.fields import SignWords as S
 from lightning_deepr.kernels.cpu.hashing import LARGEST, bits
-from lightning_deepr.kernels.cpu.native import load_int64
+from lightning_deepr.kernels.cpu.native import load_int64, prefetch
 
 WHOLE, BAND, BLOCKS, LOCAL, LISTED = rules.WHOLE, rules.BAND, rules.BLOCKS, rules.LOCAL, rules.LISTED
 NOSELF, BITMAP = rules.NOSELF, rules.BITMAP
@@ -125,6 +125,16 @@ def draw_allowed(d: int, word: np.uint64) -> int:
                 return place
         attempt += np.uint64(1)
         tried = bits(word, attempt)
+
+
+@njit
+def fetch_allowed(d: int, word: np.uint64) -> None:
+    """Fetch what the first try of :func:`draw_allowed` will read: an entry of the list, or a word of the bitmap."""
+    kind, forms = load_int64(d + 8 * W.FIRST_FORM), load_int64(d + 8 * W.FORMS)
+    listed = kind == LISTED
+    if listed or (kind == WHOLE and forms > 1 and load_int64(d + 8 * (W.FIRST_FORM + FORM_WORDS)) == BITMAP):
+        code = np.int64((word & LARGEST) % np.uint64(load_int64(d + 8 * W.SPACE)))
+        prefetch(load_int64(d + 8 * W.ITEMS) + 8 * (code if listed else code >> 6))
 
 
 @njit(inline="always")

@@ -13,6 +13,7 @@ import ctypes
 import math
 import mmap
 import sys
+import threading
 from functools import cache
 from typing import Any
 
@@ -33,6 +34,30 @@ def empty(shape: tuple[int, ...] | torch.Size, like: Tensor) -> Tensor:
         return like.new_empty(shape)
     pages = mmap.mmap(-1, count * like.element_size())
     return torch.frombuffer(pages, dtype=like.dtype, count=count).view(shape)  # the tensor keeps the pages
+
+
+_of_thread = threading.local()
+_SCRATCH = 1 << 18  # bytes that each thread keeps for :func:`scratch`
+
+
+def scratch(size: int, like: Tensor) -> tuple[int, Any]:
+    """Return the address of bytes that nobody needs after the call, and what has to live as long as they are used.
+
+    Small ones are the same in every call of a thread: an allocation takes longer than a small layer's product.
+
+    Args:
+        size: the bytes.
+        like: a CPU tensor of the dtype for which they are.
+    """
+    if size > _SCRATCH:
+        found = empty((-(-size // like.element_size()),), like)
+        return found.data_ptr(), found
+    try:
+        return _of_thread.scratch  # type: ignore[no-any-return]
+    except AttributeError:
+        block = torch.empty(_SCRATCH, dtype=torch.uint8, device="cpu")
+        _of_thread.scratch = block.data_ptr(), block
+        return _of_thread.scratch  # type: ignore[no-any-return]
 
 
 _kept: dict[int, list[np.ndarray]] = {}  # by size; a buffer is in use while a tensor refers to its array

@@ -354,6 +354,47 @@ class LinearPhase(Fields):
     MULTIPLY = auto()
 
 
+class TokenArguments(Fields):
+    """The arguments of a linear layer with many rows, forward and backward (:mod:`.tokens`)."""
+
+    TASK = auto()
+    WORKER = auto()
+    PHASE = auto()
+    BATCH = auto()
+    BLOCKS = auto()
+    GROUPS = auto()
+    ROWS = auto()
+    COLUMNS = auto()
+    COUNT = auto()
+    X = auto()
+    Y = auto()  # y, or its gradient
+    THETA = auto()
+    BIAS = auto()
+    ROW_START = auto()
+    ROW_COLUMN = auto()
+    ROW_SLOT = auto()
+    COLUMN_START = auto()
+    COLUMN_ROW = auto()
+    COLUMN_SLOT = auto()
+    DX = auto()
+    DTHETA = auto()
+    DBIAS = auto()
+    VALUES = auto()  # address of the K values in the order of the rows, or backward of the columns
+    SUMS = auto()  # address of the sums of each group for dtheta, in the same order
+    SUMS_BIAS = auto()  # address of the sums of each group for db
+    SCRATCH = auto()  # address of the blocks of the first worker
+    SCRATCH_BYTES = auto()  # of each worker
+    NOT_FINITE = auto()  # set to 1 if a number of x, or backward of dy, is not finite
+
+
+class TokenPhase(Fields):
+    """The part of a linear layer with many rows that a call computes."""
+
+    GATHER = auto()
+    MULTIPLY = auto()
+    REDUCE = auto()
+
+
 class ConvArguments(Fields):
     """The arguments of a convolution, forward and backward (:mod:`.conv`). "In" is the side of x, "out" the side of y."""
 

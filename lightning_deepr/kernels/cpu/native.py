@@ -413,11 +413,16 @@ def _by_fours(builder: Any, number: Any, visit: Callable[[Any, int], None]) -> N
         visit(builder.add(done, loop.index), 1)
 
 
-def _store_dots(builder: Any, tile: _Tile, partial: list[Any], products: Any, first: Any) -> None:
-    """Store the sum of the lanes of one vector, or of four vectors together. Together each takes half of the instructions."""
+def _store_dots(builder: Any, tile: _Tile, partial: list[Any], products: Any, first: Any, add: bool = False) -> None:
+    """Store the sum of the lanes of one vector, or of four vectors together. Together each takes half of the instructions.
+
+    With ``add`` they are added to what is there.
+    """
     where = builder.add(products, builder.mul(first, _int64(tile.size)))
     if len(partial) == 1:
-        builder.store(tile.sum(partial[0]), builder.inttoptr(where, tile.scalar.as_pointer()))
+        at = builder.inttoptr(where, tile.scalar.as_pointer())
+        total = tile.sum(partial[0])
+        builder.store(builder.fadd(builder.load(at), total) if add else total, at)
         return
     masks = _interleaving(tile.lanes)
 
@@ -434,19 +439,21 @@ def _store_dots(builder: Any, tile: _Tile, partial: list[Any], products: Any, fi
             for s in (0, width)
         ]
         together = builder.fadd(*halves, flags=("fast",))
-    builder.store(together, builder.inttoptr(where, together.type.as_pointer()), align=tile.size)
+    at = builder.inttoptr(where, together.type.as_pointer())
+    builder.store(builder.fadd(builder.load(at, align=tile.size), together) if add else together, at, align=tile.size)
 
 
-def _entry(builder: Any, tile: _Tile, i: Any, index: Any, value: Any, origin: Any) -> tuple[Any, Any]:
-    """Return the address of the i-th listed row, and its factor in all lanes."""
+def _entry(builder: Any, tile: _Tile, i: Any, index: Any, value: Any, origin: Any, ahead_by: int = AHEAD) -> tuple[Any, Any]:
+    """Return the address of the i-th listed row, and its factor in all lanes. Prefetch a later row (``ahead_by`` 0: do not)."""
     i = builder.sext(i, _INT64) if i.type != _INT64 else i
     where = builder.add(index, builder.mul(i, ir.Constant(_INT64, 4)))
     width = tile.size * tile.lanes * tile.vectors
-    ahead = builder.add(where, ir.Constant(_INT64, 4 * AHEAD))
-    later = builder.zext(builder.load(builder.inttoptr(ahead, _INT32.as_pointer())), _INT64)
-    later = builder.add(origin, builder.mul(later, ir.Constant(_INT64, width)))
-    for line in range(0, width, 64):
-        _prefetch(builder, builder.add(later, ir.Constant(_INT64, line)))
+    if ahead_by:
+        ahead = builder.add(where, ir.Constant(_INT64, 4 * ahead_by))
+        later = builder.zext(builder.load(builder.inttoptr(ahead, _INT32.as_pointer())), _INT64)
+        later = builder.add(origin, builder.mul(later, ir.Constant(_INT64, width)))
+        for line in range(0, width, 64):
+            _prefetch(builder, builder.add(later, ir.Constant(_INT64, line)))
     row = builder.zext(builder.load(builder.inttoptr(where, _INT32.as_pointer())), _INT64)
     row = builder.add(origin, builder.mul(row, ir.Constant(_INT64, tile.size * tile.lanes * tile.vectors)))
     if value is None:

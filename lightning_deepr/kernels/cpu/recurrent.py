@@ -16,9 +16,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from lightning_deepr.kernels.cpu.fields import RecurrentArguments as A
@@ -26,50 +24,7 @@ from lightning_deepr.kernels.cpu.gru import gru_cell, gru_gradient
 from lightning_deepr.kernels.cpu.linear import from_block, gather_values, to_tiles
 from lightning_deepr.kernels.cpu.lstm import lstm_cell, lstm_gradient
 from lightning_deepr.kernels.cpu.native import Kernel, _Tile, fetch_add, fill_row, load_int32, load_int64, store_float
-
-
-@intrinsic(prefer_literal=True)
-def accumulate_near(
-    typingctx: Any, sums: Any, count: Any, indices: Any, values: Any, source: Any, size: Any, lanes: Any, vectors: Any,
-) -> Any:  # fmt: skip
-    """Do the work of :func:`.native.accumulate_rows` for a source in a near cache.
-
-    Nothing is prefetched: that would take as many loads as the work itself. Every other connection goes to a second sum, so a
-    multiplication does not wait for the one before.
-    """
-    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        into, number, index, value, origin = args[:5]
-        tile, int32, int64 = _Tile(builder, *shape), ir.IntType(32), ir.IntType(64)
-        zero = ir.Constant(tile.vector, [0.0] * tile.lanes)
-        held = [[cgutils.alloca_once_value(builder, tile.load(into, v)) for v in range(tile.vectors)]]
-        held.append([cgutils.alloca_once_value(builder, zero) for _ in range(tile.vectors)])
-
-        def scaled(base: Any, i: Any, factor: int) -> Any:
-            return builder.add(base, builder.mul(i, ir.Constant(int64, factor)))
-
-        def take(i: Any, registers: list[Any]) -> None:
-            row = builder.load(builder.inttoptr(scaled(index, i, 4), int32.as_pointer()))
-            row = scaled(origin, builder.zext(row, int64), tile.size * tile.lanes * tile.vectors)
-            factor = builder.load(builder.inttoptr(scaled(value, i, tile.size), tile.scalar.as_pointer()))
-            factor = tile.broadcast(factor)
-            for v, register in enumerate(registers):
-                builder.store(tile.multiply_add(factor, tile.load(row, v), builder.load(register)), register)
-
-        one = ir.Constant(int64, 1)
-        with cgutils.for_range(builder, builder.lshr(number, one)) as loop:
-            i = builder.shl(loop.index, one)
-            take(i, held[0])
-            take(builder.add(i, one), held[1])
-        with builder.if_then(builder.icmp_signed("!=", builder.and_(number, one), ir.Constant(int64, 0))):
-            take(builder.sub(number, one), held[0])
-        for v, (a, b) in enumerate(zip(*held, strict=True)):
-            tile.store(builder.fadd(builder.load(a), builder.load(b)), into, v)
-        return context.get_dummy_value()
-
-    int64 = types.int64
-    return types.void(int64, int64, int64, int64, int64, size, lanes, vectors), codegen
+from lightning_deepr.kernels.cpu.near import accumulate_near
 
 
 @intrinsic(prefer_literal=True)

@@ -21,7 +21,7 @@ from numba import carray, njit
 
 from lightning_deepr.algorithm import randomness
 from lightning_deepr.kernels.cpu import room
-from lightning_deepr.kernels.cpu.allowed import BITMAP, draw_allowed, negative_in_table, place_of
+from lightning_deepr.kernels.cpu.allowed import BITMAP, draw_allowed, fetch_allowed, negative_in_table, place_of
 from lightning_deepr.kernels.cpu.deviates import BLOCK, deviates
 from lightning_deepr.kernels.cpu.fields import (
     FORM_WORDS,
@@ -270,6 +270,9 @@ def draw_by_rejection(
             key = extend(stream, np.uint64(attempt + a))
             for begin in range(0, waiting, BATCH):
                 number = min(BATCH, waiting - begin)
+                if allowed != 0:  # first all reads of a list or a bitmap, which are cache misses
+                    for i in range(number):
+                        fetch_allowed(allowed, bits(key, np.uint64(counter + dormant[pending[begin + i]])))
                 for i in range(number):
                     word = bits(key, np.uint64(counter + dormant[pending[begin + i]]))
                     if allowed != 0:

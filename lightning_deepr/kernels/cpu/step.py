@@ -48,6 +48,7 @@ class Marks:
         self.tensor = tensor
         self.words = torch.empty((tensor.total + 63) >> 6, dtype=torch.int64, device="cpu")
         self.noted: tuple[Tensor, int, int] | None = None
+        self.said: bool | None = None  # what the table says of them
 
     def is_fresh(self) -> bool:
         """Tell whether the bitmap is that of the present places."""
@@ -58,6 +59,7 @@ class Marks:
         """Record that the bitmap is that of the present places."""
         places = self.tensor.places
         self.noted = places, _version(places), places.data_ptr()
+        self.said = True  # the kernel has written it
 
 
 def _version(places: Tensor) -> int:
@@ -98,6 +100,7 @@ class Table:
             self.work += tensor.places.numel()
         self.arguments = _fill(TENSORS=len(self.tensors), TABLE=self.fields.ctypes.data)
         # the content of the table: only what changes is written
+        self.staying = [False] * len(tensors)
         self.known: list[tuple[Any, ...] | None] = [None] * len(tensors)
         self.changing: list[tuple[Any, ...] | None] = [None] * len(tensors)
         self.states: list[tuple[Any, ...]] = [()] * len(tensors)
@@ -132,11 +135,15 @@ class Table:
                     tensor.refresh_order()
             if not checked:
                 gate.check(theta, tensor)
-            self._note(i, tensor, theta, None if tensor.stays else order)
-            self.fields[i, _STAYS] = tensor.stays
+            stays = tensor.stays
+            self._note(i, tensor, theta, None if stays else order)
+            if stays is not self.staying[i]:
+                self.fields[i, _STAYS] = self.staying[i] = stays
             marks = self.marks[i]
             if marks is not None:
-                self.fields[i, _MARKS_KNOWN] = marks.is_fresh()
+                fresh = marks.is_fresh()
+                if fresh is not marks.said:  # (after a step without a rebirth, the kernel's word is the same)
+                    self.fields[i, _MARKS_KNOWN] = marks.said = fresh
             changing = (decrements[i], noises[i], rewires[i])
             if changing != self.changing[i]:
                 self.changing[i] = changing
@@ -162,17 +169,17 @@ class Table:
                 orders.update_kernel()(arguments, native.threads_for(self.work, 1 << 14))
             # A backward pass through the old connections would be wrong, dense or sparse. The new version makes autograd
             # refuse it.
-            moved = zip(self.tensors, counts, self.fields[:, _STAYS], strict=True)
-            changed = [tensor for tensor, count, stays in moved if count and not stays]
+            moved = [i for i, count in enumerate(counts) if count and not self.staying[i]]
+            changed = [self.tensors[i] for i in moved]
             torch.autograd.graph.increment_version(
                 [tensor.places for tensor in changed] + [tensor.order.buffer for tensor in changed if tensor.order is not None]
             )
-            for tensor in changed:
+            for i, tensor in zip(moved, changed, strict=True):
                 gate.note(tensor)
                 if tensor.order is not None:
                     tensor.order.note(tensor.places)
-            for marks in self.marks:
-                if marks is not None and any(marks.tensor is tensor for tensor in changed):
+                marks = self.marks[i]
+                if marks is not None:
                     marks.note()
         return counts, newborns
 
