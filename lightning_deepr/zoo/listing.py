@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_deepr.zoo import registry
+from lightning_deepr.zoo import loading, registry
 from lightning_deepr.zoo.loading import info
 
 
@@ -13,7 +13,7 @@ def list_models(
     connectivity: float | tuple[float, float] | None = None,
     max_bytes: int | None = None,
 ) -> list[str]:
-    """List the names of the zoo's models, sorted, with numbers in numerical order.
+    """List the names of the zoo's models that are installed, sorted, with numbers in numerical order.
 
     Args:
         pattern: shell wildcards, as in ``"lenet300_100.*"`` or ``"*1pct*"``.
@@ -32,7 +32,8 @@ def list_models(
         >>> list_models(task="image-classification", max_bytes=20_000)
         ['lenet300_100.deepr_0p5pct_mnist', 'lenet300_100.deepr_1pct_mnist', 'lenet300_100.soft_deepr_1pct_mnist']
     """
-    names = registry.list_models(pattern)
+    here = {entry.name for entry in registry.ENTRIES if entry.in_wheel or (loading.folder() / entry.filename).is_file()}
+    names = [name for name in registry.list_models(pattern) if name in here]
     if task is None and connectivity is None and max_bytes is None:
         return names
     least, most = connectivity if isinstance(connectivity, tuple) else (0.0, 1.0 if connectivity is None else connectivity)
@@ -40,7 +41,7 @@ def list_models(
         raise ValueError(f"connectivity: expected a share in 0 to 1, or the least and the most, found {connectivity}.")
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes: expected a number of bytes from 1, found {max_bytes}.")
-    found = {name: info(name) for name in registry.list_models()}
+    found = {name: info(name) for name in registry.list_models() if name in here}
     tasks = sorted({str(one["task"]) for one in found.values() if "task" in one})
     if task is not None and task not in tasks:
         raise ValueError(f"task: expected {' or '.join(tasks)}, found {task!r}.")

@@ -51,11 +51,17 @@ def path_of(name_or_path: str | PathLike[str]) -> Path:
         name_or_path: a name of the zoo, or the path of an existing file.
 
     Raises:
-        FileNotFoundError: ``name_or_path`` is neither. The message lists similar names.
+        FileNotFoundError: ``name_or_path`` is neither; the message lists similar names. Or the model is in the repository only.
     """
     entry = entry_of(name_or_path) if isinstance(name_or_path, str) else None
     if entry is not None:
-        return folder() / entry.filename
+        file = folder() / entry.filename
+        if not entry.in_wheel and not file.is_file():
+            raise FileNotFoundError(
+                f"{entry.name}: the wheel does not have this model, to stay small. Get zoo/{entry.filename} from the "
+                "repository, and give its path."
+            )
+        return file
     path = Path(name_or_path)
     if not path.is_file():
         names = list_models()

@@ -30,7 +30,8 @@ OLD_ZOO_FILE = ROOT / "tests/data/zoo_without_input.safetensors"  # written befo
 OPTIONS: dict[str, dict[str, float]] = {
     "SoftDeepR": {"temperature": 1e-6},
     "L1Shrinkage": {"l1": 1e-4},
-    **dict.fromkeys(("SET", "RigL"), {"rewire_every_n_steps": 2}),
+    "SET": {"rewire_every_n_steps": 2},
+    "RigL": {"rewire_every_n_steps": 2},
 }
 
 

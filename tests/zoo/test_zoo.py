@@ -168,6 +168,19 @@ def test_names(model: Path, tmp_path: Path) -> None:
     assert zoo.load(model) is not None
 
 
+def test_a_model_that_the_wheel_does_not_have(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = (registry.Entry(NAME, registry.ENTRIES[0].sha256, in_wheel=False), *registry.ENTRIES[1:])
+    monkeypatch.setattr(registry, "ENTRIES", entries)
+    assert NAME in zoo.list_models() and zoo.load(NAME) is not None  # a checkout has it
+    elsewhere = model.rename(tmp_path / "got.safetensors")
+    assert NAME not in zoo.list_models() and zoo.list_models("lenet*") == []
+    with pytest.raises(
+        FileNotFoundError, match=rf"the wheel does not have this model.*Get zoo/{NAME}\.safetensors from the repo"
+    ):
+        zoo.load(NAME)
+    assert zoo.load(elsewhere) is not None
+
+
 def test_info(model: Path) -> None:
     info = zoo.info(NAME)
     assert info["name"] == NAME and info["bytes"] == model.stat().st_size and info["license"] == "Apache-2.0"
