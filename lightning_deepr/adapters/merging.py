@@ -43,7 +43,7 @@ def merge(net: nn.Module) -> nn.Module:
             base, theta = slots.base, slots.own(one.theta.detach())
             kept = base.take(slots.places)
             base.put_(slots.places, (kept.to(theta.dtype) + theta * slots.signs).to(base.dtype))
-            slots.overwritten = kept
+            slots.base_kept = kept
     return net
 
 
@@ -60,13 +60,13 @@ def unmerge(net: nn.Module) -> nn.Module:
     adapted = adapted_tensors(net)
     _refuse(net, "unmerge")
     for one, slots in adapted:
-        if slots.overwritten is None:
+        if slots.base_kept is None:
             raise RuntimeError(f"unmerge: `{one.name}` is not merged: expected a network after merge(net).")
     with torch.no_grad():
         for _, slots in adapted:
-            assert slots.overwritten is not None
-            slots.base.put_(slots.places, slots.overwritten)
-            slots.overwritten = None
+            assert slots.base_kept is not None
+            slots.base.put_(slots.places, slots.base_kept)
+            slots.base_kept = None
     return net
 
 

@@ -58,7 +58,7 @@ class KSlots(Parametrization):
     records = ("places", "born")
     _in_order: tuple[Tensor, tuple[int, int], bool] | None = None  # the last answer of in_place_order
     base: nn.Parameter  # only if ``adapts``
-    overwritten: Tensor | None = None  # the base's values at the K places, while the connections are merged into it
+    base_kept: Tensor | None = None  # the base's values at the K places, while the connections are merged into it
 
     def __init__(
         self,
@@ -170,7 +170,7 @@ class KSlots(Parametrization):
     @property
     def is_merged(self) -> bool:
         """Whether the connections are written into the base, so that the base alone is the weight."""
-        return self.overwritten is not None
+        return self.base_kept is not None
 
     @property
     def in_place_order(self) -> bool:
@@ -367,8 +367,8 @@ class KSlots(Parametrization):
         if base is not None:
             held = nn.ParameterList([base])._apply(fn)
             self._parameters["base"] = held[0]
-            if self.overwritten is not None:
-                self.overwritten = fn(self.overwritten)
+            if self.base_kept is not None:
+                self.base_kept = fn(self.base_kept)
         return self
 
     def moved(self) -> None:
@@ -391,7 +391,7 @@ class KSlots(Parametrization):
             base=copy.deepcopy(self.base, memo) if self.adapts else None,
         )
         replica.born = self.born.clone()
-        replica.overwritten = None if self.overwritten is None else self.overwritten.clone()
+        replica.base_kept = None if self.base_kept is None else self.base_kept.clone()
         replica.take_after(self, memo)
         if self.order is not None:
             replica.refresh_order()
@@ -450,10 +450,10 @@ class KSlots(Parametrization):
 
     def unmerged(self) -> Tensor:
         """Return the base as it was before the connections were merged into it: itself if they are not."""
-        if self.overwritten is None:
+        if self.base_kept is None:
             return self.base
         flat = self.base.detach().reshape(-1)
-        return flat.index_copy(0, self.places, self.overwritten).view(self.shape)
+        return flat.index_copy(0, self.places, self.base_kept).view(self.shape)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
