@@ -1,7 +1,7 @@
 """A linear layer upon a frozen weight by way of the sum, in one autograd node, where that is faster than two products.
 
 Forward and backward build the sum in memory that is used again by the next layer, and the backward pass gathers theta's
-gradient from a product that lies there, too. So all layers together need the memory of two weights, and the graph keeps x alone.
+gradient from a product that lies there, too. So all layers together need the memory of two weights, and a graph keeps x.
 """
 
 from __future__ import annotations
