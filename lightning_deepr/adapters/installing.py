@@ -109,7 +109,8 @@ def fit(net: nn.Module, adapter: Adapter, digests: bool = True) -> tuple[dict[st
         if one.slots is None:
             adapting.refuse_unfit([one])
         adapting.refuse_sparse([one])
-        weight = one.parameter if one.slots is None else one.slots.unmerged()  # type: ignore[attr-defined]
+        slots: Any = one.slots
+        weight = one.parameter if slots is None else slots.unmerged()
         assert isinstance(weight, Tensor)
         digest = digest_of(weight) if digests else adapter.digests[name]
         if digest != adapter.digests[name]:

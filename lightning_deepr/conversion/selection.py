@@ -74,7 +74,7 @@ def candidates(root: nn.Module) -> list[Candidate]:
 
     ``left_out`` is empty for a tensor that "all" takes. For the others, which only a name selects, it says why.
     """
-    found = []
+    found: list[Candidate] = []
     tied = tied_names(root)
     metrics: list[str] = []
     known: dict[Parametrization, int] = {}
