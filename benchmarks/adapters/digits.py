@@ -181,8 +181,8 @@ def combinations(tasks: list[str], optimizers: list[str]) -> list[tuple[str, str
         (task, f"{arm} {optimizer}", count)
         for task in tasks
         for optimizer in optimizers
-        for count in RANKS.values()
         for arm in ARMS
+        for count in RANKS.values()
         if arm not in ("full", "head") or count == RANKS[1]
     ]
 
