@@ -57,7 +57,7 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "rigl": ("RigL", {}),
     "deepr": ("DeepR", {}),
 }
-ARMS = ("lora", *SPARSE, "full", "head")
+ARMS = ("deepr", "lora", "fixed", "set", "rigl", "full", "head")
 TASKS = ("rotated 5000", "inverted 5000", "rotated 1000", "inverted 1000")
 SEEDS = (1, 2, 3)
 EPOCHS, BATCH = 20, 50
@@ -175,37 +175,36 @@ def train(job: Job, root: str) -> dict[str, Any]:
     }
 
 
-def jobs(tasks: list[str], optimizers: list[str]) -> tuple[list[Job], Any]:
-    """List the tuning runs, and a function that lists the tests that they lead to."""
-    combinations = [
+def combinations(tasks: list[str], optimizers: list[str]) -> list[tuple[str, str, int]]:
+    """List (task, arm with optimizer, number of values)."""
+    return [
         (task, f"{arm} {optimizer}", count)
-        for task in tasks for optimizer in optimizers for arm in ARMS for count in RANKS.values()
+        for task in tasks
+        for optimizer in optimizers
+        for arm in ARMS
+        for count in RANKS.values()
         if arm not in ("full", "head") or count == RANKS[1]
-    ]  # fmt: skip
+    ]
 
-    def made(task: str, arm: str, count: int, seed: int, lr: float, split: str) -> Job:
-        settings = json.dumps({"optimizer": arm.split()[1], "lr": lr})
-        return Job(task, arm, count, seed, f"lr {lr:g}" if split == "validation" else "test", split, settings)
 
-    def rates(arm: str) -> tuple[float, ...]:
-        kind, optimizer = arm.split()
-        known = RATES[optimizer]
-        return known["full" if kind in ("full", "head") else "lora" if kind == "lora" else "sparse"]
+def rates(arm: str) -> tuple[float, ...]:
+    kind, optimizer = arm.split()
+    known = RATES[optimizer]
+    return known["full" if kind in ("full", "head") else "lora" if kind == "lora" else "sparse"]
 
-    tuning = [made(*one, 0, lr, "validation") for one in combinations for lr in rates(one[1])]
 
-    def tests() -> list[Job]:
-        rows = [row for row in RESULTS.read() if row["split"] == "validation"]
-        found = []
-        for task, arm, count in combinations:
-            mine = [r for r in rows if (r["part"], r["arm"], r["connectivity"]) == (task, arm, f"{count:g}")]
-            if len(mine) == len(rates(arm)):
-                best = max(mine, key=lambda row: float(row["accuracy"]))
-                lr = json.loads(best["settings"])["lr"]
-                found += [made(task, arm, count, seed, lr, "test") for seed in SEEDS]
-        return found
+def made(task: str, arm: str, count: int, seed: int, lr: float, split: str) -> Job:
+    settings = json.dumps({"optimizer": arm.split()[1], "lr": lr})
+    return Job(task, arm, count, seed, f"lr {lr:g}" if split == "validation" else "test", split, settings)
 
-    return tuning, tests
+
+def tests(task: str, arm: str, count: int) -> list[Job]:
+    """List the tests that the tuning of a combination leads to."""
+    mine = [row for row in RESULTS.read() if row["split"] == "validation"]
+    mine = [row for row in mine if (row["part"], row["arm"], row["connectivity"]) == (task, arm, f"{count:g}")]
+    best = max(mine, key=lambda row: float(row["accuracy"]))
+    lr = json.loads(best["settings"])["lr"]
+    return [made(task, arm, count, seed, lr, "test") for seed in SEEDS]
 
 
 def tables() -> None:
@@ -241,11 +240,10 @@ def main() -> None:
     options = parser.parse_args()
     if not options.table:
         pretrained(options.root)
-        for optimizer in options.optimizers:
-            for task in options.tasks:
-                tuning, tests = jobs([task], [optimizer])
-                RESULTS.train(tuning, train, options.workers, options.root)
-                RESULTS.train(tests(), train, options.workers, options.root)
+        for one in combinations(options.tasks, options.optimizers):
+            tuning = [made(*one, 0, lr, "validation") for lr in rates(one[1])]
+            RESULTS.train(tuning, train, options.workers, options.root)
+            RESULTS.train(tests(*one), train, options.workers, options.root)
     tables()
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from lightning_deepr.compute import choice, conv, dense_linear
+from lightning_deepr.compute import choice, conv, dense_linear, upon_base_linear
 from lightning_deepr.compute.eager import needs_operators
 from lightning_deepr.compute.layer import Shape, Slots, matrix, slots_and_theta, with_forward
 from lightning_deepr.compute.sparse import linear, quick_linear
@@ -19,6 +19,10 @@ from lightning_deepr.compute.weight import SparseWeight
 def linear_forward(self: Any, input: Tensor) -> Tensor:
     """Replace ``nn.Linear.forward`` in a converted layer: compute sparsely, or with the transient weight."""
     found = slots_and_theta(self)
+    if found is not None and found[0].adapts and not torch.compiler.is_dynamo_compiling() and found[0].may_sum:
+        y = upon_base_linear.quick_linear(input, found[0].own(found[1]), _bias_of(self), found[0])
+        if y is not None:
+            return y
     if found is not None and found[0].uses_sparse(input, self):
         slots, theta, bias = found[0], found[0].own(found[1]), _bias_of(self)
         if not torch.compiler.is_dynamo_compiling():

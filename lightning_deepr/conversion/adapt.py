@@ -50,9 +50,10 @@ def adapt(
             list. All other parameters are frozen. (Running statistics of batch norms follow ``module.train()``.)
         distribution: as for ``sparsify``.
         init: "module": random places. "largest": the places of the largest weights.
-        seed, compute, scope, candidates, signs: as for ``sparsify``. ``compute="auto"`` adds the connections' product to the
-            frozen weight's up to a connectivity of 20 %; recurrent layers, other convolutions than ``nn.Conv2d`` and
-            ``nn.MultiheadAttention`` build the sum of both for each pass.
+        seed, compute, scope, candidates, signs: as for ``sparsify``. "sparse" adds the connections' product to the frozen
+            weight's. "auto" does so, too, except in linear layers where the sum of both is faster (large batches and many
+            connections): it is built in memory that all layers share. Recurrent layers, other convolutions than ``nn.Conv2d``
+            and ``nn.MultiheadAttention`` build the sum for each pass.
 
     Returns:
         the module itself.

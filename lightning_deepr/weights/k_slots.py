@@ -168,6 +168,12 @@ class KSlots(Parametrization):
         return add_to_base(self.base.detach(), part, self.signs, self.places)
 
     @property
+    def may_sum(self) -> bool:
+        """Whether a linear layer may compute with the sum of base and connections, if that is faster."""
+        plain = self.on_dense_gradient is None and not self.is_watched and not self.is_merged and self.doubt is None
+        return plain and self.policy != "sparse"
+
+    @property
     def is_merged(self) -> bool:
         """Whether the connections are written into the base, so that the base alone is the weight."""
         return self.merged_over is not None

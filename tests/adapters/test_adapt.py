@@ -263,7 +263,7 @@ def test_a_state_dict_goes_on_bit_for_bit() -> None:
     assert all(one.slots.adapts for one in converted_tensors(plain))
 
 
-def test_copies_average_and_compile() -> None:
+def test_an_average_of_an_adapted_network() -> None:
     net = adapt(nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4)), 0.1)
     with torch.no_grad():
         for one in converted_tensors(net):
@@ -275,6 +275,15 @@ def test_copies_average_and_compile() -> None:
     assert torch.equal(average(x), net(x))
     base = average.module[0].parametrizations.weight[0].base
     assert torch.equal(base, net[0].parametrizations.weight[0].base)
+
+
+@pytest.mark.slow
+def test_a_whole_graph_is_compiled() -> None:
+    net = adapt(nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 4)), 0.1)
+    with torch.no_grad():
+        for one in converted_tensors(net):
+            one.theta.uniform_()
+    x = torch.randn(5, 20)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), net(x))
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import re
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +34,7 @@ from lightning_deepr.adapters.adapter import digest_of
 from lightning_deepr.export import to_c_header, to_csr, to_dense_state_dict
 from lightning_deepr.files.gaps import FormatError
 from lightning_deepr.weights.find import converted_tensors
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +152,13 @@ def test_the_kinds_of_files_are_not_mixed_up(tmp_path: Path) -> None:
     path.write_bytes(damaged)
     with pytest.raises(FormatError, match="damaged"):
         load_adapter(network(), path)
+
+
+def test_a_thousand_steps_leave_the_frozen_weights_alone() -> None:
+    net = network()
+    digests = {n: digest_of(net[n].weight) for n in (0, 2)}
+    trained(adapt(net, 0.1), steps=1000)
+    assert {n: digest_of(net[n].parametrizations.weight[0].base) for n in (0, 2)} == digests
 
 
 # -- several ------------------------------------------------------------------------------------------------------------------
@@ -294,6 +305,7 @@ def test_merging_a_compiled_or_distributed_network_is_refused() -> None:
         merge(network())
 
 
+@pytest.mark.slow
 def test_the_compiled_graph_sees_a_merge_of_the_network_inside() -> None:
     net = adapt(network(), 0.1)
     with torch.no_grad():
@@ -325,6 +337,7 @@ def test_exporters_write_the_sum(tmp_path: Path) -> None:
     assert connectivity_report(net).adapted is not None
 
 
+@pytest.mark.slow
 def test_onnx_writes_the_sum(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -352,6 +365,45 @@ def test_peft_loads_the_adapter_without_this_package(tmp_path: Path) -> None:
     again.config = {"model_type": "custom"}
     save_shira(headed, tmp_path / "headed")
     torch.testing.assert_close(peft.PeftModel.from_pretrained(again, str(tmp_path / "headed"))(X), headed(X))
+
+
+@pytest.mark.slow  # peft imports transformers
+def test_the_benchmarks_lora_is_that_of_peft() -> None:
+    peft = pytest.importorskip("peft")
+    digits = imported("benchmarks/adapters/digits.py")
+    layer = nn.Linear(12, 9)
+    theirs = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=3, lora_alpha=3, target_modules=["0"]), nn.Sequential(copy.deepcopy(layer))
+    )[0]  # fmt: skip
+    mine = digits.LoRA(layer, 3)
+    x = torch.randn(4, 12)
+    assert torch.equal(mine(x), theirs(x)) and torch.equal(mine(x), layer(x))
+    with torch.no_grad():
+        mine.a.copy_(theirs.lora_A["default"].weight)
+        mine.b.uniform_()
+        theirs.lora_B["default"].weight.copy_(mine.b)
+    torch.testing.assert_close(mine(x), theirs(x))
+
+
+def imported(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location("adapters_digits", ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    before = list(sys.path)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = before
+    return module
+
+
+def test_the_snippet_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    assert (tmp_path / "mine.safetensors").stat().st_size < 15_000
 
 
 def test_what_shira_has_no_place_for_is_refused(tmp_path: Path) -> None:
