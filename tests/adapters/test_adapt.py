@@ -228,7 +228,8 @@ def test_what_is_trained_and_what_is_frozen() -> None:
     assert trained == {"0.parametrizations.weight.original", "1.weight", "1.bias", "3.weight", "3.bias"}
     report = connectivity_report(net)
     assert report.adapted == {"adapted": 600, "frozen": 630, "trainable": 60 + 60 + 124}
-    assert "adapted: 60 connections beside 600 frozen weights; frozen in all: 630; trainable: 244" in " ".join(str(report).split())
+    line = "adapted: 60 connections beside 600 frozen weights; frozen in all: 630; trainable: 244"
+    assert line in " ".join(str(report).split())
     assert report.parameters == 600 + 30 + 60 + 124 and report.to_dict()["adapted"] == report.adapted
 
 
@@ -385,7 +386,8 @@ def test_a_weight_that_is_unfrozen_in_mid_training_is_refused() -> None:
 def test_a_checkpoint_of_the_other_kind_is_refused() -> None:
     difference, weight = adapted(), sparse()
     for one, other in ((difference, weight), (weight, difference)):
-        with pytest.raises(RuntimeError, match=r"`0.weight`: expected connections (upon|alone).*found connections (alone|upon)"):
+        expected = r"`0.weight`: expected connections (upon|alone).*found connections (alone|upon)"
+        with pytest.raises(RuntimeError, match=expected):
             one.load_state_dict(other.state_dict())
 
 
