@@ -4,7 +4,7 @@ The paper says that DEEP R keeps adapting after convergence. Here LeNet-300-100 
 every digit gets the label of the next; then the first labels come back. Nothing is reset in between. Beside it: the same
 network with connections that never move. (The whole study with all arms: benchmarks/comparison/changing_task.py.)
 
-    python examples/changing_task.py            # about two minutes on a CPU
+    python examples/changing_task.py            # some minutes on a CPU
     python examples/changing_task.py --short    # a few seconds
 """
 
@@ -62,7 +62,7 @@ def train(method: SparseTraining, steps: int, seed: int) -> tuple[list[float], f
 
 def main(arguments: list[str] | None = None) -> dict[str, tuple[list[float], float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10_000, help="of each phase")
+    parser.add_argument("--steps", type=int, default=4000, help="of each phase")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="600 steps")
     given = parser.parse_args(arguments)

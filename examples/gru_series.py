@@ -2,7 +2,7 @@
 
 On the CPU a converted GRU is computed from its connections alone where that is faster: the weights are never dense.
 
-    python examples/gru_series.py            # a minute on a CPU
+    python examples/gru_series.py            # some minutes on a CPU
     python examples/gru_series.py --short    # a few seconds
 """
 
