@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import lightning_deepr
-from lightning_deepr import export, hub, pictures, zoo
+from lightning_deepr import adapters, export, hub, pictures, zoo
 from tests.helpers.paths import ROOT
 from tests.helpers.site import PAGES, blocks_of, site_module, title_of
 
@@ -76,10 +76,10 @@ def test_the_front_page_is_short() -> None:
 def test_every_public_name_has_its_place_in_the_reference() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if "/api/" in page.as_posix())
     shown = {line.rpartition(".")[2] for line in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)}
-    public = {*lightning_deepr.__all__, *zoo.__all__, *hub.__all__, *pictures.__all__}
+    public = {*lightning_deepr.__all__, *zoo.__all__, *hub.__all__, *pictures.__all__, *adapters.__all__}
     public |= {name for name in export.__all__ if name.startswith("to_") and name != "to_c_training"}
     # modules and values have no docstring of their own; aliases stand under their first name
-    public -= {"__version__", "zoo", "pictures", "ENTRIES", "WEIGHTS", "save"}
+    public -= {"__version__", "zoo", "pictures", "adapters", "ENTRIES", "WEIGHTS", "save"}
     assert public <= shown, public - shown
 
 
