@@ -48,7 +48,7 @@ def suits(batch: int, count: int, size: int) -> bool:
         count: K.
         size: the bytes of a float.
     """
-    return batch >= FROM and SUMS >= 4 * count * size
+    return batch >= FROM and 4 * count * size <= SUMS
 
 
 def _groups(blocks: int, count: int, size: int) -> int:
