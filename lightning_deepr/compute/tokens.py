@@ -48,22 +48,22 @@ def suits(batch: int, count: int, size: int) -> bool:
         count: K.
         size: the bytes of a float.
     """
-    return batch >= FROM and _groups(batch, count, size) >= 4
+    return batch >= FROM and 4 * count * size <= SUMS
 
 
 def _groups(blocks: int, count: int, size: int) -> int:
-    return min(GROUPS, blocks, max(SUMS // max(count * size, 1), 1))
+    return min(GROUPS, max(blocks // 2, 1), max(SUMS // max(count * size, 1), 1))
 
 
 @lru_cache(maxsize=512)
-def _plan(batch: int, features: int, count: int, size: int, backward: bool) -> _Plan:
+def _plan(batch: int, rows: int, columns: int, count: int, size: int, backward: bool) -> _Plan:
     from lightning_deepr.kernels.cpu import tokens
 
-    lanes, vectors = tokens.tile_of(size, features)
+    lanes, vectors = tokens.tile_of(size, rows if backward else columns, backward)
     width = lanes * vectors
     blocks = -(-batch // width)
     kernel = (tokens.backward_kernel if backward else tokens.forward_kernel)(size, lanes, vectors)
-    work = (features + (2 if backward else 1) * count) * width * blocks
+    work = (rows + columns + (2 if backward else 1) * count) * width * blocks
     return _Plan(kernel, width, blocks, _groups(blocks, count, size), work)
 
 
@@ -93,7 +93,7 @@ def forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, parts:
         rows, columns: the shape of the weight.
     """
     batch, count, size = x.shape[0], theta.numel(), x.element_size()
-    plan = _plan(batch, columns, count, size, False)
+    plan = _plan(batch, rows, columns, count, size, False)
     threads = _threads(plan.work)
     y, values = empty((batch, rows), x), kept((count,), x)
     block = plan.width * columns
@@ -116,7 +116,7 @@ def backward(
     """Compute the needed gradients of x, theta and bias, at least one of the first two. All tensors are contiguous."""
     batch, count, size = dy.shape[0], theta.numel(), dy.element_size()
     features = rows + columns if need_theta else rows
-    plan = _plan(batch, features, count, size, True)
+    plan = _plan(batch, rows, columns, count, size, True)
     threads = _threads(plan.work)
     dx = empty((batch, columns), dy) if need_x else None
     dtheta = torch.empty_like(theta) if need_theta else None

@@ -239,19 +239,22 @@ def backward_kernel(size: int, lanes: int, vectors: int) -> Kernel:
     return Kernel(backward)
 
 
-NEAR = 3 << 18  # the most bytes of a worker's blocks: they have to stay in a core's own cache
+NEAR = 3 << 18  # the most bytes of the block whose rows the connections visit: it has to stay in a core's own cache
 
 
-def tile_of(size: int, features: int) -> tuple[int, int]:
-    """Choose (lanes, vectors) of a block: at most 4 of the processor's longest vectors.
+def tile_of(size: int, features: int, backward: bool = False) -> tuple[int, int]:
+    """Choose (lanes, vectors) of a block.
 
-    The backward kernel keeps twice as many vectors in registers.
+    The longest vectors of the processor, as many as its registers hold: the forward kernel keeps two sums of a row in them, the
+    backward kernel a sum and a row of x. A long row spreads the cost of a connection over more numbers, but a block that does
+    not fit into the cache costs more.
 
     Args:
         size: the bytes of a float.
-        features: the number of columns of all blocks that a worker holds.
+        features: the number of rows of the block that the connections visit: columns of the weight, backward its rows.
+        backward: whether the block is for the backward kernel.
     """
-    length, vectors = 64 if _has_long_vectors() else 32, 4
+    length, vectors = (64, 8 if backward else 4) if _has_long_vectors() else (32, 4)
     while vectors > 1 and features * vectors * length > NEAR:
         vectors //= 2
     return length // size, vectors
