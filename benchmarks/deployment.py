@@ -119,8 +119,9 @@ def matrix() -> list[dict[str, str]]:
                 try:
                     with torch.no_grad():
                         row[title] = exported(net, copy.deepcopy(plain), x)
-                except (ValueError, TypeError, NotImplementedError):
+                except ValueError as error:  # a refusal; anything else is a fault
                     row[title] = "refused"
+                    print(f"{name}, {title}: {str(error).splitlines()[0]}")
         found.append(row)
     return found
 
