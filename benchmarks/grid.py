@@ -11,17 +11,32 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import axes
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import lightning_deepr
 
 Row = dict[str, str]
+
+
+@cache
+def digits(root: str, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return MNIST as flat images from 0 to 1: training images and labels, and those that are held out.
+
+    The held-out ones of the split "validation" are the last 10,000 training images.
+    """
+    from lightning_deepr.recipes.digits import MNISTDataModule
+
+    images, labels, test_images, test_labels = MNISTDataModule(root).load()
+    if split == "validation":
+        images, labels, test_images, test_labels = images[:-10_000], labels[:-10_000], images[-10_000:], labels[-10_000:]
+    return images.flatten(1).float() / 255, labels, test_images.flatten(1).float() / 255, test_labels
 
 
 @dataclass(frozen=True)

@@ -30,14 +30,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_deepr import LinearDecay, LrPower, connectivity_report
 from lightning_deepr.models import LeNet300100
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import axes
-from grid import Job, Results, callback_of, over_connectivity, summary, table
+from grid import Job, Results, callback_of, digits, over_connectivity, summary, table
 
 HERE = Path(__file__).parent
 RESULTS = Results(HERE / "results.csv", "epochs", "accuracy", "connections", "per_layer")
@@ -178,21 +178,6 @@ def jobs(part: str, arms: list[str]) -> list[Job]:
 def _value(entry: Any) -> Any:
     kinds = {"LrPower": LrPower, "LinearDecay": LinearDecay}
     return kinds[entry[0]](*entry[1:]) if isinstance(entry, list) else entry
-
-
-_data: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-
-
-def digits(root: str, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if split not in _data:
-        from lightning_deepr.recipes.digits import MNISTDataModule
-
-        images, labels, test_images, test_labels = MNISTDataModule(root).load()
-        if split == "validation":
-            images, labels, test_images, test_labels = images[:-10_000], labels[:-10_000], images[-10_000:], labels[-10_000:]
-        flat = [x.flatten(1).float() / 255 for x in (images, test_images)]
-        _data[split] = flat[0], labels, flat[1], test_labels
-    return _data[split]
 
 
 def run(job: Job, root: str) -> dict[str, Any]:

@@ -31,14 +31,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_deepr import connectivity_report
 from lightning_deepr.models import LeNet300100
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import axes
-from grid import Job, Results, Row, over_connectivity, summary
+from grid import Job, Results, Row, digits, over_connectivity, summary
 from sparse_arms import ARMS, OLD, Settings, callback_of
 
 HERE = Path(__file__).parent
@@ -120,21 +120,6 @@ def jobs(part: str, arms: list[str], optimizers: list[str]) -> list[Job]:
                     settings = base | exponent | {"epochs": 20}
                     found.append(Job(part, arm, c, 0, "20 epochs", "test", json.dumps(settings)))
     return sorted(found, key=lambda job: job.seed)
-
-
-_data: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-
-
-def digits(root: str, split: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if split not in _data:
-        from lightning_deepr.recipes.digits import MNISTDataModule
-
-        images, labels, test_images, test_labels = MNISTDataModule(root).load()
-        if split == "validation":
-            images, labels, test_images, test_labels = images[:-10_000], labels[:-10_000], images[-10_000:], labels[-10_000:]
-        flat = [x.flatten(1).float() / 255 for x in (images, test_images)]
-        _data[split] = flat[0], labels, flat[1], test_labels
-    return _data[split]
 
 
 def run(job: Job, root: str) -> dict[str, Any]:
