@@ -19,21 +19,24 @@ from lightning_deepr.compute.weight import SparseWeight
 def linear_forward(self: Any, input: Tensor) -> Tensor:
     """Replace ``nn.Linear.forward`` in a converted layer: compute sparsely, or with the transient weight."""
     found = slots_and_theta(self)
-    if found is not None and found[0].adapts and not torch.compiler.is_dynamo_compiling() and found[0].may_sum:
-        y = upon_base_linear.quick_linear(input, found[0].own(found[1]), _bias_of(self), found[0])
-        if y is not None:
-            return y
-    if found is not None and found[0].uses_sparse(input, self):
-        slots, theta, bias = found[0], found[0].own(found[1]), _bias_of(self)
-        if not torch.compiler.is_dynamo_compiling():
-            y = quick_linear(input, theta, bias, slots)
+    if found is not None:
+        slots, theta = found
+        is_eager = not torch.compiler.is_dynamo_compiling()
+        if slots.adapts and is_eager and slots.may_sum:
+            y = upon_base_linear.quick_linear(input, slots.own(theta), _bias_of(self), slots)
             if y is not None:
                 return y
-        return linear(input, theta, bias, slots)
-    if found is not None and not torch.compiler.is_dynamo_compiling() and found[0].is_simple_dense:
-        y = dense_linear.quick_linear(input, found[0].own(found[1]), _bias_of(self), found[0])
-        if y is not None:
-            return y
+        if slots.uses_sparse(input, self):
+            part, bias = slots.own(theta), _bias_of(self)
+            if is_eager:
+                y = quick_linear(input, part, bias, slots)
+                if y is not None:
+                    return y
+            return linear(input, part, bias, slots)
+        if is_eager and slots.is_simple_dense:
+            y = dense_linear.quick_linear(input, slots.own(theta), _bias_of(self), slots)
+            if y is not None:
+                return y
     return F.linear(input, _built(self.weight), self.bias)
 
 

@@ -38,6 +38,7 @@ class Order:
 
     def __init__(self, places: Tensor, signs: Tensor, shape: torch.Size) -> None:
         self.rows, self.columns = shape[0], math.prod(shape[1:])
+        self.bias_shape = (self.rows,)
         self.count = places.numel()
         # A validation may be the first to need the buffer, but training saves it for its backward pass.
         with torch.inference_mode(False):
@@ -69,11 +70,11 @@ class Order:
     def is_stale(self, places: Tensor) -> bool:
         """Tell whether the places have changed since the order was made."""
         known = self.noted
-        return known[0] is not places or known[1] != _version_of(places) or known[2] != places.data_ptr()
+        return known[0] is not places or known[2] != places.data_ptr() or (not known[3] and known[1] != places._version)
 
     def note(self, places: Tensor) -> None:
         """Record that the order matches these places in their present version."""
-        self.noted = places, _version_of(places), places.data_ptr()
+        self.noted = places, _version_of(places), places.data_ptr(), places.is_inference()
 
 
 def _version_of(places: Tensor) -> int:

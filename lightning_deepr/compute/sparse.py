@@ -82,11 +82,8 @@ _TASK, _PHASE, _TILE = int(LinearArguments.TASK), int(LinearArguments.PHASE), in
 _TRANSPOSE, _MULTIPLY = int(LinearPhase.TRANSPOSE), int(LinearPhase.MULTIPLY)
 _KERNEL_TYPES = (torch.float32, torch.float64)
 _STRIDED = torch.strided
+_is_profiled, _casts, _with_gradients = torch.autograd._profiler_enabled, torch.is_autocast_enabled, torch.is_grad_enabled
 _SMALL = 1 << 18  # up to this amount of work one thread does it alone
-
-
-def _small(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return like.new_empty(shape)
 
 
 def _forward(
@@ -97,8 +94,10 @@ def _forward(
     if batch >= tokens.FROM and tokens.suits(batch, theta.shape[0], x.element_size()):
         return tokens.forward(x, theta, bias, buffer, order, rows, columns), None
     plan = _plan(batch, rows, columns, theta.shape[0], x.element_size(), False)
-    make = empty if plan.large else _small
-    y, tiled = make((batch, rows), x), make((plan.tiled_x,), x)
+    if plan.large:
+        y, tiled = empty((batch, rows), x), empty((plan.tiled_x,), x)
+    else:
+        y, tiled = x.new_empty((batch, rows)), x.new_empty(plan.tiled_x)
     packed = _pack(
         BATCH=batch, TILES=plan.tiles, ROWS=rows, COLUMNS=columns, X=x.data_ptr(), XT=tiled.data_ptr(), Y=y.data_ptr(),
         THETA=theta.data_ptr(), BIAS=0 if bias is None else bias.data_ptr(), PARTS=plan.vectors, order=order,
@@ -118,13 +117,12 @@ def _backward(
     if x is not None and batch >= tokens.FROM and tokens.suits(batch, theta.shape[0], dy.element_size()):
         return tokens.backward(dy, x, theta, buffer, order, rows, columns, need_x, need_theta, need_bias)
     plan = _plan(batch, rows, columns, theta.shape[0], dy.element_size(), True)
-    make = empty if plan.large else _small
     at, held = scratch(plan.tiled_y * plan.size, dy) if need_x else (0, None)  # the tiles of dy
     source = 0
     if tiled is None:
         assert x is not None
-        tiled, source = make((plan.tiled_x,), dy), x.data_ptr()
-    dx = make((batch, columns), dy) if need_x else None
+        tiled, source = empty((plan.tiled_x,), dy) if plan.large else dy.new_empty(plan.tiled_x), x.data_ptr()
+    dx = (empty((batch, columns), dy) if plan.large else dy.new_empty((batch, columns))) if need_x else None
     dtheta = torch.empty_like(theta) if need_theta else None
     dbias = dy.new_empty(rows) if need_bias else None
     packed = _pack(
@@ -139,11 +137,12 @@ def _backward(
 
 
 def _run(plan: _Plan, packed: bytes, passes: int = 1) -> None:
-    threads = 1
-    if plan.work > _SMALL:
-        from lightning_deepr.kernels.cpu.native import threads_for
+    if plan.work <= _SMALL:
+        plan.kernel.alone(packed)
+        return
+    from lightning_deepr.kernels.cpu.native import threads_for
 
-        threads = threads_for(plan.work, _SMALL)
+    threads = threads_for(plan.work, _SMALL)
     if threads == 1:
         plan.kernel.alone(packed)
         return
@@ -170,7 +169,7 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
-        if torch.is_grad_enabled():  # create_graph=True
+        if _with_gradients():  # create_graph=True
             raise RuntimeError(TWICE)
         kept, theta, buffer = ctx.saved_tensors  # raises if a rewiring came in between
         x, tiled = (None, kept) if ctx.tiled else (kept, None)
@@ -180,8 +179,8 @@ class LinearFunction(torch.autograd.Function):
             or theta.numel() != order.count
             or theta.dtype is not kept.dtype
             or not theta.is_contiguous()
-            or dispatch_modes() != 0
-            or transforms() is not None
+            or dispatch_modes()
+            or transforms()
             or is_jit_tracing()
         ):
             check_backward(kept.dtype, (dy,), (theta, order.count))
@@ -306,13 +305,13 @@ def is_quick(x: Tensor, theta: Tensor, slots: SparseSlots) -> bool:
         or slots.narrow is not None
         or not x.is_cpu
         or not theta.is_cpu
-        or dispatch_modes() != 0
-        or transforms() is not None
-        or torch.autograd._profiler_enabled()
+        or dispatch_modes()
+        or transforms()
+        or _is_profiled()
         or is_jit_tracing()
         or forward_ad._current_level >= 0
-        or (function_modes() != 0 and is_recorded())
-        or torch.is_autocast_enabled("cpu")
+        or (function_modes() and is_recorded())
+        or _casts("cpu")
         # kernels take addresses, and no types, sizes or strides
         or x.dtype not in _KERNEL_TYPES
         or (type(theta) is not torch.nn.Parameter and type(theta) is not Tensor)
@@ -326,20 +325,23 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlo
     A small layer takes some 10 microseconds, so every attribute access counts.
     """
     order = slots.order
-    if slots.adapts:
-        return None
-    if order is None or not is_quick(x, theta, slots) or not x.is_contiguous() or theta.numel() != order.count:
-        return None
-    if bias is not None and (
-        bias.dtype is not x.dtype or bias.shape != (order.rows,) or not bias.is_contiguous() or not bias.is_cpu
-    ):
+    if order is None or slots.adapts or not is_quick(x, theta, slots):
         return None
     shape = x.shape
-    if len(shape) != 2 or shape[1] != order.columns or shape[0] == 0:
+    if (
+        len(shape) != 2
+        or shape[1] != order.columns
+        or not shape[0]
+        or not x.is_contiguous()
+        or theta.numel() != order.count
+        or order.is_stale(slots.places)
+    ):
         return None
-    if order.is_stale(slots.places):
+    if bias is not None and (
+        bias.dtype is not x.dtype or bias.shape != order.bias_shape or not bias.is_contiguous() or not bias.is_cpu
+    ):
         return None
-    if torch.is_grad_enabled():
+    if _with_gradients():
         return LinearFunction.apply(x, theta, bias, order.buffer, order)  # type: ignore[no-any-return]
     return _forward(x, theta, bias, order.buffer, order.packed, order.rows, order.columns)[0]
 

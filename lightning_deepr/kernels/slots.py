@@ -20,7 +20,8 @@ class Slots(SlotTensor, Protocol):
     name: str  # in the network, for messages
     sign_table: SignTable | None  # the signs of the places; None: their hashes
     notes: Any  # what is noted about births (see :class:`lightning_deepr.monitoring.record.TensorRecord`); None: nothing
-    passed: Any  # what the gate has compared (see :func:`lightning_deepr.kernels.gate.check`)
+    passed: Any  # what the gate has compared (see :func:`lightning_deepr.kernels.gate.check`); None: nothing yet
+    trusted: Any  # the places that it knows to be valid, with their address, number and version; None: none
 
 
 class SlotOrder(Protocol):

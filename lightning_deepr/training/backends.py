@@ -73,7 +73,7 @@ def _is_as_before(table: Any, items: Sequence[Stepped]) -> bool:
     if table is None or len(table.tensors) != len(items):
         return False
     for item, slots, known in zip(items, table.tensors, table.known, strict=True):
-        if item.tensor.converted.slots is not slots or known is None or known[0] is not slots.passed:
+        if item.tensor.converted.slots is not slots or not known or known[0] is not slots.passed:
             return False
     return True
 
@@ -81,8 +81,9 @@ def _is_as_before(table: Any, items: Sequence[Stepped]) -> bool:
 def step(batch: Batch) -> None:
     """Run the step after the optimizer's step, in the fastest backend that can."""
     items = batch.items
-    if _is_as_before(batch.tables.get(LAST), items):
-        in_numba(batch)
+    last = batch.tables.get(LAST)
+    if _is_as_before(last, items):
+        in_numba(batch, last)
     elif all(gpu_check.rewires(item.theta, item.tensor.slots) for item in items):
         in_triton(batch)
     elif all(kernels.suits(item.theta) for item in items):
@@ -198,34 +199,40 @@ def _step_of_network(batch: Batch, pool: Pool, theta: Tensor, *, rule: str, leas
 # -- compiled for the CPU ----------------------------------------------------------------------------------------------------
 
 
-def in_numba(batch: Batch) -> None:
-    """Run the same step, line by line, in one compiled kernel for all tensors."""
-    items = batch.items
-    thetas, slots = batch.thetas, batch.slots
-    table: Any = batch.tables.get(LAST)
-    if not _is_as_before(table, items):
-        key = (thetas[0].dtype, *map(id, slots))
+def in_numba(batch: Batch, table: Any = None) -> None:
+    """Run the same step, line by line, in one compiled kernel for all tensors.
+
+    Args:
+        batch: the tensors.
+        table: the kernel's table if these are the tensors of the last step.
+    """
+    items, thetas = batch.items, batch.thetas
+    if table is None:
+        tensors = batch.slots
+        key = (thetas[0].dtype, *map(id, tensors))
         table = batch.tables.get(key)
-        if table is None or any(a is not b for a, b in zip(table.tensors, slots, strict=True)):
+        if table is None or any(a is not b for a, b in zip(table.tensors, tensors, strict=True)):
             from lightning_deepr.kernels.cpu.step import Table
 
-            table = batch.tables[key] = Table(slots, thetas[0].element_size())
+            table = batch.tables[key] = Table(tensors, thetas[0].element_size())
         batch.tables[LAST] = table
     states = [item.states() for item in items]
-    within = [found if not found or _kernel_can_write(found) else [] for found in states]
+    within = [found if _kernel_can_write(found) else [] for found in states] if any(states) else states
     rewires = [item.rewires for item in items]
     counts, all_young = table.step(
         thetas, batch.decrements, batch.scales, rewires, within, batch.newborn_since, batch.seed, batch.step, checked=True
     )
-    for item, births, young, numbers, found, done in zip(items, counts, all_young, table.reborn, states, within, strict=True):
+    for i, births in enumerate(counts):
         if births:
-            item.reborn = Reborn(births, young, numbers)
-            if len(done) < len(found):
-                newborns.start_newborns(found, numbers[:births])
-            if item.tensor.slots.averages:
-                restart_averages(item.tensor.slots, numbers[:births])
-            if item.tensor.slots.copies or item.tensor.slots.has_handed_out:
-                places_moved([item.tensor.slots])
+            item, numbers = items[i], table.reborn[i]
+            item.reborn = Reborn(births, all_young[i], numbers)
+            if len(within[i]) < len(states[i]):
+                newborns.start_newborns(states[i], numbers[:births])
+            slots = item.tensor.slots
+            if slots.averages:
+                restart_averages(slots, numbers[:births])
+            if slots.copies or slots.has_handed_out:
+                places_moved([slots])
 
 
 def _kernel_can_write(states: list[State]) -> bool:

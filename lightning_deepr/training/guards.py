@@ -210,10 +210,10 @@ def refuse_negative_rates(optimizer: Optimizer, matched: Sequence[tuple[TrackedT
         optimizer: the optimizer.
         matched: the tensors whose theta it holds, each with the index of its parameter group.
     """
-    groups = optimizer.param_groups
-    for tensor, index in matched:
-        lr = groups[index].get("lr")
-        if type(lr) is float and lr < 0:
+    below = {i for i, group in enumerate(optimizer.param_groups) if type(lr := group.get("lr")) is float and lr < 0}
+    for tensor, index in matched if below else ():
+        if index in below:
+            lr = optimizer.param_groups[index]["lr"]
             raise ValueError(
                 f"`{tensor.name}`, step {tensor.step}: expected a learning rate of at least 0 in theta's parameter group, "
                 f"found {lr:g}: L1 would let theta grow, and the noise has the root of the learning rate. For ascent give the "

@@ -103,6 +103,8 @@ class Run:
         optimizer, theta = self.optimizer(), item.parameter
         assert optimizer is not None
         if self.is_plain:
+            if not optimizer.state.get(theta):
+                return []  # SGD without momentum
             if neutral:
                 return self.second_moments.mark(self.starting, optimizer, item.group_index, theta)
             return self.starting.tensors(optimizer, item.group_index, theta)

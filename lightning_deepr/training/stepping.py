@@ -205,10 +205,12 @@ class Stepper(ABC):
             done: the number of steps of this training before it.
         """
         until = self.rewire_until
+        if until is None:
+            return (done + 1) % self.rewire_every_n_steps == 0
         if isinstance(until, float):
             assert self.total_steps is not None
             until = until * self.total_steps
-        return (done + 1) % self.rewire_every_n_steps == 0 and (until is None or done < until)
+        return (done + 1) % self.rewire_every_n_steps == 0 and done < until
 
     def newborn_since(self, step: int) -> int:
         """Return the first birth step of newborns: a connection born then or later has not survived a rewiring yet."""
@@ -234,7 +236,7 @@ class Stepper(ABC):
         if run.joined:
             self._welcome(run, optimizer)
         for tensor, group_index in matched:
-            theta = tensor.theta
+            theta = tensor.converted.theta
             if theta.grad is None or not theta.requires_grad:
                 tensor.missed += 1
                 if not theta.requires_grad and tensor.weight.shares:
@@ -251,24 +253,27 @@ class Stepper(ABC):
             return
         self.after_step(stepped, optimizer)
         steered: list[tuple[TrackedTensor, Steering]] = []
+        checks = self.check_invariants
         for item in stepped:
-            tensor, born, steering = item.tensor, item.reborn, item.tensor.steering
-            seen = vars(tensor.weight)  # a module's setattr is slow
+            tensor, steering = item.tensor, item.tensor.steering
+            seen = vars(tensor.converted.slots)  # a module's setattr is slow
             seen["seen_version"], seen["unseen_changes"] = item.theta._version, 0  # (a detached tensor shares the version)
-            if self.check_invariants:
+            if checks:
                 self.check(item, optimizer)
             tensor.step += 1
             tensor.last_alpha = item.alpha
             if steering is not None and not steering.rests:
                 steered.append((tensor, steering))
-            if born.pending is not None:
-                self._ledger.note(*born.pending, tensor, item.alpha)
+            births, newborns, _, moved, pending = item.reborn
+            if pending is not None:
+                self._ledger.note(*pending, tensor, item.alpha)
                 continue
-            deaths = born.births + born.moved
-            tensor.turnover.moved += born.moved
+            if moved:
+                births += moved  # deaths
+                tensor.turnover.moved += moved
             if steering is not None and item.rewires:
-                steering.add(deaths, tensor.slots.count + born.moved)  # K as it was before the step
-            if tensor.turnover.add(deaths, born.newborns, item.rewires):
+                steering.add(births, tensor.slots.count + moved)  # K as it was before the step
+            if tensor.turnover.add(births, newborns, item.rewires):
                 self._tell_of_collapse(tensor, item.alpha)
         if self._ledger.is_full:
             self._settle()
@@ -357,9 +362,9 @@ class Stepper(ABC):
             temperature = evaluate(temperature, lr, where)
         states_of = run.neutral_states if (self._resumed_newborn or self.newborn) == "neutral" else run.states
         rewires = self.rewires(done)
-        if rewires and tensor.missed and type(self.rewire_until) is float:  # a fraction of the training, not of its own steps
+        if tensor.missed and rewires and type(self.rewire_until) is float:  # a fraction of the training, not of its own steps
             rewires = self._progress(tensor.elapsed) < self.rewire_until
-        theta = tensor.slots.own(parameter.detach())
+        theta = tensor.converted.slots.own(parameter.detach())
         return Stepped(tensor, parameter, theta, group_index, lr, alpha, temperature, rewires, states_of)
 
     def _call_before_step(self, optimizer: Optimizer) -> None:

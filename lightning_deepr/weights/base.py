@@ -105,6 +105,8 @@ class Parametrization(nn.Module):
     signs: Tensor  # [K] or the weight's shape
     allowed: Allowed | None = None  # the places where connections may be; None: everywhere
     sign_table: SignTable | None = None  # the signs of the places; None: their hashes
+    passed: Any = None  # what the gate has compared, see kernels/gate.py
+    trusted: Any = None  # the places that it knows to be valid
 
     def __init__(
         self,

@@ -80,7 +80,6 @@ class KSlots(Parametrization):
         self.places = places.contiguous()
         self.born = torch.full_like(self.places, -1)
         self.signs = self.signs_at(self.places, precision.kept(dtype))
-        self.passed: Any = None
         self.notes: Any = None  # what is noted about births: :mod:`lightning_deepr.monitoring.record`
         self.order: Order | None = None  # made when sparse compute needs it, and kept up to date
         # the cached decision of uses_sparse, with the input size and the device that it is for
