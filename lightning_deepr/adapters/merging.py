@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_deepr.adapters.adapter import adapted_tensors
 from lightning_deepr.adapters.installing import refuse_work
@@ -42,7 +42,7 @@ def merge(net: nn.Module) -> nn.Module:
         for one, slots in adapted:
             base, theta = slots.base, slots.own(one.theta.detach())
             kept = base.take(slots.places)
-            base.put_(slots.places, (kept.to(theta.dtype) + theta * slots.signs).to(base.dtype))
+            _put(base, slots.places, (kept.to(theta.dtype) + theta * slots.signs).to(base.dtype))
             slots.merged_over = kept
     return net
 
@@ -65,9 +65,14 @@ def unmerge(net: nn.Module) -> nn.Module:
     with torch.no_grad():
         for _, slots in adapted:
             assert slots.merged_over is not None
-            slots.base.put_(slots.places, slots.merged_over)
+            _put(slots.base, slots.places, slots.merged_over)
             slots.merged_over = None
     return net
+
+
+def _put(base: Tensor, places: Tensor, values: Tensor) -> None:
+    """Write values at flat places. ``Tensor.put_`` is refused after ``torch.use_deterministic_algorithms(True)``."""
+    base[torch.unravel_index(places, base.shape)] = values
 
 
 def _refuse(net: nn.Module, what: str) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 import types
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 
-from tests.helpers.hub import lenet, saved
 from tests.helpers.hub_server import HubServer
+from tests.helpers.optional import Optional
+
+huggingface_hub = Optional("huggingface_hub")
 
 
 @pytest.fixture
@@ -40,6 +42,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """Write a model's file with the metadata of a trained one."""
+    from tests.helpers.hub import lenet, saved
+
     return saved(lenet(), tmp_path / "lenet300_100.test.safetensors")
 
 
@@ -49,6 +53,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
     clock = types.SimpleNamespace(**{name: getattr(time, name) for name in dir(time) if not name.startswith("__")})
     clock.sleep = slept.append
-    for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
+    modules = (huggingface_hub.utils._http, huggingface_hub.file_download) if find_spec("huggingface_hub") else ()
+    for module in modules:
         monkeypatch.setattr(module, "time", clock)
     return slept

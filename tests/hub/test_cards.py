@@ -6,12 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from torch import nn
 
 from lightning_deepr import connections, sparsify, zoo
@@ -29,7 +27,10 @@ from lightning_deepr.recipes.timit_phones import folding
 from lightning_deepr.zoo import write_cards
 from lightning_deepr.zoo.describing import describe
 from tests.helpers.made_up_timit import noise, real_sample, write_riff
+from tests.helpers.optional import Optional, needs
 from tests.helpers.paths import ROOT
+
+huggingface_hub, Image = Optional("huggingface_hub"), Optional("PIL.Image")
 
 
 @pytest.fixture
@@ -190,6 +191,7 @@ def test_counts() -> None:
     assert image is not None and (image[0, 0], image[1, 1], image.sum()) == (2, 1, 3)
 
 
+@needs("matplotlib")
 def test_picture(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 5), nn.Conv1d(4, 4, 3), nn.Linear(20, 4))
     path = draw(connections(sparsify(net, 0.2)), tmp_path / "net.png", title="a title")
@@ -201,6 +203,7 @@ def test_picture(tmp_path: Path) -> None:
         draw({}, tmp_path / "none.png")
 
 
+@needs("matplotlib")
 def test_cards_are_written_by_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = zoo.save(sparsify(LeNet300100(), 0.01), tmp_path / "lenet300_100.mine.safetensors", metrics={"test_accuracy": 0.5})
     write_cards.main([str(tmp_path / "cards"), str(path)])
