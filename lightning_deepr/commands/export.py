@@ -174,7 +174,15 @@ def _load(checkpoint: str, name: str | None, arguments: dict[str, Any]) -> nn.Mo
 
 def _class(name: str) -> type[nn.Module]:
     module, _, attribute = name.rpartition(".")
-    found = getattr(importlib.import_module(module), attribute) if module else None
+    try:
+        found = getattr(importlib.import_module(module), attribute, None) if module else None
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports another one that is not
+        raise ValueError(
+            f"--module: expected a class that can be imported, found {name!r}: there is no module {error.name!r}, neither "
+            f"installed nor in the current folder ({Path.cwd()})."
+        ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(
             f"--module: expected the full name of an nn.Module, e.g. lightning_deepr.models.LeNet300100, found {name!r}."

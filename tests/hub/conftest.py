@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.hub_server import HubServer
-from tests.helpers.optional import Optional
 
-huggingface_hub = Optional("huggingface_hub")
+if INSTALLED := find_spec("huggingface_hub") is not None:
+    import huggingface_hub.file_download
+    import huggingface_hub.utils
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """Start a server, and give the client the settings that HF_ENDPOINT, HF_HOME and HF_HUB_DISABLE_XET make at import."""
+    pytest.importorskip("huggingface_hub")
     constants = huggingface_hub.constants
     with HubServer() as server:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -53,7 +55,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
     clock = types.SimpleNamespace(**{name: getattr(time, name) for name in dir(time) if not name.startswith("__")})
     clock.sleep = slept.append
-    modules = (huggingface_hub.utils._http, huggingface_hub.file_download) if find_spec("huggingface_hub") else ()
+    modules = (huggingface_hub.utils._http, huggingface_hub.file_download) if INSTALLED else ()
     for module in modules:
         monkeypatch.setattr(module, "time", clock)
     return slept

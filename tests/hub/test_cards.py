@@ -114,11 +114,15 @@ def test_every_seed_has_a_row(info: dict[str, Any]) -> None:
         "| 1 (this file) | 9,741 of 10,000 | below | 1,800 (950 s on the clock) | 5 Wh |",
         "| 2 | not recorded | not recorded | not recorded | not recorded |",
         "Energy proxy: CPU seconds times 10 W, a nominal figure for one core. Nothing was metered.",
+        "not estimated here: accuracy of seed 2; digest of seed 2; CPU seconds and energy proxy of seed 2. The mean",
         "lightning-deepr fit --config mnist_best --trainer.max_epochs 100 --seed_everything 1\n",
     ):
         assert said in text
+    info["runs"] += [{"seed": 2, "correct": 9740, "examples": 10000, "sha256": "ab" * 32, "cpu_seconds": 1}]
+    assert "not estimated" not in card(info)
     del info["runs"]
     text = card(info)
+    assert "accuracy of seed 0, 2; digest of seed 0, 2; CPU seconds and energy proxy of every seed." in text
     assert "Wh" not in text and "| 1 (this file) | 9,741 of 10,000 | below | not recorded | not recorded |" in text
 
 
