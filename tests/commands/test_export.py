@@ -120,6 +120,29 @@ def test_command_line_finds_the_network_or_asks_for_it(checkpoint: Path, tmp_pat
     assert (tmp_path / "one.h").read_text(encoding="utf-8") == (tmp_path / "other.h").read_text(encoding="utf-8")
 
 
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "state_dict"])
+def test_a_part_from_the_file_of_the_whole_or_of_the_part_alone(kind: str, tmp_path: Path) -> None:
+    net = sparsify(Whole(), 0.3)
+    headers = []
+    for name, saved in (("whole", net), ("part", net.net)):
+        file = tmp_path / f"{name}.{'safetensors' if kind == 'sparse' else 'pt'}"
+        save_sparse(saved, file) if kind == "sparse" else torch.save(saved.state_dict(), file)
+        out = tmp_path / f"{name}.h"
+        module = f"{__name__}.Whole"
+        main(["export", str(file), "--module", module, "--submodule", "net", "--to", "c", "--out", str(out)])
+        headers.append(out.read_text(encoding="utf-8"))
+    assert headers[0] == headers[1]
+    with pytest.raises(SystemExit, match="head"):
+        main(["export", str(tmp_path / file.name.replace("part", "whole")), "--module", module, "--submodule", "head",
+              "--to", "c", "--out", str(out)])  # fmt: skip
+
+
 def test_a_class_in_a_file_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an installed program: its own folder is on the path of imports, the current one is not."""
     (tmp_path / "mine.py").write_text(
