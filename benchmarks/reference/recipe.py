@@ -2,6 +2,7 @@
 
     python benchmarks/reference/recipe.py --root data      # every training that is not in recipe.csv
     python benchmarks/reference/recipe.py --table          # the table from recipe.csv
+    python benchmarks/reference/recipe.py --root data --zoo runs/zoo    # train the zoo's models with the chosen settings
 
 10 epochs on the first 50,000 training images of MNIST with the recipe's shifts, seed 0; the accuracy is that on the last 10,000
 training images. The test set is not read. A run is a line of recipe.csv; the script can be stopped and started again. Training
@@ -15,19 +16,21 @@ import json
 import math
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from lightning_deepr import DeepR, LinearDecay, connectivity_report
+from lightning_deepr import DeepR, LinearDecay, TurnoverTarget, connectivity_report, save_sparse
 from lightning_deepr.models import LeNet300100
 from lightning_deepr.recipes.batches import Batches
 from lightning_deepr.recipes.digits import MNISTDataModule
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grid import Job, Results, summary
+from grid import Job, Results, quiet, summary
 
 HERE = Path(__file__).parent
 RESULTS = Results(HERE / "recipe.csv", "epochs", "accuracy", "connections")
@@ -40,10 +43,23 @@ TRIALS: dict[str, dict[str, Any]] = {
     "recipe": {"optimizer": "SGD", "lr": 0.4, "batch": 10, **OLD},
     "defaults, SGD .1": {"optimizer": "SGD", "lr": 0.1, "batch": 10},
     "defaults, SGD .2": {"optimizer": "SGD", "lr": 0.2, "batch": 10},
+    "defaults, SGD .2, turnover from .05": {"optimizer": "SGD", "lr": 0.2, "batch": 10, "turnover": 0.05},
+    "defaults, SGD .2, turnover from .2": {"optimizer": "SGD", "lr": 0.2, "batch": 10, "turnover": 0.2},
     "defaults, Adam 1e-3, batch 20": {"optimizer": "Adam", "lr": 1e-3, "batch": 20},
     "defaults, Adam 2e-3, batch 20": {"optimizer": "Adam", "lr": 2e-3, "batch": 20},
     "defaults, Adam 2e-3, batch 64": {"optimizer": "Adam", "lr": 2e-3, "batch": 64},
     "defaults, Adam 4e-3, batch 64": {"optimizer": "Adam", "lr": 4e-3, "batch": 64},
+}
+
+
+ZOO = "defaults, SGD .1"  # the settings of the zoo's models
+MODELS = {
+    "lenet300_100.deepr_1pct_mnist": 0.01,
+    "lenet300_100.deepr_5pct_mnist": 0.05,
+    "lenet300_100.deepr_2pct_mnist": 0.02,
+    "lenet300_100.deepr_0p5pct_mnist": 0.005,
+    "lenet300_100.deepr_10pct_mnist": 0.1,
+    "lenet300_100.deepr_20pct_mnist": 0.2,
 }
 
 
@@ -55,30 +71,27 @@ def jobs(trials: list[str], connectivities: list[float]) -> list[Job]:
     ]
 
 
-def run(job: Job, root: str) -> dict[str, Any]:
-    """Train once, and test on the validation images once at the end."""
-    settings = json.loads(job.settings)
-    images, labels, _, _ = MNISTDataModule(root).load()
+def trained(
+    connectivity: float, seed: int, settings: dict[str, Any], images: Tensor, labels: Tensor
+) -> tuple[nn.Module, float]:
+    """Train once, and return the network and the CPU seconds of the training."""
+    settings = dict(settings)
     kind, lr, batch_size = getattr(torch.optim, settings.pop("optimizer")), settings.pop("lr"), settings.pop("batch")
     probability, until = settings.pop("shift_probability"), settings.pop("shift_until")
     if isinstance(settings.get("l1"), float):
         settings["l1"] = LinearDecay(settings["l1"])
-    torch.manual_seed(job.seed)
+    if "turnover" in settings:
+        settings["l1"] = TurnoverTarget(settings.pop("turnover"))
+    torch.manual_seed(seed)
     net = LeNet300100()
-    callback = DeepR(round(job.connectivity * TOTAL), distribution="deepr", seed=job.seed, **settings)
+    callback = DeepR(round(connectivity * TOTAL), distribution="deepr", seed=seed, **settings)
     callback.prepare(net)
     optimizer = kind(net.parameters(), lr=lr)
     batches = Batches(
-        images[:-10_000],
-        labels[:-10_000],
-        batch_size,
-        shuffle=True,
-        seed=job.seed,
-        shift_probability=probability,
-        shift_epochs=until * EPOCHS,
+        images, labels, batch_size, shuffle=True, seed=seed, shift_probability=probability, shift_epochs=until * EPOCHS
     )
     steps, step, group = EPOCHS * len(batches), 0, optimizer.param_groups[0]
-    callback.attach(net, optimizer, total_steps=steps)
+    rewiring = callback.attach(net, optimizer, total_steps=steps)
     started = time.process_time()
     for epoch in range(EPOCHS):
         batches.set_epoch(epoch)
@@ -89,7 +102,14 @@ def run(job: Job, root: str) -> dict[str, Any]:
             optimizer.step()
             step += 1
     seconds = time.process_time() - started
-    net.eval()
+    rewiring.remove()
+    return net.eval(), seconds
+
+
+def run(job: Job, root: str) -> dict[str, Any]:
+    """Train once, and test on the validation images once at the end."""
+    images, labels, _, _ = MNISTDataModule(root).load()
+    net, seconds = trained(job.connectivity, job.seed, json.loads(job.settings), images[:-10_000], labels[:-10_000])
     with torch.no_grad():
         found = torch.cat([net(x).argmax(1) == y for x, y in Batches(images[-10_000:], labels[-10_000:], 1000)])
     return {
@@ -98,6 +118,19 @@ def run(job: Job, root: str) -> dict[str, Any]:
         "connections": connectivity_report(net).active,
         "seconds": round(seconds),
     }
+
+
+def keep(name: str, connectivity: float, seed: int, root: str, folder: Path) -> str:
+    """Train a model of the zoo on all 60,000 images, and keep it and its CPU seconds where ``zoo.make collect`` finds them."""
+    quiet()
+    file, spent = folder / f"{name}_{seed}.safetensors", folder / name / f"seed_{seed}" / "cpu_seconds.txt"
+    if not file.is_file():
+        images, labels, _, _ = MNISTDataModule(root).load()
+        net, seconds = trained(connectivity, seed, {**SHIFTS, **TRIALS[ZOO]}, images, labels)
+        spent.parent.mkdir(parents=True, exist_ok=True)
+        spent.write_text(f"began\n{seconds:.1f}\n")
+        save_sparse(net, file)
+    return f"{file}: {spent.read_text().split()[-1]} CPU seconds"
 
 
 def table() -> str:
@@ -119,7 +152,15 @@ def main() -> None:
     parser.add_argument("--connectivities", nargs="*", type=float, default=[0.01, 0.005, 0.05, 0.2])
     parser.add_argument("--workers", type=int, default=2, help="number of trainings at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--zoo", type=Path, help="train the zoo's models, three seeds each, and keep them in this folder")
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="which, with --zoo")
     options = parser.parse_args()
+    if options.zoo is not None:
+        with ProcessPoolExecutor(options.workers) as pool:
+            todo = [(name, MODELS[name], seed, options.root, options.zoo) for name in options.models for seed in range(3)]
+            for said in pool.map(keep, *zip(*todo, strict=True)):
+                print(said, flush=True)
+        return
     if not options.table:
         RESULTS.train(jobs(options.trials, options.connectivities), run, options.workers, options.root)
     print(table())
