@@ -52,7 +52,7 @@ TRIALS: dict[str, dict[str, Any]] = {
 }
 
 
-ZOO = "defaults, SGD .1"  # the settings of the zoo's models
+ZOO = "recipe"  # the settings of the zoo's models
 MODELS = {
     "lenet300_100.deepr_1pct_mnist": 0.01,
     "lenet300_100.deepr_5pct_mnist": 0.05,
