@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the processes that tests start inherit it
 import pytest
 import torch
 
+from tests.helpers.optional import needs
 from tests.helpers.processes import Processes
 
 torch.set_num_threads(1)
@@ -22,6 +23,17 @@ collect_ignore = (
     if os.environ.get("TRITON_INTERPRET") == "1"
     else ["kernels/triton_interpreted.py", "kernels/triton_compiled.py", "kernels/triton_neutral.py"]
 )
+
+
+# Examples in docstrings that need a library; in a light installation they are skipped as the tests are.
+EXAMPLES = {"lightning_deepr.pictures.": "matplotlib", "lightning_deepr.export.matrices.to_scipy": "scipy"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name, library in EXAMPLES.items():
+            if isinstance(item, pytest.DoctestItem) and item.name.startswith(name):
+                item.add_marker(needs(library))
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +53,7 @@ def unseeded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def undetermined() -> Iterator[None]:
-    """Take back `torch.use_deterministic_algorithms`: a Trainer with `deterministic=True` leaves it on for later tests."""
+    """Undo at the end what ``Trainer(deterministic=True)`` of a test has set for the whole process."""
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lightning_deepr._needed import needed
-from tests.helpers import light
+from tests.helpers import five, light
 from tests.helpers.paths import ROOT
 
 PACKAGES = ["lightning", "pytorch_lightning"]
@@ -63,6 +65,47 @@ def test_what_was_taken_away(package: str) -> None:
     assert {"torchvision", "wandb", "matplotlib", "huggingface_hub", "jsonargparse", "platformdirs"} <= away
     assert not away & {"torch", "lightning", "numpy", "numba", "safetensors", "torchmetrics", "yaml", "lightning_utilities"}
     assert outcome(package)["loaded"] == []
+
+
+@pytest.fixture(scope="module")
+def python_of_five(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return five.make(tmp_path_factory.mktemp("installation") / "five")
+
+
+@pytest.mark.slow
+def test_what_an_installation_of_five_packages_has(python_of_five: Path) -> None:
+    program = (
+        "import importlib.metadata, importlib.util, json\n"
+        "found = [one.name for one in importlib.metadata.distributions()]\n"
+        f"there = [name for name in {HEAVY!r} if importlib.util.find_spec(name)]\n"
+        "print(json.dumps([found, there]))"
+    )
+    done = subprocess.run([python_of_five, "-I", "-c", program], capture_output=True, text=True, check=True)
+    found, there = json.loads(done.stdout)
+    assert {"torch", "lightning", "numpy", "numba", "safetensors", "pytest"} <= {one.lower() for one in found}
+    more = {one.lower().replace("_", "-").replace(".", "-") for one in found} - light.closure(*light.FIVE, *five.TESTS)
+    assert more <= {"pip", "setuptools", "lightning-deepr"}  # the last one is the checkout
+    brought = {"llvmlite", "pytorch_lightning", "torchmetrics", "yaml", "triton"}
+    assert set(there) <= {"torch", "lightning", "numpy", "numba", "safetensors"} | brought
+
+
+@pytest.mark.slow
+def test_every_test_is_collected_with_five_packages(python_of_five: Path) -> None:
+    done = five.run(python_of_five, "--collect-only", "-q", "-n", "0")
+    assert done.returncode == 0, done.stdout[-4000:]
+    collected = int(re.search(r"^(\d+)/\d+ tests collected", done.stdout, re.M)[1])  # type: ignore[index]
+    assert collected > 6000
+
+
+@pytest.mark.slow
+def test_the_files_that_name_a_library_pass_with_five_packages(python_of_five: Path) -> None:
+    """Those of the tests that may need more than the five: each skips what is missing. (All the others need none.)"""
+    words = ("helpers.optional", "importorskip")
+    files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if any(w in file.read_text() for w in words)]
+    done = five.run(python_of_five, "-q", "-n", "0", "-p", "no:cacheprovider", *files)
+    assert done.returncode == 0, done.stdout[-8000:]
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])  # type: ignore[index]
+    assert passed > 1500 and "error" not in done.stdout.splitlines()[-1]
 
 
 def imported(program: str) -> set[str]:

@@ -51,8 +51,10 @@ def of_the_generators() -> dict[str, Any]:
 @pytest.fixture
 def process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Set up the process of a program with its own arguments and filters. Heavy imports come first, as they change filters."""
+    pytest.importorskip("jsonargparse")
     import lightning.pytorch.cli  # noqa: F401
-    import torchvision.datasets  # noqa: F401
+
+    pytest.importorskip("torchvision.datasets")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", list(ARGUMENTS))

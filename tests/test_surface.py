@@ -13,6 +13,7 @@ import pytest
 
 import lightning_deepr
 from lightning_deepr import hub, zoo
+from tests.helpers.optional import needs
 from tests.helpers.paths import ROOT
 
 PUBLIC = {
@@ -70,6 +71,7 @@ assert connections is convert.connections and DeepR is lightning_deepr.methods.D
 """
 
 
+@needs("huggingface_hub")
 @pytest.mark.parametrize(
     "order", ["shuffled", *(pytest.param(one, marks=pytest.mark.slow) for one in ("forwards", "backwards"))]
 )
@@ -78,6 +80,7 @@ def test_the_public_names_whatever_was_imported_before(order: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@needs("huggingface_hub")
 def test_every_public_function_and_class_is_documented() -> None:
     for package in (lightning_deepr, zoo, hub):
         for name in package.__all__:

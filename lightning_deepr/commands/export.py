@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_deepr import zoo
 from lightning_deepr.export import to_c, to_csr, to_dense_state_dict, to_onnx
-from lightning_deepr.files.checkpoint import load_state_dict
+from lightning_deepr.files.checkpoint import load_state_dict, report_of_checkpoint
 from lightning_deepr.files.container import kind_of
 from lightning_deepr.monitoring.prune import prune_dead_units
 from lightning_deepr.training.schedules import LinearDecay
@@ -113,8 +113,7 @@ def _export(given: argparse.Namespace) -> str:
         raise ValueError(f"--{next(iter(training))} needs --train.")
     if given.train and given.weights != "float32":
         raise ValueError(f"--weights {given.weights} is for inference: with --train, --theta int16 stores theta in 16 bits.")
-    net = _load(given.checkpoint, given.module, given.module_args)
-    net = net.get_submodule(given.submodule).eval()
+    net = _load(given.checkpoint, given.module, given.module_args, given.submodule).eval()
     if given.prune:
         if given.train:
             raise ValueError("--prune is for inference: a unit that is cut off now may be reached again in training.")
@@ -149,8 +148,8 @@ def _example(net: nn.Module, given: argparse.Namespace) -> Tensor:
     return torch.randint(top, given.input_shape).to(dtype)
 
 
-def _load(checkpoint: str, name: str | None, arguments: dict[str, Any]) -> nn.Module:
-    """Load the network with its weights.
+def _load(checkpoint: str, name: str | None, arguments: dict[str, Any], submodule: str) -> nn.Module:
+    """Load the network with its weights, and return the part to export.
 
     A sparse file names the architecture, except for classes outside this package. Other checkpoints never name it.
 
@@ -158,23 +157,44 @@ def _load(checkpoint: str, name: str | None, arguments: dict[str, Any]) -> nn.Mo
         checkpoint: a path, or a name of the zoo.
         name: full name of the network's class; None: the file names the architecture.
         arguments: arguments of the class.
+        submodule: name of the part. The checkpoint may be that of the whole network, or that of the part alone.
 
     Raises:
         ValueError: the checkpoint does not name its network, and ``name`` is None.
     """
     net = _class(name)(**arguments) if name else None
+    if net is not None and submodule and Path(checkpoint).is_file() and _is_of_part(checkpoint, net, submodule):
+        net, submodule = net.get_submodule(submodule), ""
     if not Path(checkpoint).is_file() or kind_of(Path(checkpoint)) == "sparse":
-        return zoo.load(checkpoint, module=net)
+        return zoo.load(checkpoint, module=net).get_submodule(submodule)
     if net is None:
         raise ValueError(
             f"{checkpoint} does not say which network it belongs to: give --module, e.g. lightning_deepr.models.LeNet300100."
         )
-    return load_state_dict(net, checkpoint)
+    return load_state_dict(net, checkpoint).get_submodule(submodule)
+
+
+def _is_of_part(checkpoint: str, net: nn.Module, submodule: str) -> bool:
+    """Whether the names in a checkpoint are those of the part: ``save_sparse(model.net, path)`` writes such a file."""
+    try:
+        names = {row["name"] for row in report_of_checkpoint(checkpoint)}
+    except ValueError:
+        return False  # whoever loads it says what is wrong with it
+    whole, part = (dict(one.named_parameters()) for one in (net, net.get_submodule(submodule)))
+    return not names <= whole.keys() and names <= part.keys()
 
 
 def _class(name: str) -> type[nn.Module]:
     module, _, attribute = name.rpartition(".")
-    found = getattr(importlib.import_module(module), attribute) if module else None
+    try:
+        found = getattr(importlib.import_module(module), attribute, None) if module else None
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports another one that is not
+        raise ValueError(
+            f"--module: expected a class that can be imported, found {name!r}: there is no module {error.name!r}, neither "
+            f"installed nor in the current folder ({Path.cwd()})."
+        ) from error
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ValueError(
             f"--module: expected the full name of an nn.Module, e.g. lightning_deepr.models.LeNet300100, found {name!r}."

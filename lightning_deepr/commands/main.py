@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lightning_deepr._version import __version__
 from lightning_deepr.conversion.table import WIDTH
@@ -41,11 +43,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     try:
-        _run(command, rest)
+        with _classes_of_this_folder():
+            _run(command, rest)
     except ImportError as error:
         if "pip install" in str(error):  # a library that is missing, and what to do: without the calls that led to it
             raise SystemExit(f"lightning-deepr {command}: {error}") from error
         raise
+
+
+@contextmanager
+def _classes_of_this_folder() -> Iterator[None]:
+    """Make a class in a file of the current folder importable, as ``python -m`` does and an installed program does not.
+
+    The folder comes last: a file there shadows no library.
+    """
+    here = os.getcwd()
+    if here in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)
 
 
 def _run(command: str, rest: list[str]) -> None:

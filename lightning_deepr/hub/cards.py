@@ -214,9 +214,25 @@ def runs_table(info: Mapping[str, Any]) -> str:
             _UNKNOWN if spent is None else f"{spent * _WATTS / 3600:.3g} Wh",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    if line := _not_recorded(lines[2:]):
+        lines.append(line)
     if any(run.get("cpu_seconds") is not None for run in runs.values()):
         lines.append(f"\nEnergy proxy: CPU seconds times {_WATTS} W, a nominal figure for one core. Nothing was metered.")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _not_recorded(rows: Sequence[str]) -> str:
+    """Say what the table lacks, and for which seeds."""
+    columns = ("accuracy", "digest", "CPU seconds and energy proxy")
+    cells = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
+    found = []
+    for column, name in enumerate(columns, 1):
+        seeds = [row[0].removesuffix(" (this file)") for row in cells if row[column] == _UNKNOWN]
+        if seeds:
+            found.append(f"{name} of {'every seed' if len(seeds) == len(cells) else 'seed ' + ', '.join(seeds)}")
+    if not found:
+        return ""
+    return f"\nNot recorded when this was trained, and not estimated here: {'; '.join(found)}. The mean above is of that time."
 
 
 def _summary(info: Mapping[str, Any]) -> str:

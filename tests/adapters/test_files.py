@@ -273,6 +273,14 @@ def test_merge_and_unmerge_bit_for_bit(dtype: torch.dtype, scope: str) -> None:
         unmerge(net)
 
 
+def test_merging_with_deterministic_algorithms() -> None:
+    torch.use_deterministic_algorithms(True)
+    net = adapt(network(), 0.1)
+    state = copy.deepcopy(net.state_dict())
+    for name, value in unmerge(merge(net)).state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
 def test_a_merged_network_is_not_trained_loaded_or_taken_apart() -> None:
     net = merge(adapt(network(), 0.1))
     with pytest.raises(ValueError, match="merged into the frozen weight"):

@@ -22,6 +22,7 @@ from lightning_deepr.algorithm.second_moments import SecondMoments, second_momen
 from lightning_deepr.recipes import running
 from tests.algorithm.test_optimizers import CASES, EVERY_CASE, STEPS, Case
 from tests.helpers import oracle_newborns
+from tests.helpers.optional import needs
 from tests.helpers.regression import SEED, Twin, batches, loss_of, mlp, train
 from tests.helpers.state import all_slots, assert_equal_states, state_of, thetas
 
@@ -412,6 +413,7 @@ def test_other_words_are_refused(value: Any) -> None:
         DeepR(0.1, newborn=value)
 
 
+@needs("jsonargparse")
 @pytest.mark.parametrize("method", ["DeepR", "SET", "RigL", "FixedRandom"])
 def test_it_is_an_argument_of_every_method_on_k_slots_in_yaml_too(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

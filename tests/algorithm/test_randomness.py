@@ -7,14 +7,16 @@ import random
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from lightning_deepr import DeepR, sparsify
 from lightning_deepr.algorithm import randomness
 from tests.helpers import oracle
+from tests.helpers.optional import Optional
 from tests.helpers.regression import DEVICES, batches, mlp, plain_mlp, train
 from tests.helpers.state import all_slots, state_of
 from tests.helpers.statistics import chi_square_p
+
+stats = Optional("scipy.stats")
 
 SMALLEST_P = 1e-4  # the seeds are fixed, so a test that passes once always passes
 SEEDS = range(4)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torch import nn
 
 from lightning_deepr import sparsify
 from lightning_deepr.algorithm import rewiring
 from lightning_deepr.weights.k_slots import KSlots
 from tests.helpers import oracle
+from tests.helpers.optional import Optional
 from tests.helpers.plain import PlainDeepR as DeepR
 from tests.helpers.regression import DEVICES, SEED, Branches, batches, loss_of, plain_mlp
 from tests.helpers.state import all_slots, oracle_of, thetas
 from tests.helpers.statistics import chi_square_p
+
+stats = Optional("scipy.stats")
 
 LR, ALPHA = 0.3, 0.01
 STEPS = 200

@@ -20,6 +20,7 @@ from lightning_deepr.conversion.table import table
 from lightning_deepr.models import LeNet300100
 from lightning_deepr.recipes import run_folders
 from tests.helpers.command_line import run
+from tests.helpers.optional import needs
 
 ZOO = "lenet300_100.deepr_1pct_mnist"
 
@@ -165,6 +166,7 @@ def test_a_page_that_cannot_be_written(made: Path) -> None:
         main(["report", "run", "--html", "a.safetensors/page.html"])
 
 
+@needs("matplotlib")
 def test_png_is_read_by_another_reader() -> None:
     import io
 
@@ -199,6 +201,7 @@ def test_tables_fit_and_lose_nothing(length: int, text: str) -> None:
     assert ("l1" in out) == (text != "-")
 
 
+@needs("jsonargparse")
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from lightning_deepr import load_state_dict, prune_dead_units, save_sparse, zoo
+from lightning_deepr import load_state_dict, prune_dead_units, save_sparse, sparsify, zoo
 from lightning_deepr.commands.main import main
 from lightning_deepr.export import to_csr, to_dense_state_dict
 from lightning_deepr.models import LeNet300100
 from tests.helpers.exported import lenet
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is an int and means one single connection", "ignore:LSTM with projections")
 
@@ -114,3 +118,50 @@ def test_command_line_finds_the_network_or_asks_for_it(checkpoint: Path, tmp_pat
         ]
     )
     assert (tmp_path / "one.h").read_text(encoding="utf-8") == (tmp_path / "other.h").read_text(encoding="utf-8")
+
+
+class Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "state_dict"])
+def test_a_part_from_the_file_of_the_whole_or_of_the_part_alone(kind: str, tmp_path: Path) -> None:
+    net = sparsify(Whole(), 0.3)
+    headers = []
+    for name, saved in (("whole", net), ("part", net.net)):
+        file = tmp_path / f"{name}.{'safetensors' if kind == 'sparse' else 'pt'}"
+        save_sparse(saved, file) if kind == "sparse" else torch.save(saved.state_dict(), file)
+        out = tmp_path / f"{name}.h"
+        module = f"{__name__}.Whole"
+        main(["export", str(file), "--module", module, "--submodule", "net", "--to", "c", "--out", str(out)])
+        headers.append(out.read_text(encoding="utf-8"))
+    assert headers[0] == headers[1]
+    with pytest.raises(SystemExit, match="head"):
+        main(["export", str(tmp_path / file.name.replace("part", "whole")), "--module", module, "--submodule", "head",
+              "--to", "c", "--out", str(out)])  # fmt: skip
+
+
+def test_a_class_in_a_file_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an installed program: its own folder is on the path of imports, the current one is not."""
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n\n\nclass Mine(nn.Sequential):\n    def __init__(self):\n"
+        "        super().__init__(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))\n"
+    )
+    (tmp_path / "needy.py").write_text("import no_such_library\n")
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "run.py").write_text("from lightning_deepr.commands.main import main\nmain()\n")
+    save_sparse(sparsify(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)), 0.3), tmp_path / "net.safetensors")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def run(module: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(tmp_path / "program" / "run.py"), "export", "net.safetensors", "--module", module]
+        return subprocess.run([*command, "--to", "c", "--out", "net.h"], cwd=tmp_path, capture_output=True, text=True)
+
+    done = run("mine.Mine")
+    assert done.returncode == 0 and (tmp_path / "net.h").is_file(), done.stderr
+    done = run("yours.Mine")
+    assert done.returncode == 1 and "there is no module 'yours', neither installed nor in the current folder" in done.stderr
+    assert "expected the full name of an nn.Module" in run("mine.Other").stderr
+    assert "No module named 'no_such_library'" in run("needy.Mine").stderr

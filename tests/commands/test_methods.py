@@ -11,6 +11,7 @@ import pytest
 
 from lightning_deepr import SET, DeepR, RigL, TurnoverTarget
 from lightning_deepr.recipes import running
+from tests.helpers.optional import needs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
@@ -18,6 +19,7 @@ pytestmark = [
 ]
 
 
+@needs("jsonargparse")
 def test_the_command_line_takes_every_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.chdir(tmp_path)
@@ -68,6 +70,7 @@ sparsity:
             made(*arguments)
 
 
+@needs("jsonargparse")
 def test_an_unknown_class_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
 
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.sparse
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -29,8 +28,11 @@ from lightning_deepr import (
 from lightning_deepr.algorithm import randomness
 from lightning_deepr.models import LeNet300100
 from tests.helpers.classifier import Net, batches
+from tests.helpers.optional import Optional
 from tests.helpers.state import all_slots, assert_equal_states, slots_by_name, state_of, thetas
 from tests.helpers.trainer import trainer
+
+sparse = Optional("scipy.sparse")
 
 SEED = 3
 
@@ -242,8 +244,8 @@ GIVEN: dict[str, Callable[[], Any]] = {
     "array of bool": lambda: MASK.numpy(),
     "COO": lambda: (MASK.float() * 3).to_sparse_coo(),
     "CSR": lambda: MASK.double().to_sparse_csr(),
-    "scipy CSR": lambda: scipy.sparse.csr_matrix(MASK.numpy().astype(np.float32)),
-    "scipy COO": lambda: scipy.sparse.coo_array(MASK.numpy()),
+    "scipy CSR": lambda: sparse.csr_matrix(MASK.numpy().astype(np.float32)),
+    "scipy COO": lambda: sparse.coo_array(MASK.numpy()),
     "dense weight": lambda: MASK * torch.randn(15, 20),
 }
 
@@ -269,7 +271,7 @@ def test_kernels_may_be_given_as_a_matrix_of_their_rows() -> None:
         mask,
         mask.flatten(1).to_sparse_coo(),
         mask.float().to_sparse_coo(),
-        scipy.sparse.csr_array(mask.flatten(1).numpy()),
+        sparse.csr_array(mask.flatten(1).numpy()),
     ):
         net = sparsify(network(), {"2": given})
         assert all_slots(net)[0].places.sort().values.tolist() == mask.view(-1).nonzero().view(-1).tolist()
@@ -327,7 +329,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "twice": (network, {"0": [5, 5]}, r"`0.weight`: expected different places, found 2 of which 1 differ"),
     "outside": (network, {"0": [5, 300]}, r"`0.weight`: expected places from 0 to 299.*found 300"),
     "negative": (network, {"0": [-1, 3]}, r"`0.weight`: expected places from 0 to 299.*found -1"),
-    "matrix": (network, {"0": scipy.sparse.eye(15, format="csr")}, r"`0.weight`: expected a matrix .*found \(15, 15\)"),
+    "matrix": (network, lambda: {"0": sparse.eye(15, format="csr")}, r"`0.weight`: expected a matrix .*found \(15, 15\)"),
     "word": (network, "zeros", r"connectivity: expected a float .*found 'zeros'.*Topology\(path\)"),
     "name": (network, {"9": MASK}, r"connectivity: the pattern '9' matches no tensor"),
     "numbers": (network, {"0": MASK.long()}, r"`0.weight`: expected a bool mask of shape \(15, 20\) or a list of places"),
@@ -338,6 +340,8 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
 @pytest.mark.parametrize("bad", BAD)
 def test_places_that_do_not_fit_are_refused_and_nothing_is_converted(bad: str) -> None:
     make, given, message = BAD[bad]
+    if bad == "matrix":
+        given = given()
     for convert in (lambda net: sparsify(net, given), lambda net: DeepR(given).prepare(net)):
         net = make()
         with pytest.raises((ValueError, TypeError), match=message):

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,8 +21,11 @@ from lightning_deepr.conversion.kinds import KINDS, OTHER, Kind, kind_of, regist
 from lightning_deepr.conversion.selection import candidates
 from lightning_deepr.conversion.start import soft_start
 from tests.helpers.layers import LAYERS, Layer, flat
+from tests.helpers.optional import Optional
 from tests.helpers.paths import ROOT
 from tests.helpers.state import assert_connected, theta_of
+
+stats = Optional("scipy.stats")
 
 DOCUMENT = ROOT / "docs" / "extending.md"
 

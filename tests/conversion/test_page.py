@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import yaml
-from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from lightning_deepr import Band, Dale, DeepR
 from tests.helpers.paths import ROOT
 
+ArgumentParser = pytest.importorskip("jsonargparse").ArgumentParser
+
 PAGE = (ROOT / "docs" / "connectivity.md").read_text(encoding="utf-8")
 
 
-def instantiate(parser: ArgumentParser, parsed: Any) -> Any:
+def instantiate(parser: Any, parsed: Any) -> Any:
     return parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
 
 

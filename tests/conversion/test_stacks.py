@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from lightning_deepr import DeepR, connections, connectivity_report, sparsify
 from lightning_deepr.conversion.allocation import allocate
 from lightning_deepr.conversion.kinds import Kind, kernel_fan_in, kernels, register_kind
 from lightning_deepr.conversion.selection import Candidate, candidates
+from tests.helpers.optional import Optional
 from tests.helpers.state import theta_of
+
+stats = Optional("scipy.stats")
 
 
 class Experts(nn.Module):

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from lightning_deepr import connections, sparsify
 from lightning_deepr.algorithm.randomness import signs_of
 from lightning_deepr.algorithm.rewiring import random_places, reactivate
 from tests.helpers.layers import LAYERS, Layer, flat
+from tests.helpers.optional import Optional
 from tests.helpers.state import assert_connected, slots_by_name, theta_of
+
+stats = Optional("scipy.stats")
 
 P_VALUE = 1e-3  # the seeds are fixed: a test that passes once always passes
 

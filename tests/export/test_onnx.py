@@ -19,6 +19,7 @@ from lightning_deepr.recipes.timit_data import load_timit
 from tests.helpers.exported import KINDS, inputs_of, small_net
 from tests.helpers.layers import flat
 from tests.helpers.made_up_timit import real_sample
+from tests.helpers.optional import needs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is an int and means one single connection", "ignore:LSTM with projections")
 
@@ -122,6 +123,7 @@ def test_onnx_refuses_what_it_can_not_hold(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@needs("scipy")
 @pytest.mark.parametrize(("call", "missing"), [("onnx", "onnxruntime"), ("onnx", "onnxscript"), ("scipy", "scipy.sparse")])
 def test_a_missing_library_names_the_extra(call: str, missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if call == "onnx":

@@ -33,12 +33,12 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def closure() -> set[str]:
-    """List the distributions that the five bring, with those that they need in turn."""
+def closure(*names: str) -> set[str]:
+    """List the named distributions (default: the five) with those that they bring, which they need in turn."""
     from packaging.requirements import Requirement
 
     found: set[tuple[str, str]] = set()
-    waiting = [(name, "") for name in FIVE]
+    waiting = [(name, "") for name in names or FIVE]
     while waiting:
         name, extra = one = waiting.pop()
         if one in found:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy import stats
+
+from tests.helpers.optional import Optional
+
+stats = Optional("scipy.stats")
 
 
 def chi_square_p(observed: Any, expected: Any = None) -> float:

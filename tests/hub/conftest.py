@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 import types
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 
-from tests.helpers.hub import lenet, saved
 from tests.helpers.hub_server import HubServer
+
+if INSTALLED := find_spec("huggingface_hub") is not None:
+    import huggingface_hub.file_download
+    import huggingface_hub.utils
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """Start a server, and give the client the settings that HF_ENDPOINT, HF_HOME and HF_HUB_DISABLE_XET make at import."""
+    pytest.importorskip("huggingface_hub")
     constants = huggingface_hub.constants
     with HubServer() as server:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -40,6 +44,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """Write a model's file with the metadata of a trained one."""
+    from tests.helpers.hub import lenet, saved
+
     return saved(lenet(), tmp_path / "lenet300_100.test.safetensors")
 
 
@@ -49,6 +55,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     slept: list[float] = []
     clock = types.SimpleNamespace(**{name: getattr(time, name) for name in dir(time) if not name.startswith("__")})
     clock.sleep = slept.append
-    for module in (huggingface_hub.utils._http, huggingface_hub.file_download):
+    modules = (huggingface_hub.utils._http, huggingface_hub.file_download) if INSTALLED else ()
+    for module in modules:
         monkeypatch.setattr(module, "time", clock)
     return slept

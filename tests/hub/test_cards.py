@@ -6,12 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from torch import nn
 
 from lightning_deepr import connections, sparsify, zoo
@@ -29,7 +27,10 @@ from lightning_deepr.recipes.timit_phones import folding
 from lightning_deepr.zoo import write_cards
 from lightning_deepr.zoo.describing import describe
 from tests.helpers.made_up_timit import noise, real_sample, write_riff
+from tests.helpers.optional import Optional, needs
 from tests.helpers.paths import ROOT
+
+huggingface_hub, Image = Optional("huggingface_hub"), Optional("PIL.Image")
 
 
 @pytest.fixture
@@ -113,11 +114,15 @@ def test_every_seed_has_a_row(info: dict[str, Any]) -> None:
         "| 1 (this file) | 9,741 of 10,000 | below | 1,800 (950 s on the clock) | 5 Wh |",
         "| 2 | not recorded | not recorded | not recorded | not recorded |",
         "Energy proxy: CPU seconds times 10 W, a nominal figure for one core. Nothing was metered.",
+        "not estimated here: accuracy of seed 2; digest of seed 2; CPU seconds and energy proxy of seed 2. The mean",
         "lightning-deepr fit --config mnist_best --trainer.max_epochs 100 --seed_everything 1\n",
     ):
         assert said in text
+    info["runs"] += [{"seed": 2, "correct": 9740, "examples": 10000, "sha256": "ab" * 32, "cpu_seconds": 1}]
+    assert "not estimated" not in card(info)
     del info["runs"]
     text = card(info)
+    assert "accuracy of seed 0, 2; digest of seed 0, 2; CPU seconds and energy proxy of every seed." in text
     assert "Wh" not in text and "| 1 (this file) | 9,741 of 10,000 | below | not recorded | not recorded |" in text
 
 
@@ -190,6 +195,7 @@ def test_counts() -> None:
     assert image is not None and (image[0, 0], image[1, 1], image.sum()) == (2, 1, 3)
 
 
+@needs("matplotlib")
 def test_picture(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 5), nn.Conv1d(4, 4, 3), nn.Linear(20, 4))
     path = draw(connections(sparsify(net, 0.2)), tmp_path / "net.png", title="a title")
@@ -201,6 +207,7 @@ def test_picture(tmp_path: Path) -> None:
         draw({}, tmp_path / "none.png")
 
 
+@needs("matplotlib")
 def test_cards_are_written_by_a_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = zoo.save(sparsify(LeNet300100(), 0.01), tmp_path / "lenet300_100.mine.safetensors", metrics={"test_accuracy": 0.5})
     write_cards.main([str(tmp_path / "cards"), str(path)])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 
-from lightning_deepr import zoo
-from lightning_deepr.hub import HubError, download, publish, revision_of
-from tests.helpers.hub import MODEL, lenet, same
-from tests.helpers.hub_server import HubServer, Repository, Stored
+huggingface_hub = pytest.importorskip("huggingface_hub")
+
+from lightning_deepr import zoo  # noqa: E402
+from lightning_deepr.hub import HubError, download, publish, revision_of  # noqa: E402
+from tests.helpers.hub import MODEL, lenet, same  # noqa: E402
+from tests.helpers.hub_server import HubServer, Repository, Stored  # noqa: E402
 
 WEIGHTS = b"not quite a model" * 5000
 

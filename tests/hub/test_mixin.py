@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from torch import nn
 
-from lightning_deepr import sparsify
-from lightning_deepr.hub import HubError, SparseHubMixin
-from tests.helpers.hub import Net, same
-from tests.helpers.hub_server import HubServer
+huggingface_hub = pytest.importorskip("huggingface_hub")
+
+from lightning_deepr import sparsify  # noqa: E402
+from lightning_deepr.hub import HubError, SparseHubMixin  # noqa: E402
+from tests.helpers.hub import Net, same  # noqa: E402
+from tests.helpers.hub_server import HubServer  # noqa: E402
 
 # the client warns about a library that it uses
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

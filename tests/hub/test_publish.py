@@ -10,18 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 import yaml
 from torch import nn
 
-from lightning_deepr import sparsify, zoo
-from lightning_deepr.commands.main import main
-from lightning_deepr.files.container import sign
-from lightning_deepr.hub import HubError, publish
-from tests.helpers.hub import MODEL, Net, lenet, same, saved
-from tests.helpers.hub_server import HubServer, Repository, Stored
+huggingface_hub = pytest.importorskip("huggingface_hub")
+
+from lightning_deepr import sparsify, zoo  # noqa: E402
+from lightning_deepr.commands.main import main  # noqa: E402
+from lightning_deepr.files.container import sign  # noqa: E402
+from lightning_deepr.hub import HubError, publish  # noqa: E402
+from tests.helpers.hub import MODEL, Net, lenet, same, saved  # noqa: E402
+from tests.helpers.hub_server import HubServer, Repository, Stored  # noqa: E402
 
 # the client warns about a library that it uses
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -250,7 +251,7 @@ def test_offline_by_the_environment(writer: HubServer, file: Path, tmp_path: Pat
     zoo.load(MODEL, source="hub")
     asked = len(writer.requests)
     code = f"""
-from lightning_deepr import zoo
+from lightning_deepr import zoo  # noqa: E402
 print(type(zoo.load({MODEL!r}, source="hub")).__name__)
 try:
     zoo.load("writer/other", source="hub")

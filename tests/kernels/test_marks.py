@@ -11,6 +11,7 @@ from torch import optim
 from lightning_deepr import kernels
 from lightning_deepr.kernels import available
 from tests.helpers.kernel_steps import LR, Size, let_die, network
+from tests.helpers.optional import needs
 from tests.helpers.plain import PlainDeepR as DeepR
 from tests.helpers.regression import SEED
 from tests.helpers.state import all_slots, assert_equal_states, state_of
@@ -68,6 +69,7 @@ def test_places_that_are_loaded_or_written_between_steps() -> None:
                 assert int(slots.places.min()) >= 0 and int(slots.places.max()) < slots.total
 
 
+@needs("scipy")
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.55, 0.9])
 def test_rebirth_is_uniform_over_all_dormant_places(density: float) -> None:
     """Counted over many steps with an L1 that keeps a tenth dying: a chi-square per place against a flat share."""

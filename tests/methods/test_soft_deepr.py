@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor, nn, optim
 
 from lightning_deepr import LinearDecay, LrPower, SoftDeepR, connections, connectivity_report, kernels, sparsify
@@ -18,8 +17,11 @@ from lightning_deepr.weights.dense_theta import SoftTheta
 from lightning_deepr.weights.find import converted_tensors
 from tests.helpers import oracle, oracle_soft
 from tests.helpers.dense_theta import OPTIMIZERS, Make, kinds, network, sgd
+from tests.helpers.optional import Optional
 from tests.helpers.regression import Branches, Twin, batches, loss_of, plain_mlp, train
 from tests.helpers.soft import ALPHA, SEED, TEMPERATURE, soft, thetas
+
+stats = Optional("scipy.stats")
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 

@@ -14,6 +14,7 @@ from lightning_deepr import DeepR, connections, load_state_dict
 from lightning_deepr.files.checkpoint import report_of_checkpoint
 from lightning_deepr.packages.names import PACKAGES, Package
 from lightning_deepr.recipes.running import train
+from tests.helpers.optional import needs
 
 
 @pytest.fixture(params=PACKAGES, ids=lambda package: package.name)
@@ -54,6 +55,7 @@ OPTIMIZERS = {
 }
 
 
+@needs("jsonargparse")
 @pytest.mark.feature("Command line: LightningCLI with --optimizer and --lr_scheduler")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -82,6 +84,7 @@ trainer:
 """
 
 
+@needs("jsonargparse")
 @pytest.mark.feature("Command line: LightningCLI, callbacks in YAML")
 def test_callbacks_in_yaml(package: Package, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
@@ -128,6 +131,7 @@ def test_no_code_of_a_file_runs(where: str, tmp_path: Path) -> None:
         assert len(report_of_checkpoint(tmp_path / "one.ckpt")) == 1
 
 
+@needs("jsonargparse")
 @pytest.mark.feature("Command line: lightning-deepr with --optimizer Adam and with --sparsity null")
 @pytest.mark.parametrize("arguments", [["--optimizer=Adam", "--optimizer.lr=0.01"], ["--sparsity=null"]], ids=["Adam", "null"])
 def test_a_recipe(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

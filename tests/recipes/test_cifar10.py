@@ -20,6 +20,7 @@ from lightning_deepr.recipes.cifar10 import CIFAR10DataModule, wrong_files
 from lightning_deepr.recipes.classifier import CIFAR10Classifier, is_decayed
 from lightning_deepr.recipes.crops import Crops
 from tests.helpers.crashes import Crash, CrashAt
+from tests.helpers.optional import needs
 
 # -- the network ------------------------------------------------------------------------------------------------------------
 
@@ -228,6 +229,7 @@ def test_an_epoch_goes_on_in_the_middle() -> None:
 # -- the files --------------------------------------------------------------------------------------------------------------
 
 
+@needs("torchvision")
 def test_missing_and_damaged_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR10
 

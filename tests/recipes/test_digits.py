@@ -12,11 +12,13 @@ from lightning_deepr.models import LeNet300100
 from lightning_deepr.recipes import digits
 from lightning_deepr.recipes.batches import Batches
 from lightning_deepr.recipes.callbacks import inputs_per_pixel
+from tests.helpers.optional import needs
 from tests.helpers.paths import ROOT
 
 # -- command line -------------------------------------------------------------------------------------------------------------
 
 
+@needs("torchvision")
 def test_missing_mnist_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import MNIST
 

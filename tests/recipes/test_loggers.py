@@ -22,6 +22,7 @@ from lightning_deepr.recipes import running
 from lightning_deepr.recipes.callbacks import SparseCheckpoint
 from lightning_deepr.recipes.run_log import RunLog
 from lightning_deepr.training import run_config
+from tests.helpers.optional import needs
 from tests.helpers.paths import ROOT
 
 RECIPE = str(ROOT / "recipes" / "mnist_quickstart.yaml")
@@ -192,6 +193,7 @@ def test_a_keyboard_interrupt_of_a_logger_is_no_failure(tmp_path: Path) -> None:
         fit(Interrupted("none", OSError()), tmp_path)
 
 
+@needs("jsonargparse")
 def test_a_log_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -211,6 +213,7 @@ def test_a_log_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "out" / "sparse.safetensors").is_file()
 
 
+@needs("jsonargparse")
 def test_wandb_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -13,11 +13,13 @@ from lightning_deepr import DeepR, connections, load_state_dict
 from lightning_deepr.models import LeNet300100
 from lightning_deepr.recipes import running
 from tests.helpers.command_line import run
+from tests.helpers.optional import needs
 from tests.helpers.paths import ROOT
 
 # -- recipes ------------------------------------------------------------------------------------------------------------------
 
 
+@needs("jsonargparse")
 @pytest.mark.parametrize("name", sorted(running.packaged_recipes()))
 @pytest.mark.feature("Command line: every recipe")
 def test_every_recipe_instantiates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

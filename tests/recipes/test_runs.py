@@ -19,6 +19,7 @@ from lightning_deepr import connections, zoo
 from lightning_deepr.commands.main import main
 from lightning_deepr.recipes import run_folders, running
 from tests.helpers import wandb_file
+from tests.helpers.optional import needs
 from tests.helpers.paths import ROOT
 
 RECIPE = str(ROOT / "recipes" / "mnist_quickstart.yaml")
@@ -70,6 +71,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         run_folders.claim(tmp_path / "file" / "below", {})
 
 
+@needs("jsonargparse")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -130,6 +132,7 @@ def test_everything_moves_with_one_option_and_a_second_run_overwrites_nothing(pl
     assert not (place / "out").exists()
 
 
+@needs("jsonargparse")
 def test_the_dense_network(place: Path) -> None:
     done = fit("--out", "dense", "--sparsity=null")
     assert connections(done.model) == {}
@@ -138,6 +141,7 @@ def test_the_dense_network(place: Path) -> None:
     assert connections(again.model) == {}
 
 
+@needs("jsonargparse")
 def test_a_test_without_a_checkpoint_refuses(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("test", "validate", "predict"):
         with pytest.raises(SystemExit) as refused:
@@ -151,6 +155,7 @@ def test_a_test_without_a_checkpoint_refuses(place: Path, capsys: pytest.Capture
         main(["test", "empty"])
 
 
+@needs("jsonargparse")
 def test_a_wrong_value_leaves_no_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ("--sparsity.connectivity=2.0", "--sparsity.distribution=uniforn", "--model.lrr=1"):
         with pytest.raises(SystemExit) as refused:
@@ -162,6 +167,7 @@ def test_a_wrong_value_leaves_no_folder(place: Path, capsys: pytest.CaptureFixtu
 # -- a sweep ------------------------------------------------------------------------------------------------------------------
 
 
+@needs("jsonargparse")
 @pytest.mark.parametrize("name", ["connectivity", "method"])
 def test_the_sweeps_can_be_run(name: str, place: Path) -> None:
     sweep = yaml.safe_load((ROOT / "recipes" / "sweeps" / f"{name}.yaml").read_text())

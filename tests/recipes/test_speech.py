@@ -23,6 +23,7 @@ from lightning_deepr.recipes.timit_cache import Frames
 from lightning_deepr.recipes.timit_phones import FOLD, IGNORED, PHONES39, PHONES60, folding
 from tests.helpers.crashes import Crash, CrashAt
 from tests.helpers.made_up_timit import make_full, make_sample
+from tests.helpers.optional import needs
 
 
 def some_frames(lengths: tuple[int, ...] = (30, 17, 44, 8, 25, 31, 12), features: int = 39) -> Frames:
@@ -378,6 +379,7 @@ def test_recipes_train_on_made_up_data(name: str, tmp_path: Path, monkeypatch: p
     assert torch.load(last, weights_only=True)["global_step"] == 9
 
 
+@needs("jsonargparse")
 def test_recipe_without_the_corpus_says_what_to_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_deepr import DeepR, SoftDeepR, connections, sparsify
 from lightning_deepr.recipes.running import train
 from tests.helpers.classifier import Net, batches
+from tests.helpers.optional import needs
 from tests.helpers.trainer import trainer
 
 
@@ -76,6 +77,7 @@ def test_what_is_no_seed(make: Any) -> None:
         make(0.2, seed="5")
 
 
+@needs("jsonargparse")
 @pytest.mark.parametrize(("arguments", "seed"), [([], 0), (["--seed_everything=6"], 6), (["--sparsity.seed=9"], 9)])
 def test_the_command_lines_seed(arguments: list[str], seed: int) -> None:
     given = ["--sparsity.connectivity=0.1", "--sparsity.distribution=uniform", "--trainer.logger=false", *arguments]

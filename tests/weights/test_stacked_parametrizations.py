@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from lightning_deepr import SoftDeepR, connectivity_report, densify, load_state_dict, save_sparse, sparsify
 from lightning_deepr.export import to_c_header, to_csr, to_dense_state_dict, to_scipy
+from tests.helpers.optional import needs
 
 
 class Doubled(nn.Module):
@@ -93,6 +94,7 @@ def test_a_dense_state_dict_keeps_it(kind: str) -> None:
     torch.testing.assert_close(target(X), net(X))
 
 
+@needs("scipy")
 @upon
 def test_what_cannot_keep_it_refuses_by_name(kind: str, tmp_path: Path) -> None:
     net = stacked(kind)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lightning_deepr import densify, zoo
@@ -24,6 +23,9 @@ from lightning_deepr.zoo import inputs
 from lightning_deepr.zoo.inputs import ImageInput, SpeechInput, input_of, recorded
 from lightning_deepr.zoo.waves import resample, samples_of
 from tests.helpers.made_up_timit import real_sample
+from tests.helpers.optional import Optional
+
+Image = Optional("PIL.Image")
 
 DATA = os.environ.get("LIGHTNING_DEEPR_DATA", "")
 LENET, CNN, LSTM = "lenet300_100.deepr_1pct_mnist", "cifar10_cnn.deepr_2pct_cifar10", "timit_blstm.deepr_1pct_timit_sample"
@@ -98,13 +100,13 @@ def test_square_images_of_another_size_are_resized() -> None:
         (torch.full((28, 28), -0.42), ValueError, "found -0.42"),
         (torch.full((28, 28), float("nan")), ValueError, "found nan"),
         (torch.zeros(28, 28, dtype=torch.int64), ValueError, "uint8.*found torch.int64"),
-        (Image.new("I;16", (28, 28)), ValueError, 'found mode "I;16"'),
-        (Image.new("RGBA", (28, 28)), ValueError, "transparent"),
+        (lambda: Image.new("I;16", (28, 28)), ValueError, 'found mode "I;16"'),
+        (lambda: Image.new("RGBA", (28, 28)), ValueError, "transparent"),
     ],
 )
 def test_what_is_no_such_image_is_refused(image: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        zoo.load(LENET).preprocess(image)
+        zoo.load(LENET).preprocess(image() if callable(image) else image)
 
 
 # -- predictions --------------------------------------------------------------------------------------------------------------

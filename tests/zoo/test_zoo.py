@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -23,6 +22,9 @@ from lightning_deepr.recipes import running
 from lightning_deepr.weights.find import converted_tensors
 from lightning_deepr.zoo import comparing, loading, registry
 from lightning_deepr.zoo.verification import evaluate, labels_hit
+from tests.helpers.optional import Optional, needs
+
+Image = Optional("PIL.Image")
 
 NAME = "lenet300_100.deepr_1pct_test"
 METADATA = {
@@ -310,6 +312,7 @@ def test_the_list_sorts_and_fits_a_terminal(capsys: pytest.CaptureFixture[str]) 
     assert "invalid choice: 'colour'" in capsys.readouterr().err
 
 
+@needs("huggingface_hub")
 def test_every_reader_compares_the_sha256_of_a_name(model: Path, tmp_path: Path) -> None:
     """Another sound file under a name of the zoo: its own digest is right, the registry's is not."""
     zoo.save(sparsify(LeNet300100(), 0.01, seed=2), model, **METADATA)
@@ -357,6 +360,7 @@ def test_the_comparison_is_that_of_the_files(tmp_path: Path) -> None:
     assert (tmp_path / "comparison.md").read_text(encoding="utf-8") == page and (tmp_path / "comparison.png").is_file()
 
 
+@needs("jsonargparse")
 def test_the_recorded_metric_on_the_test_set_of_the_recorded_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

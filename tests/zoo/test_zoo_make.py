@@ -12,6 +12,7 @@ from lightning_deepr import sparsify, zoo
 from lightning_deepr.commands import main as command_line
 from lightning_deepr.models import LeNet300100
 from lightning_deepr.zoo import make, registry, results
+from tests.helpers.optional import needs
 
 DIGITS = make.DataSet("MNIST (embedded subset)", "test", "test_accuracy")
 SHORT = {"trainer.max_epochs": 1, "trainer.limit_train_batches": 60}
@@ -98,6 +99,7 @@ def test_every_model_of_the_registry_has_a_plan() -> None:
         assert recorded["overrides"] == json.loads(json.dumps(dict(planned[entry.name].overrides)))
 
 
+@needs("jsonargparse")
 def test_a_network_that_a_study_keeps(tmp_path: Path, plans: None, capsys: pytest.CaptureFixture[str]) -> None:
     (name,), study = make.PLANS, "python study.py --keep runs/zoo"
     make.PLANS[name] = make.Plan("mnist_quickstart", "digits", {}, "", 1, study, "kept_{seed}.safetensors")
