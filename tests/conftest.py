@@ -40,6 +40,13 @@ def unseeded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def undetermined() -> Iterator[None]:
+    """Take back `torch.use_deterministic_algorithms`: a Trainer with `deterministic=True` leaves it on for later tests."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
 def compile_anew() -> Iterator[None]:
     """Forget what a test has compiled: torch soon runs a function uncompiled that was compiled often, in later tests, too."""
     yield

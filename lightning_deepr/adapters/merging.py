@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_deepr.adapters.adapter import adapted_tensors
 from lightning_deepr.adapters.installing import refuse_work
@@ -42,7 +42,7 @@ def merge(net: nn.Module) -> nn.Module:
         for one, slots in adapted:
             base, theta = slots.base, slots.own(one.theta.detach())
             kept = base.take(slots.places)
-            base.put_(slots.places, (kept.to(theta.dtype) + theta * slots.signs).to(base.dtype))
+            _write(base, slots.places, (kept.to(theta.dtype) + theta * slots.signs).to(base.dtype))
             slots.merged_over = kept
     return net
 
@@ -65,9 +65,20 @@ def unmerge(net: nn.Module) -> nn.Module:
     with torch.no_grad():
         for _, slots in adapted:
             assert slots.merged_over is not None
-            slots.base.put_(slots.places, slots.merged_over)
+            _write(slots.base, slots.places, slots.merged_over)
             slots.merged_over = None
     return net
+
+
+def _write(base: Tensor, places: Tensor, values: Tensor) -> None:
+    """Set the entries of ``base`` at flat ``places``, as ``Tensor.put_`` does.
+
+    ``put_`` raises under ``torch.use_deterministic_algorithms``, also where each place occurs once.
+    """
+    if base.is_contiguous():
+        base.view(-1)[places] = values
+    else:
+        base[torch.unravel_index(places, base.shape)] = values
 
 
 def _refuse(net: nn.Module, what: str) -> None:

@@ -34,6 +34,10 @@ class Called(nn.Linear):
 
 
 class Property(nn.Linear):
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self._parameters["weight"])  # type: ignore[arg-type]  # not 3 times it, as the property would give
+        nn.init.uniform_(self.bias)
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         if "weight" not in self._parameters:
