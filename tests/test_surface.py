@@ -42,7 +42,7 @@ PUBLIC = {
         *("ENTRIES", "Entry", "FormatError", "Prediction", "Verification", "predict"),
     },
     "lightning_deepr.hub": {
-        *("download", "load", "publish", "revision_of"),
+        *("download", "load", "publish", "revision_of", "load_adapter", "publish_adapter"),
         *("WEIGHTS", "HubError", "Published", "SparseHubMixin"),
     },
 }

@@ -1,12 +1,13 @@
 """Adapters of one size on digits of another kind: LoRA, fixed random places, SET, RigL, DEEP R; all weights; the head alone.
 
     python benchmarks/adapters/digits.py --root data             # every training that is not in digits.csv
+    python benchmarks/adapters/digits.py --root data --tasks "rotated 5000" --arms deepr lora --optimizers SGD
     python benchmarks/adapters/digits.py --table                 # tables from digits.csv
 
 LeNet-300-100 is trained on the first 50,000 upright digits (dense, once). Then it learns 5,000 others (or 1,000) that are
 turned by 90 degrees, or inverted, in 20 epochs of batches of 50, with a cosine schedule. Every arm but the last two trains
 as many values: 1,594 (what LoRA of rank 1 has) or 6,376 (rank 4), shared out over the three layers as LoRA does; biases are
-frozen.
+frozen. "shira" is that of `peft`, whose places are drawn once, too.
 
 Each arm has the same tuning effort: five learning rates at seed 0, of which the best on 5,000 validation digits is taken. Then
 three seeds are tested once on the 10,000 test digits of the new kind, and on the upright ones ("old"; an adapter that is taken
@@ -15,12 +16,11 @@ off gives the pretrained network's accuracy back). A run is a line of the csv; t
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import statistics
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,38 +28,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import lightning_deepr
-from lightning_deepr import adapt
 from lightning_deepr.models import LeNet300100
 from lightning_deepr.recipes.digits import MNISTDataModule
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grid import Job, Results, Row, summary
+import study
+from grid import Job, Results, quiet
+from study import Cell, Study, options
 
-HERE = Path(__file__).parent
-RESULTS = Results(HERE / "digits.csv", "accuracy", "old", "trained")
 RANKS = {1: 1594, 4: 6376}
-RATES = {  # five per optimizer and kind of arm, a factor of about 3 apart; the best lies inside
-    "AdamW": {
-        "lora": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-        "full": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-        "sparse": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+STUDY = Study(
+    Results(Path(__file__).with_name("digits.csv"), "accuracy", "old", "trained"),
+    {  # five per optimizer and kind of arm, a factor of about 3 apart; the best lies inside
+        "AdamW": {
+            "lora": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+            "full": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+            "sparse": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        },
+        "SGD": {
+            "lora": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+            "full": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+            "sparse": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+        },
     },
-    "SGD": {
-        "lora": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-        "full": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-        "sparse": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
-    },
-}
-SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
-    "fixed": ("FixedRandom", {"signs": "free"}),
-    "set": ("SET", {}),
-    "rigl": ("RigL", {}),
-    "deepr": ("DeepR", {}),
-}
-ARMS = ("deepr", "lora", "fixed", "set", "rigl", "full", "head")
+    seeds=(1, 2, 3),
+)
+ARMS = ("deepr", "lora", "fixed", "shira", "set", "rigl", "full", "head")
 TASKS = ("rotated 5000", "inverted 5000", "rotated 1000", "inverted 1000")
-SEEDS = (1, 2, 3)
 EPOCHS, BATCH = 20, 50
 
 
@@ -78,6 +74,7 @@ class LoRA(nn.Module):
         return y
 
 
+@cache
 def images(root: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Read the digits: {part: (images [B, 784] from 0 to 1, labels)}."""
     x, y, x_test, y_test = MNISTDataModule(root=root).load()
@@ -129,24 +126,19 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def prepared(net: nn.Module, arm: str, count: int, seed: int) -> nn.Module:
     """Give the network what the arm trains, and freeze the rest."""
-    if arm in SPARSE:
-        return adapt(net, count, seed=seed)
-    if arm == "full":
-        return net
-    net.requires_grad_(False)
-    layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
-    if arm == "head":
-        net.get_submodule(layers[-1]).requires_grad_(True)
-        return net
     rank = next(rank for rank, values in RANKS.items() if values == count)
+    layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    if arm != "lora":  # (that of `peft` is the same, and `peft` need not be there)
+        return study.prepared(net, arm, count, rank, seed, head=layers[-1])
+    net.requires_grad_(False)
     for name in layers:
         setattr(net, name, LoRA(net.get_submodule(name), rank))  # type: ignore[arg-type]
     return net
 
 
-def train(job: Job, root: str) -> dict[str, Any]:
-    """Run one training."""
-    start, settings = time.perf_counter(), json.loads(job.settings)
+def trained(job: Job, root: str) -> tuple[nn.Module, int]:
+    """Train a network as a job says; the number is that of its trained values."""
+    settings = json.loads(job.settings)
     task, size = job.part.split()[0], int(job.part.split()[1])
     arm = job.arm.split()[0]
     data, net = images(root), pretrained(root)
@@ -156,95 +148,50 @@ def train(job: Job, root: str) -> dict[str, Any]:
     more = {"momentum": 0.9} if settings["optimizer"] == "SGD" else {}
     optimizer = getattr(torch.optim, settings["optimizer"])(values, settings["lr"], **more)
     x, y = data["new"]
-    x, y = changed(x[:size], task), y[:size]
-    rewiring = None
-    if arm in SPARSE:
-        kind, own = SPARSE[arm]
-        callback = getattr(lightning_deepr, kind)(seed=job.seed, **own, **settings.get("callback", {}))
-        rewiring = callback.attach(net, optimizer, total_steps=EPOCHS * (size // BATCH))
-    fit(net, optimizer, x, y, EPOCHS, BATCH)
-    if rewiring is not None:
-        rewiring.remove()
-    xs, ys = data["test" if job.split == "test" else "validation"]
-    old = data["test"] if job.split == "test" else (xs, ys)
+    handle = study.rewiring(arm, net, optimizer, EPOCHS * (size // BATCH), job.seed)
+    fit(net, optimizer, changed(x[:size], task), y[:size], EPOCHS, BATCH)
+    if handle is not None:
+        handle.remove()
+    return net, sum(one.numel() for one in values)
+
+
+def train(job: Job, root: str) -> dict[str, Any]:
+    """Run one training."""
+    start = time.perf_counter()
+    net, count = trained(job, root)
+    x, y = images(root)[job.split]
     return {
-        "accuracy": f"{accuracy(net, changed(xs, task), ys):.2f}",
-        "old": f"{accuracy(net, *old):.2f}",
-        "trained": sum(one.numel() for one in values),
+        "accuracy": f"{accuracy(net, changed(x, job.part), y):.2f}",
+        "old": f"{accuracy(net, x, y):.2f}",
+        "trained": count,
         "seconds": f"{time.perf_counter() - start:.1f}",
     }
 
 
-def combinations(tasks: list[str], optimizers: list[str]) -> list[tuple[str, str, int]]:
-    """List (task, arm with optimizer, number of values)."""
+def cells(tasks: list[str], optimizers: list[str], arms: list[str]) -> list[Cell]:
+    """List the cells; all weights and the head have no size of their own."""
     return [
-        (task, f"{arm} {optimizer}", count)
+        Cell(task, arm, optimizer, count)
         for task in tasks
         for optimizer in optimizers
-        for arm in ARMS
+        for arm in arms
         for count in RANKS.values()
         if arm not in ("full", "head") or count == RANKS[1]
     ]
 
 
-def rates(arm: str) -> tuple[float, ...]:
-    kind, optimizer = arm.split()
-    known = RATES[optimizer]
-    return known["full" if kind in ("full", "head") else "lora" if kind == "lora" else "sparse"]
-
-
-def made(task: str, arm: str, count: int, seed: int, lr: float, split: str) -> Job:
-    settings = json.dumps({"optimizer": arm.split()[1], "lr": lr})
-    return Job(task, arm, count, seed, f"lr {lr:g}" if split == "validation" else "test", split, settings)
-
-
-def tests(task: str, arm: str, count: int) -> list[Job]:
-    """List the tests that the tuning of a combination leads to."""
-    mine = [row for row in RESULTS.read() if row["split"] == "validation"]
-    mine = [row for row in mine if (row["part"], row["arm"], row["connectivity"]) == (task, arm, f"{count:g}")]
-    best = max(mine, key=lambda row: float(row["accuracy"]))
-    lr = json.loads(best["settings"])["lr"]
-    return [made(task, arm, count, seed, lr, "test") for seed in SEEDS]
-
-
-def tables() -> None:
-    """Print a table per task and optimizer from the csv."""
-    rows = [row for row in RESULTS.read() if row["split"] == "test"]
-    for task in dict.fromkeys(row["part"] for row in rows):
-        for optimizer in dict.fromkeys(row["arm"].split()[1] for row in rows if row["part"] == task):
-            print(f"\n{task}, {optimizer}: test accuracy (accuracy on upright digits with the adapter; learning rate)")
-            for arm in ARMS:
-                cells = []
-                for count in RANKS.values():
-                    mine = [r for r in rows if (r["part"], r["arm"]) == (task, f"{arm} {optimizer}")]
-                    mine = [r for r in mine if r["connectivity"] == str(count)]
-                    if mine:
-                        old = statistics.mean(float(row["old"]) for row in mine)
-                        lr = json.loads(mine[0]["settings"])["lr"]
-                        cells.append(f"{mine[0]['trained']:>7}: {_shown(mine)} ({old:.1f}; {lr:g})")
-                if cells:
-                    print(f"  {arm:<6}", "   ".join(cells))
-
-
-def _shown(rows: list[Row]) -> str:
-    return summary([float(row["accuracy"]) for row in rows])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", default="data")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--optimizers", nargs="+", default=list(RATES), choices=list(RATES))
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--table", action="store_true")
-    options = parser.parse_args()
-    if not options.table:
-        pretrained(options.root)
-        for one in combinations(options.tasks, options.optimizers):
-            tuning = [made(*one, 0, lr, "validation") for lr in rates(one[1])]
-            RESULTS.train(tuning, train, options.workers, options.root)
-            RESULTS.train(tests(*one), train, options.workers, options.root)
-    tables()
+    given = options(__doc__, TASKS, ARMS, list(STUDY.rates))
+    if not given.table:
+        quiet()
+        pretrained(given.root)
+        for task in given.tasks:
+            for optimizer in given.optimizers:
+                STUDY.run(cells([task], [optimizer], given.arms), train, given.workers, given.root)
+    for task in TASKS:
+        for optimizer in STUDY.rates:
+            found = STUDY.table(task, optimizer, ARMS, list(RANKS.values()))
+            print("\n".join([f"\n{task}, {optimizer}", *found]) if found else "", end="\n" if found else "")
 
 
 if __name__ == "__main__":

@@ -138,6 +138,13 @@ def _view(found: Any, weight: Any) -> Any:
         return found
     if type(found) is not Tensor or found.layout is not torch.strided:
         return found
-    if found.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr() or found.numel() == 0:
+    if _inside(found).untyped_storage().data_ptr() != _inside(weight).untyped_storage().data_ptr() or found.numel() == 0:
         return found
     return refusing(found, weight._slots)
+
+
+def _inside(value: Tensor) -> Tensor:
+    """Return the tensor with memory within those that ``torch.func`` wraps around it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value

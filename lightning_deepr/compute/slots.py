@@ -36,6 +36,9 @@ class SparseSlots(OrderedSlots, Protocol):
     def in_place_order(self) -> bool: ...
 
     @property
+    def may_sum(self) -> bool: ...
+
+    @property
     def is_large(self) -> bool: ...
 
     @property

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
-from lightning_deepr.compute.order import dense_weight
+from lightning_deepr.compute.order import addresses, dense_weight
 from lightning_deepr.kernels.cpu.buffers import empty, kept
-from lightning_deepr.kernels.cpu.fields import TokenArguments, TokenPhase, filler
+from lightning_deepr.kernels.cpu.fields import TokenArguments, TokenPhase, filler, pack_order
 
 FROM = 512  # rows of an input from which on these kernels are used
 GROUPS = 16  # the most groups of blocks that have sums of their own for theta's gradient
@@ -105,8 +105,15 @@ def forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, parts:
     )  # fmt: skip
     if _run(plan, threads, arguments, _GATHER, _MULTIPLY) and rows * columns * size <= DENSE:
         with torch.autocast("cpu", enabled=False):
-            return torch_linear(x, dense_weight(order, theta, rows, columns), bias)
+            return torch_linear(x, _weight(order, parts, theta, rows, columns), bias)
     return y
+
+
+def _weight(order: Tensor, parts: bytes, theta: Tensor, rows: int, columns: int) -> Tensor:
+    """Build the weight. The order may be that of its transpose, see ``compute/transposed.py``."""
+    if parts == pack_order(*addresses(order, rows, columns, theta.numel())):
+        return dense_weight(order, theta, rows, columns)
+    return dense_weight(order, theta, columns, rows).t()
 
 
 def backward(
@@ -135,5 +142,5 @@ def backward(
     phases = ([_GATHER] if need_x else []) + [_MULTIPLY] + ([_REDUCE] if need_theta or need_bias else [])
     if _run(plan, threads, arguments, *phases) and need_x and rows * columns * size <= DENSE:
         with torch.autocast("cpu", enabled=False):
-            dx = dy.mm(dense_weight(order, theta, rows, columns))
+            dx = dy.mm(_weight(order, parts, theta, rows, columns))
     return dx, dtheta, dbias

@@ -29,25 +29,45 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlo
         bias: [rows] or None.
         slots: the connections, upon a frozen weight.
     """
-    if (
+    if not _suits(x, theta, bias, slots, slots.columns, slots.rows):
+        return None
+    gate.check_values(theta, slots)
+    y: Tensor = _Linear.apply(x, theta, bias, slots.signs, slots.places, slots.base.detach())
+    return y
+
+
+def quick_addmm(x: Tensor, theta: Tensor, bias: Tensor, slots: SparseSlots) -> Tensor | None:
+    """Compute ``torch.addmm(bias, x, weight)`` with the sum, as :func:`quick_linear` does for ``F.linear``.
+
+    Args:
+        x: [B, rows].
+        theta: [K], the weight's own part.
+        bias: [columns].
+        slots: the connections, upon a frozen weight.
+    """
+    if not slots.may_sum or not _suits(x, theta, bias, slots, slots.rows, slots.columns):
+        return None
+    gate.check_values(theta, slots)
+    y: Tensor = _Linear.apply(x, theta, bias, slots.signs, slots.places, slots.base.detach(), True)
+    return y
+
+
+def _suits(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots, inputs: int, outputs: int) -> bool:
+    return not (
         not torch.is_grad_enabled()
         or not theta.requires_grad
         or not is_quick(x, theta, slots)
         or slots.is_large
         or x.dim() < 2
-        or x.shape[-1] != slots.columns
+        or x.shape[-1] != inputs
         or x.numel() == 0
-        or not choice.prefers_sum(slots.rows, slots.columns, slots.count, x.numel() // slots.columns)
+        or not choice.prefers_sum(slots.rows, slots.columns, slots.count, x.numel() // inputs)
         or slots.base.dtype is not x.dtype
         or not slots.base.is_contiguous()
         or not slots.base.is_cpu
-        or (bias is not None and (bias.dtype is not x.dtype or bias.shape != (slots.rows,) or not bias.is_cpu))
+        or (bias is not None and (bias.dtype is not x.dtype or bias.shape != (outputs,) or not bias.is_cpu))
         or type(slots.places) is not Tensor
-    ):
-        return None
-    gate.check_values(theta, slots)
-    y: Tensor = _Linear.apply(x, theta, bias, slots.signs, slots.places, slots.base.detach())
-    return y
+    )
 
 
 def _sum(theta: Tensor, signs: Tensor, places: Tensor, base: Tensor) -> Tensor:
@@ -60,28 +80,37 @@ def _sum(theta: Tensor, signs: Tensor, places: Tensor, base: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, theta: Tensor, bias: Tensor | None, signs: Tensor, places: Tensor, base: Tensor
-    ) -> Tensor:
+        ctx: Any, x: Tensor, theta: Tensor, bias: Tensor | None, signs: Tensor, places: Tensor, base: Tensor,
+        inputs_first: bool = False,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, theta, signs, places, base)  # with places, autograd refuses a backward pass after a rewiring
-        return torch_linear(x, _sum(theta, signs, places, base), bias)
+        ctx.inputs_first = inputs_first  # the weight is [inputs, outputs]
+        return torch_linear(x, _oriented(_sum(theta, signs, places, base), inputs_first), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         x, theta, signs, places, base = ctx.saved_tensors
-        need, (rows, columns) = ctx.needs_input_grad, base.shape
+        need, turned = ctx.needs_input_grad, ctx.inputs_first
+        outputs, inputs = _oriented(base, turned).shape
         dx = dtheta = dbias = None
-        across, before = dy.reshape(-1, rows), x.reshape(-1, columns)
+        across, before = dy.reshape(-1, outputs), x.reshape(-1, inputs)
+        left, right = (before, across) if turned else (across, before)  # the weight's gradient is left^T right
         if need[2]:
             dbias = across.sum(0)
         if torch.is_grad_enabled():  # create_graph=True: all in operators that can be differentiated again
             if need[0]:
-                dx = across.mm(add_to_base(base, theta, signs, places)).view(x.shape)
+                dx = across.mm(_oriented(add_to_base(base, theta, signs, places), turned)).view(x.shape)
             if need[1]:
-                dtheta = across.t().mm(before).view(-1).index_select(0, places) * signs
-            return dx, dtheta, dbias, None, None, None
+                dtheta = left.t().mm(right).view(-1).index_select(0, places) * signs
+            return dx, dtheta, dbias, None, None, None, None
         if need[0]:
-            dx = across.mm(_sum(theta, signs, places, base)).view(x.shape)
+            dx = across.mm(_oriented(_sum(theta, signs, places, base), turned)).view(x.shape)
         if need[1]:
-            gradient = torch.mm(across.t(), before, out=buffers.kept((rows, columns), base))
+            gradient = torch.mm(left.t(), right, out=buffers.kept(tuple(base.shape), base))
             dtheta = gradient.view(-1).index_select(0, places) * signs
-        return dx, dtheta, dbias, None, None, None
+        return dx, dtheta, dbias, None, None, None, None
+
+
+def _oriented(weight: Tensor, inputs_first: bool) -> Tensor:
+    """Return the weight as [outputs, inputs]."""
+    return weight.t() if inputs_first else weight

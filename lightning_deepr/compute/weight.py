@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 from torch.utils._pytree import tree_map
 
-from lightning_deepr.compute import sparse
+from lightning_deepr.compute import sparse, transposed
 from lightning_deepr.compute.read_only import refuse_write, refusing
 from lightning_deepr.compute.slots import SparseSlots
 
@@ -27,7 +27,8 @@ _FREE = {
 class SparseWeight(torch.Tensor):
     """A converted weight that is built on demand.
 
-    ``F.linear`` computes sparsely with it, and shape, dtype and device need no values. Any other operation builds the weight.
+    ``F.linear`` and ``torch.addmm(bias, x, weight)`` compute sparsely with it, and shape, dtype and device need no values. Any
+    other operation builds the weight.
 
     Args:
         theta: [K], the part of theta that belongs to this tensor.
@@ -58,6 +59,12 @@ class SparseWeight(torch.Tensor):
             if isinstance(weight, SparseWeight) and not isinstance(x, SparseWeight):
                 weight._slots.used = "sparse"
                 return sparse.linear(x, weight._theta, bias, weight._slots)
+        if func is torch.addmm and len(args) == 3 and not kwargs and type(args[2]) is SparseWeight:
+            bias, x, weight = args
+            y = None if isinstance(x, SparseWeight) else transposed.addmm(x, weight._theta, bias, weight._slots)
+            if y is not None:
+                weight._slots.used = "sparse"
+                return y
         if func in _FREE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)

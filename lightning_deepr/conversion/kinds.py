@@ -82,7 +82,7 @@ class Kind:
             (:class:`lightning_deepr.algorithm.units.Units`), for ``candidates=`` and ``signs=``. The default reads the
             weight as matrices [outputs, inputs].
         compute: the way in which the layer computes from a converted weight. The default builds the weight for each forward
-            pass, except that ``F.linear`` with a two-dimensional weight computes sparsely.
+            pass, except that ``F.linear`` and ``torch.addmm(bias, x, weight)`` with a matrix compute sparsely.
     """
 
     classes: tuple[type[nn.Module], ...]

@@ -14,13 +14,19 @@ from torch import nn
 
 LIBRARY = "lightning-deepr"
 PICTURE = "connectivity.png"
-_CITATION = """@inproceedings{bellec2018deep,
+CITATION = """## Citation
+
+The algorithm:
+
+```bibtex
+@inproceedings{bellec2018deep,
   title     = {Deep Rewiring: Training very sparse deep networks},
   author    = {Bellec, Guillaume and Kappel, David and Maass, Wolfgang and Legenstein, Robert},
   booktitle = {International Conference on Learning Representations},
   year      = {2018},
   url       = {https://openreview.net/forum?id=BJ_wN01C-}
-}"""
+}
+```"""
 _UNKNOWN, _WATTS = "not recorded", 10
 _SPARSE_FROM_THE_START = {"DeepR", "SET", "FixedRandom"}
 # the Hub's names of the tasks and of the data sets
@@ -52,13 +58,13 @@ def card(
         _front(info, name),
         f"# {name}\n\n{_summary(info)}",
         _use(info, name, repo_id),
-        _section("Input", _input(info)),
-        _section("Connectivity", table(info) + (f"\n\n![connectivity]({picture})" if picture else "")),
-        _section("Metrics", metrics_table(info)),
-        _section("Training", _training(info, recipe)),
-        _section("File", _file(info)),
-        _section("Licence", _licence(info)),
-        _section("Citation", f"The algorithm:\n\n```bibtex\n{_CITATION}\n```"),
+        section("Input", _input(info)),
+        section("Connectivity", table(info) + (f"\n\n![connectivity]({picture})" if picture else "")),
+        section("Metrics", metrics_table(info)),
+        section("Training", _training(info, recipe)),
+        section("File", _file(info)),
+        section("Licence", _licence(info)),
+        CITATION,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -83,12 +89,12 @@ def card_of_class(module: nn.Module, front_matter: Mapping[str, Any], **details:
     )
     rows = {"connectivity": connectivity_report(module).to_dict()}
     parts = [
-        _yaml({"library_name": LIBRARY, **{key: value for key, value in front_matter.items() if value is not None}}),
+        front_matter_of({"library_name": LIBRARY, **{key: value for key, value in front_matter.items() if value is not None}}),
         f"# {kind}\n\n{_summary({**rows, 'architecture': kind})}",
-        _section("Use", use),
-        _section("Connectivity", table(rows)),
-        *(_section(title.replace("_", " ").capitalize(), str(text)) for title, text in details.items()),
-        _section("Citation", f"The algorithm:\n\n```bibtex\n{_CITATION}\n```"),
+        section("Use", use),
+        section("Connectivity", table(rows)),
+        *(section(title.replace("_", " ").capitalize(), str(text)) for title, text in details.items()),
+        CITATION,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -98,7 +104,7 @@ def _front(info: Mapping[str, Any], name: str) -> str:
     task = _TASKS.get(str(info.get("architecture")))
     fields: dict[str, Any] = {
         "library_name": LIBRARY,
-        "license": _hub_licence(info),
+        "license": licence_of(info),
         "pipeline_tag": task,
         "tags": [
             "sparse",
@@ -126,7 +132,7 @@ def _front(info: Mapping[str, Any], name: str) -> str:
         fields["model-index"] = [
             {"name": name, "results": [{"task": {"type": task or "other"}, "dataset": data_set, "metrics": results}]}
         ]
-    return _yaml({key: value for key, value in fields.items() if value is not None})
+    return front_matter_of({key: value for key, value in fields.items() if value is not None})
 
 
 def table(info: Mapping[str, Any]) -> str:
@@ -273,7 +279,7 @@ def _use(info: Mapping[str, Any], name: str, repo_id: str | None) -> str:
             "repository.",
         ]
     lines += ["", "To go on training it, give it to a `lightning.Trainer` with `DeepR()` among its callbacks."]
-    return _section("Use", "\n".join(lines))
+    return section("Use", "\n".join(lines))
 
 
 # from a raw file to a class; ``tests/hub/test_cards.py`` runs them
@@ -386,7 +392,7 @@ def _licence(info: Mapping[str, Any]) -> str:
     return str(info["license"]) if info.get("license") else ""
 
 
-def _hub_licence(info: Mapping[str, Any]) -> str | None:
+def licence_of(info: Mapping[str, Any]) -> str | None:
     """Return the Hub's identifier of the licence: SPDX's in small letters, or "other"."""
     if not info.get("license"):
         return None
@@ -434,11 +440,13 @@ def _short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _section(title: str, text: str) -> str:
+def section(title: str, text: str) -> str:
+    """Write a section of a card; without a text there is none."""
     return f"## {title}\n\n{text}" if text else ""
 
 
-def _yaml(fields: Mapping[str, Any]) -> str:
+def front_matter_of(fields: Mapping[str, Any]) -> str:
+    """Write the YAML at the beginning of a card."""
     import yaml  # type: ignore[import-untyped]
 
     return "---\n" + yaml.safe_dump(dict(fields), sort_keys=False, allow_unicode=True, width=120) + "---"

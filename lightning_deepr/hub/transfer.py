@@ -137,13 +137,15 @@ def upload(
     parent_commit: str | None = None,
     create_pr: bool = False,
     token: str | bool | None = None,
+    weights: str = WEIGHTS,
 ) -> Published:
     """Create the model repository or update it, in one commit. A file that did not change is not sent again.
 
     Args:
-        files: {name in the repository: path}; :data:`WEIGHTS` is one of the names.
+        files: {name in the repository: path}.
         title: the name of the model, for the commit's message.
         repo_id, private, revision, commit_message, parent_commit, create_pr, token: see :func:`lightning_deepr.zoo.publish`.
+        weights: the name in the repository of the file whose sha256 is returned.
 
     Raises:
         HubError: the upload failed; ``reason`` is the cause, and the message says what to do.
@@ -162,4 +164,4 @@ def upload(
             create_pr=create_pr,
         )
     url = commit.pr_url if create_pr and commit.pr_url else commit.commit_url
-    return Published(url, commit.oid, hashlib.sha256(files[WEIGHTS].read_bytes()).hexdigest(), repo_id)
+    return Published(url, commit.oid, hashlib.sha256(files[weights].read_bytes()).hexdigest(), repo_id)
