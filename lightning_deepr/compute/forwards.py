@@ -14,11 +14,14 @@ from lightning_deepr.compute.eager import needs_operators
 from lightning_deepr.compute.layer import Shape, Slots, matrix, slots_and_theta, with_forward
 from lightning_deepr.compute.sparse import linear, quick_linear
 from lightning_deepr.compute.weight import SparseWeight
+from lightning_deepr.kernels import gate
 
 
 def linear_forward(self: Any, input: Tensor) -> Tensor:
     """Replace ``nn.Linear.forward`` in a converted layer: compute sparsely, or with the transient weight."""
     found = slots_and_theta(self)
+    if found is not None and not torch.compiler.is_dynamo_compiling():
+        gate.note_finite(found[0], None)  # another gradient will come
     if found is not None and found[0].adapts and not torch.compiler.is_dynamo_compiling() and found[0].may_sum:
         y = upon_base_linear.quick_linear(input, found[0].own(found[1]), _bias_of(self), found[0])
         if y is not None:

@@ -140,6 +140,22 @@ def note(slots: Slots) -> None:
     vars(slots)["trusted"] = places, places.data_ptr(), places.numel(), 0 if places.is_inference() else places._version
 
 
+def note_finite(slots: Any, gradient: Tensor | None) -> None:
+    """Record that a kernel has made a gradient of theta whose values are all finite; None: nothing is known any more."""
+    # (the setattr of a module is slow)
+    vars(slots)["finite_gradient"] = None if gradient is None else _content_of(gradient)
+
+
+def is_finite(slots: Any, gradient: Tensor) -> bool:
+    """Tell whether this is the gradient that a kernel has made and found to be finite, and nothing has written to it since."""
+    known = getattr(slots, "finite_gradient", None)
+    return known is not None and type(gradient) in PLAIN and known == _content_of(gradient)
+
+
+def _content_of(value: Tensor) -> tuple[int, int, int]:
+    return value.data_ptr(), value.numel(), value._version
+
+
 def check_places(slots: Slots) -> None:
     """Refuse places that are not different numbers in 0 ... N - 1. Only what was written since the last check is read.
 
