@@ -33,7 +33,7 @@ _TASK, _STEP, _SEED = int(StepArguments.TASK), int(StepArguments.STEP), int(Step
 _NEWBORN_SINCE, _FINISHED = int(StepArguments.NEWBORN_SINCE), int(StepArguments.FINISHED)
 _DECREMENT, _SCALE, _REWIRES = int(Row.DECREMENT), int(Row.SCALE), int(Row.REWIRES)
 _fill, _fill_start, _fill_finite = filler(StepArguments), filler(StartArguments), filler(FiniteArguments)
-_MARKS_KNOWN, _STAYS = int(CpuRow.MARKS_KNOWN), int(CpuRow.STAYS)
+_MARKS_KNOWN, _STAYS, _RANKED = int(CpuRow.MARKS_KNOWN), int(CpuRow.STAYS), int(CpuRow.RANKED)
 _SIZES = {torch.float32: 4, torch.float64: 8}
 
 
@@ -83,7 +83,7 @@ class Table:
         self.results = self.fields.T[CpuRow.REBORN_COUNT : CpuRow.NEWBORN_DEATHS + 1]
         self.work = 0
         # working memory of the kernels: kept between steps only if it is small
-        self.ordered: list[tuple[bool, Any]] = []
+        self.ordered: list[tuple[bool, Any, bool]] = []
         self.starts = np.zeros(len(tensors), np.int64)
         self.scratch_at = 0
         self.scratch_bytes, self.kept_scratch = 0, torch.empty(0, dtype=torch.int64, device="cpu")
@@ -100,7 +100,7 @@ class Table:
             self.work += tensor.places.numel()
         self.arguments = _fill(TENSORS=len(self.tensors), TABLE=self.fields.ctypes.data)
         # the content of the table: only what changes is written
-        self.staying = [False] * len(tensors)
+        self.staying, self.by_rank = [False] * len(tensors), [False] * len(tensors)
         self.known: list[tuple[Any, ...] | None] = [None] * len(tensors)
         self.changing: list[tuple[Any, ...] | None] = [None] * len(tensors)
         self.states: list[tuple[Any, ...]] = [()] * len(tensors)
@@ -135,10 +135,12 @@ class Table:
                     tensor.refresh_order()
             if not checked:
                 gate.check(theta, tensor)
-            stays = tensor.stays
+            stays, by_rank = tensor.stays, tensor.ranked
             self._note(i, tensor, theta, None if stays else order)
             if stays is not self.staying[i]:
                 self.fields[i, _STAYS] = self.staying[i] = stays
+            if by_rank is not self.by_rank[i]:
+                self.fields[i, _RANKED] = self.by_rank[i] = by_rank
             marks = self.marks[i]
             if marks is not None:
                 fresh = marks.is_fresh()
@@ -185,13 +187,13 @@ class Table:
 
     def _scratch(self) -> Tensor:
         """Allocate the working memory of a step, before it writes anything."""
-        ordered = [(tensor.order is not None, tensor.allowed) for tensor in self.tensors]
+        ordered = [(tensor.order is not None, tensor.allowed, tensor.ranked) for tensor in self.tensors]
         if ordered != self.ordered:
             sizes = []
-            for i, (tensor, (does, allowed)) in enumerate(zip(self.tensors, ordered, strict=True)):
+            for i, (tensor, (does, allowed, by_rank)) in enumerate(zip(self.tensors, ordered, strict=True)):
                 count, rows, columns = tensor.places.numel(), tensor.rows, tensor.columns
                 self.fields[i, CpuRow.ALLOWED] = allowed_words(allowed)
-                size = room.rewiring(count, tensor.total, None if allowed is None else allowed.count)
+                size = room.rewiring(count, tensor.total, None if allowed is None else allowed.count, by_rank)
                 if does:
                     side = room.follow(count, rows)
                     self.fields[i, CpuRow.SCRATCH_SIDE] = side
