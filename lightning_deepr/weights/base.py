@@ -129,7 +129,9 @@ class Parametrization(nn.Module):
         self.sign_seed = sign_seed
         self.exceptions = exceptions
         self.notice = notice or Notice()
-        self.policy = "dense"  # "auto" | "dense" | "sparse": the user's choice
+        self.policy = "dense"  # "auto" | "dense" | "sparse": the user's choice; that of "tune" is "auto"
+        self.tunes = False  # whether "auto" decides by times on this machine
+        self.measured: Any = None  # the last of these times (compute/tuning.py)
         self.compute = "dense"  # the present choice, "dense" or "sparse"
         self.used = ""  # what became of a weight that was read: "sparse" (``F.linear`` took it) or "dense" (it was built)
         self.layer: LayerCompute = DENSE  # how the module computes, and how its own forward is restored
@@ -345,6 +347,7 @@ class Parametrization(nn.Module):
         self.compute, self.training = source.compute, source.training
         self.l1_taken, self.l1_rule, self.lr_scale_taken = source.l1_taken, source.l1_rule, source.lr_scale_taken
         self.policy, self.layer, self.used = source.policy, source.layer, source.used
+        self.tunes, self.measured = source.tunes, source.measured
         self.copied_from = weakref.ref(source)
         self.name = source.name
         self.take_rules(source)
