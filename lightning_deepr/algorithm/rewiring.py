@@ -35,6 +35,7 @@ class SlotTensor(Protocol):
     total: int  # N, the number of potential connections
     index: int  # the tensor's position in the order of conversion; it makes the draws of tensors differ
     stays: bool  # whether no slot ever moves: a tensor that began with K = N
+    ranked: bool  # whether newborns get the drawn places by rank
     allowed: Allowed | None  # the places where connections may be; None: everywhere
 
     def signs_at(self, places: Tensor) -> Tensor: ...
@@ -160,10 +161,15 @@ def new_places(tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], seed: i
 
     The places of the connections that have just gone dormant are candidates, too. For a tensor with 2 K <= N, a draw is
     rejected and repeated if its place is taken. This costs O(R) draws, since at most half of the places are taken. A denser
-    tensor lists its dormant places, which are fewer than its slots. Both ways are exact and terminate at any density.
+    tensor lists its dormant places, which are fewer than its slots (:func:`rejects`). Both ways are exact and terminate at any
+    density.
 
     Where K = N, the dormant places are those of the dormant slots, and each slot keeps its own: which of them gets which place
     makes no difference to the network, and nothing moves. (What an older version has saved goes on with a list.)
+
+    Dormant slots are alike: which of them gets which of the drawn places makes no difference to the network. A tensor that
+    began with its slots in the order of their places gives the lowest place to the first dormant slot, and so on
+    (:func:`by_rank`). So a place stays near to those of the slots around it.
 
     A tensor whose places are restricted draws from the allowed ones in the same two ways, with their number in the place of N.
 
@@ -179,8 +185,8 @@ def new_places(tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], seed: i
     reborn: list[Tensor] = list(dormant)
     restricted = [i for i, slots in enumerate(dormant) if tensors[i].allowed is not None and slots.numel()]
     unrestricted = [i for i, slots in enumerate(dormant) if tensors[i].allowed is None and slots.numel()]
-    rejecting = [i for i in unrestricted if 2 * tensors[i].places.numel() <= tensors[i].total]
-    listing = [i for i in unrestricted if 2 * tensors[i].places.numel() > tensors[i].total]
+    rejecting = [i for i in unrestricted if rejects(tensors[i])]
+    listing = [i for i in unrestricted if not rejects(tensors[i])]
     if rejecting:
         found = draw_by_rejection([tensors[i] for i in rejecting], [dormant[i] for i in rejecting], seed, step)
         for i, places in zip(rejecting, found, strict=True):
@@ -189,7 +195,18 @@ def new_places(tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], seed: i
         reborn[i] = draw_from_list(tensors[i], dormant[i], seed, step)
     for i in restricted:
         reborn[i] = draw_allowed(tensors[i], dormant[i], seed, step)
-    return reborn
+    return [by_rank(slots, places) if t.ranked else places for t, slots, places in zip(tensors, dormant, reborn, strict=True)]
+
+
+def rejects(tensor: SlotTensor) -> bool:
+    """Whether births of a tensor are drawn by rejection, and not from a list. With places by rank, up to three quarters."""
+    taken, total = tensor.places.numel(), tensor.total
+    return 4 * taken <= 3 * total if tensor.ranked else 2 * taken <= total
+
+
+def by_rank(slots: Tensor, places: Tensor) -> Tensor:
+    """Give the lowest place to the lowest slot, and so on. Returns the places in the order of ``slots``."""
+    return torch.empty_like(places).index_copy_(0, slots.argsort(), ascending(places))
 
 
 def draw_by_rejection(tensors: Sequence[SlotTensor], dormant: Sequence[Tensor], seed: int, step: int) -> list[Tensor]:

@@ -2,13 +2,13 @@
 
 from lightning_deepr.compute.dense import build_weight
 
-COMPUTE = ("auto", "dense", "sparse")
+COMPUTE = ("auto", "dense", "sparse", "tune")
 
 
 def check_compute(compute: str) -> str:
     """Validate the ``compute`` argument."""
     if compute not in COMPUTE:
-        raise ValueError(f'compute: expected one of "auto", "dense", "sparse", found {compute!r}.')
+        raise ValueError(f'compute: expected one of "auto", "dense", "sparse", "tune", found {compute!r}.')
     return compute
 
 

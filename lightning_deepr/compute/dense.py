@@ -31,7 +31,9 @@ def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size
     Returns:
         a tensor of ``shape`` in theta's dtype, or in ``narrow``.
     """
-    if narrow is not None:
+    if narrow is not None and (
+        narrow is not torch.bfloat16 or not isinstance(theta, Tensor) or theta.dtype is not torch.float32
+    ):
         return _scattered((theta * signs).to(narrow), places, shape)
     if (
         not torch.compiler.is_compiling()
@@ -40,9 +42,10 @@ def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size
         and places.numel() >= LARGE
         and _fits(theta, signs, places)
     ):
-        weight: Tensor = _Scatter.apply(theta, signs, places, shape)
+        weight: Tensor = (_Scatter if narrow is None else _NarrowScatter).apply(theta, signs, places, shape)
         return weight
-    return _scattered(theta * signs, places, shape)
+    values = theta * signs
+    return _scattered(values if narrow is None else values.to(narrow), places, shape)
 
 
 def rounded(theta: Tensor, narrow: torch.dtype) -> Tensor:
@@ -98,4 +101,30 @@ class _Scatter(torch.autograd.Function):
             return gradient.view(-1).index_select(0, places) * signs, None, None, None
         found = torch.empty_like(signs)
         scatter.run(scatter.gather_kernel(signs.element_size()), found, signs, places, gradient)
+        return found, None, None, None
+
+
+class _NarrowScatter(torch.autograd.Function):
+    """The same with a bfloat16 weight and a float32 theta."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size) -> Tensor:  # type: ignore[override]
+        from lightning_deepr.kernels.cpu import scatter
+
+        ctx.save_for_backward(signs, places)
+        weight = kept(tuple(shape), theta, torch.bfloat16).zero_()
+        scatter.run(scatter.narrow_scatter_kernel(), theta, signs, places, weight)
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        from lightning_deepr.kernels.cpu import scatter
+
+        signs, places = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        fits = gradient.dtype is torch.bfloat16 and gradient.is_cpu and type(gradient) is Tensor
+        if torch.is_grad_enabled() or not fits or not _fits(signs, signs, places):
+            return gradient.view(-1).index_select(0, places).to(signs.dtype) * signs, None, None, None
+        found = torch.empty_like(signs)
+        scatter.run(scatter.narrow_gather_kernel(), found, signs, places, gradient)
         return found, None, None, None

@@ -42,7 +42,7 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlo
         return None
     gate.check_values(theta, slots)
     if torch.is_grad_enabled():
-        y: Tensor = _DenseLinear.apply(x, theta, bias, slots.signs, slots.places, slots.shape, slots.in_place_order)
+        y: Tensor = _DenseLinear.apply(x, theta, bias, slots.signs, slots.places, slots, slots.in_place_order)
         return y
     return torch_linear(x, _weight(theta, slots.signs, slots.places, slots.shape, slots.in_place_order), bias)
 
@@ -65,12 +65,14 @@ class _DenseLinear(torch.autograd.Function):
         bias: Tensor | None,
         signs: Tensor,
         places: Tensor,
-        shape: torch.Size,
+        slots: SparseSlots,
         in_order: bool,
     ) -> Tensor:
+        shape = slots.shape
+        gate.note_finite(slots, None)  # lets go of the last gradient's memory
         weight = _weight(theta, signs, places, shape, in_order)
         ctx.save_for_backward(x, theta, signs, places, weight)  # with places, autograd refuses a backward pass after a rewiring
-        ctx.in_order, ctx.shape = in_order, shape
+        ctx.in_order, ctx.shape, ctx.slots = in_order, shape, slots
         return torch_linear(x, weight, bias)
 
     @staticmethod
@@ -90,12 +92,14 @@ class _DenseLinear(torch.autograd.Function):
         if need[0]:
             dx = across.mm(weight).view(x.shape)
         if need[1]:
-            gradient = torch.mm(across.t(), before, out=buffers.kept(tuple(ctx.shape), weight))
-            if ctx.in_order:
-                dtheta = gradient.view(-1).mul_(signs)
-            else:
-                from lightning_deepr.kernels.cpu import scatter
+            from lightning_deepr.kernels.cpu import scatter
 
+            gradient, size = torch.mm(across.t(), before, out=buffers.kept(tuple(ctx.shape), weight)), signs.element_size()
+            if ctx.in_order:
+                dtheta = gradient.view(-1)
+                finite = scatter.run(scatter.signed_kernel(size), dtheta, signs, places, gradient)
+            else:
                 dtheta = torch.empty_like(signs)
-                scatter.run(scatter.gather_kernel(signs.element_size()), dtheta, signs, places, gradient)
+                finite = scatter.run(scatter.gather_kernel(size), dtheta, signs, places, gradient)
+            gate.note_finite(ctx.slots, dtheta if finite else None)
         return dx, dtheta, dbias, None, None, None, None

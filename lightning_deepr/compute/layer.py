@@ -82,6 +82,7 @@ class LayerCompute:
         forward: the forward that ``take_over`` gives to a layer whose class has none of its own; None: there is no such
             forward.
         adapts: whether sparse compute can add the connections to a frozen weight.
+        tunes: whether ``compute="tune"`` may run the layer's forward with its input alone, to time it.
         reads: True if the layer always runs its author's forward, which reads the weight.
     """
 
@@ -93,6 +94,7 @@ class LayerCompute:
     forward: Callable[..., Any] | None = None
     reads: bool = False
     adapts: bool = True
+    tunes: bool = False
 
     def runs_own(self, module: nn.Module) -> bool:
         """Tell whether a converted layer runs its author's forward, which reads the weight as it likes."""
@@ -128,7 +130,7 @@ def with_forward(
         if tensor_name == "weight" and own.__dict__.get("forward") is forward:
             del own.forward
 
-    return LayerCompute(capable, guess, prefers, take_over, give_back, forward)
+    return LayerCompute(capable, guess, prefers, take_over, give_back, forward, tunes=True)
 
 
 def slots_and_theta(module: Any, tensor_name: str = "weight") -> tuple[Any, Tensor] | None:

@@ -31,7 +31,7 @@ def tell_own_forwards(chosen: Sequence[Any], policy: str) -> None:
 
     Args:
         chosen: the tensors (:class:`lightning_deepr.conversion.selection.Candidate`) that will be converted.
-        policy: "auto" | "dense" | "sparse".
+        policy: "auto" | "dense" | "sparse" | "tune".
     """
     names = [f"`{one.name}` ({type(one.module).__name__})" for one in chosen if policy != "dense" and _builds(one)]
     if names:

@@ -74,7 +74,8 @@ def sparsify(
             this process, else 0. The global generator is not used. Networks of equal shapes that are converted with one seed
             get equal places; a second conversion of the same modules in one process does not.
         compute: "dense" (each forward pass builds the weight and throws it away), "sparse" (linear layers, LSTMs and GRUs
-            compute from their connections alone) or "auto" (per tensor and batch size, by a measured break-even).
+            compute from their connections alone), "auto" (per tensor and batch size, by a measured break-even) or "tune" (the
+            same by times on this machine, see :mod:`lightning_deepr.compute.tuning`).
         device: the device to put the module on. None: the module stays where it is, and what is on meta goes to the CPU.
         scope: "layer": K per tensor. "global": one K for all tensors, in one parameter, for ``DeepR(scope="global")``;
             ``connectivity`` gives K, ``distribution`` shares it out at the start.

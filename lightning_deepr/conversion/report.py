@@ -106,6 +106,12 @@ class ConnectivityReport:
     def _notes(self) -> Iterator[str]:
         """Write the lines below the table: what is dense."""
         yield from (f"left dense: {name} ({why})" for name, why in self.left_out.items())
+        for row in self.rows:
+            if "measured" in row:
+                times = " and ".join(
+                    f"{way} {1e3 * s:.3g} ms" for way, s in zip(("sparse", "dense"), row["measured"], strict=True)
+                )
+                yield f"measured here: {row['name']}: {times}"
         if self.adapted is not None:
             yield (
                 f"adapted: {self.active:,} connections beside {self.adapted['adapted']:,} frozen weights; frozen in all: "
@@ -175,6 +181,8 @@ def connectivity_report(module: nn.Module) -> ConnectivityReport:
         The report of an adapted network has ``.adapted``: {"adapted": the number of weights that have a difference, "frozen":
         that of all frozen parameters, "trainable": that of all trained ones}; connections are those of the difference.
 
+        Rows of tensors that ``compute="tune"`` has timed have measured: the seconds (sparse, dense) of the last input's size.
+
         Rows of tensors whose places or signs follow rules also have candidates, allowed (the number of allowed places) and
         signs.
 
@@ -199,6 +207,7 @@ def connectivity_report(module: nn.Module) -> ConnectivityReport:
             "l1": c.slots.l1_taken,
             "lr_scale": c.slots.lr_scale_taken,
             "compute": computes(c),
+            **({} if c.slots.measured is None else {"measured": tuple(c.slots.measured)}),
             **_rules_of(c.slots),
         }
         for c in converted_tensors(module)

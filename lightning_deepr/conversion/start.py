@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_deepr import kernels
 from lightning_deepr.algorithm import randomness
 from lightning_deepr.algorithm.allowed import Allowed
-from lightning_deepr.algorithm.rewiring import random_places
+from lightning_deepr.algorithm.rewiring import ascending, random_places
 from lightning_deepr.algorithm.signs import SignTable
 from lightning_deepr.conversion.connectivities import Given
 from lightning_deepr.conversion.selection import Candidate
@@ -21,6 +21,8 @@ from lightning_deepr.weights.dense_theta import MaskedTheta, SoftTheta
 from lightning_deepr.weights.k_slots import KSlots
 
 INITS = ("module", "largest", "deepr")
+RANKED_FROM = 1 << 13  # connections; a smaller weight stays in a core's cache
+RANKED_UP_TO = 16  # places per connection
 
 
 def start(
@@ -93,6 +95,8 @@ def start(
     else:
         if places is None:
             places = first_places(candidate.total, count, index, seed, device, allowed)
+            if keeps_order(count, candidate.total, allowed):
+                places = ascending(places)
         if init == "deepr":
             numbers = torch.arange(count, device=device)
             deviate = randomness.normal(randomness.key(seed, randomness.START_THETA), randomness.counters(index, numbers))
@@ -108,8 +112,17 @@ def start(
         if sign_table is not None:
             theta = theta * sign_table.scales_of(places, theta.dtype)
     slots = KSlots(shape, places, index, sign_seed, exceptions, weight.dtype, notice, **rules)
-    slots.stays = slots.in_place_order
+    slots.stays = slots.rests = slots.in_place_order
+    slots.ranked = not slots.stays and keeps_order(count, candidate.total, allowed) and bool((places.diff() > 0).all())
     return theta, slots
+
+
+def keeps_order(count: int, total: int, allowed: Allowed | None) -> bool:
+    """Tell whether a new tensor begins with its slots in the order of their places, and gives newborns places by rank.
+
+    Dense compute then reads and writes a weight nearly from its beginning to its end. Sparser tensors compute sparsely.
+    """
+    return allowed is None and count >= RANKED_FROM and total <= RANKED_UP_TO * count
 
 
 def refuse_elsewhere(name: str, places: Tensor, allowed: Allowed | None) -> None:

@@ -140,6 +140,23 @@ def note(slots: Slots) -> None:
     vars(slots)["trusted"] = places, places.data_ptr(), places.numel(), 0 if places.is_inference() else places._version
 
 
+def note_finite(slots: Any, gradient: Tensor | None) -> None:
+    """Record that a kernel has made a gradient of theta whose values are all finite; None: it has made another one."""
+    # The record holds the gradient's memory: nothing else gets its address while it is known. (The alias does not keep autograd
+    # from taking the gradient over as it is. The setattr of a module is slow.)
+    vars(slots)["finite_gradient"] = None if gradient is None else (gradient.detach(), gradient._version)
+
+
+def is_finite(slots: Any, gradient: Tensor) -> bool:
+    """Tell, once, whether this is the gradient that a kernel has made and found to be finite, unwritten since."""
+    record = vars(slots).pop("finite_gradient", None)
+    if record is None or type(gradient) not in PLAIN:
+        return False
+    known, version = record
+    same = known.data_ptr() == gradient.data_ptr() and known.numel() == gradient.numel()
+    return same and gradient._version == version
+
+
 def check_places(slots: Slots) -> None:
     """Refuse places that are not different numbers in 0 ... N - 1. Only what was written since the last check is read.
 

@@ -33,7 +33,7 @@ class SlotTraining(ScaledArguments, SparseTraining):
     A method overrides :meth:`after_step` and calls :meth:`rebirth` for the slots whose connections it drops.
 
     Args:
-        compute: "auto" | "dense" | "sparse"; see :func:`lightning_deepr.sparsify`.
+        compute: "auto" | "dense" | "sparse" | "tune"; see :func:`lightning_deepr.sparsify`.
         signs: the constant signs of the places: "place" (a hash of the place) | Dale(excitatory): one sign for each input
             unit | a tensor of signs | dict {pattern: one of these}.
         newborn: a reborn slot's state in the optimizer: "start" | "neutral". "start": what the optimizer starts with. Under

@@ -310,7 +310,9 @@ def _replace(converted: Converted, shape: torch.Size, places: Tensor, values: Te
     holder._parameters["original"] = theta
     slots.hold(holder)
     _fit_sizes(converted.module, converted.tensor_name, shape)  # the choice of the compute reads them
-    slots.choose_compute(old.policy, slots.layer.capable(converted.module, converted.tensor_name, tuple(shape)))
+    slots.choose_compute(
+        "tune" if old.tunes else old.policy, slots.layer.capable(converted.module, converted.tensor_name, tuple(shape))
+    )
     warn_if_nobody_rewires(theta, slots, old.name)
 
 

@@ -246,7 +246,7 @@ def in_triton(batch: Batch) -> None:
     """Run the same step in Triton. The host reads the result only if it must, since a read makes it wait."""
     items, slots = batch.items, batch.slots
     first = items[0].theta
-    key = (first.device, first.dtype, *map(id, slots))
+    key = (first.device, first.dtype, *map(id, slots), *(one.ranked for one in slots))  # (a load may change how they draw)
     table = batch.tables.get(key)
     if table is None or any(a is not b for a, b in zip(table.tensors, slots, strict=True)):
         from lightning_deepr.kernels.gpu.step import Table

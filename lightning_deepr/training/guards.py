@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_deepr import kernels
 from lightning_deepr.algorithm import randomness
+from lightning_deepr.kernels import gate
 from lightning_deepr.packages.messages import rank_zero_warn
 from lightning_deepr.weights.find import Converted, converted_tensors
 
@@ -231,7 +232,11 @@ def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None
     """Stop before a step if a theta or a gradient is not finite. The message names the tensor and the step."""
     values: list[torch.Tensor] = [t.theta for t in tensors]
     if gradients:
-        values += [gradient for theta in values if (gradient := theta.grad) is not None]
+        for t in tensors:
+            gradient = t.theta.grad
+            # what the kernel of the backward pass has seen is not read again
+            if gradient is not None and not gate.is_finite(t.weight, gradient):
+                values.append(gradient)
     if kernels.all_finite(values):
         return
     looked = [("theta", t, t.slots.own(t.theta.detach())) for t in tensors]

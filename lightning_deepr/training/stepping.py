@@ -350,7 +350,8 @@ class Stepper(ABC):
             keeper, index = run.keeper(optimizer, group_index, parameter)
             alpha, _ = default_l1(keeper, keeper.param_groups[index])  # in every step: a scheduler may change the momentum
             if steering is not None and not steering.rests:
-                alpha *= tensor.scale or 1.0  # L1 keeps the group's learning rate; what it works against does not
+                # L1 keeps the group's learning rate; what it works against does not. Where nothing is rewired, it has no work
+                alpha = 0.0 if tensor.weight.rests else alpha * (tensor.scale or 1.0)
                 steering.begin(alpha)
                 for one in self.tracked:
                     if one.steering is steering:
@@ -361,7 +362,7 @@ class Stepper(ABC):
             where = f"temperature of `{tensor.name}`" if isinstance(self.temperature, Mapping) else "temperature"
             temperature = evaluate(temperature, lr, where)
         states_of = run.neutral_states if (self._resumed_newborn or self.newborn) == "neutral" else run.states
-        rewires = self.rewires(done)
+        rewires = self.rewires(done) and not tensor.converted.slots.rests
         if tensor.missed and rewires and type(self.rewire_until) is float:  # a fraction of the training, not of its own steps
             rewires = self._progress(tensor.elapsed) < self.rewire_until
         theta = tensor.converted.slots.own(parameter.detach())

@@ -31,6 +31,8 @@ from lightning_deepr.weights.moves import follow
 
 FORMAT_VERSION = 1
 STAYING_VERSION = 2  # of a tensor whose slots never move; an older version would move them
+RANKED_VERSION = 3  # of a tensor whose newborns get their places by rank; an older version would give them by the draw
+RESTING_VERSION = 4  # of a tensor that is never rewired; an older version would give slots with theta < 0 a new start
 # If a sparse checkpoint is loaded into a dense model, torch's error lists the unexpected keys by name. So the key of the format
 # version tells the user which function to call.
 FORMAT_KEY = "lightning_deepr.load_state_dict"
@@ -93,6 +95,8 @@ class Parametrization(nn.Module):
     placing: tuple[str, ...] = ("signs",)  # attributes with which the forward pass computes the weight from theta
     records: tuple[str, ...] = ()  # attributes in the state_dict, beside those of every parametrization
     stays = False  # whether no slot ever moves: a tensor that began with K = N and slots in the order of their places
+    rests = False  # whether it is not rewired, either: such a tensor, unless it is older than this rule
+    ranked = False  # whether newborns get their places by rank: a dense enough tensor that began in the order of its places
     is_simple_dense = False  # whether dense compute may leave out the parametrization, see compute/dense_linear.py
     adapts = False  # whether the connections are added to a frozen weight (conversion/adapt.py)
     is_block = False  # whether it is a block of a layer whose blocks lie on several ranks (conversion/row_blocks.py)
@@ -127,7 +131,9 @@ class Parametrization(nn.Module):
         self.sign_seed = sign_seed
         self.exceptions = exceptions
         self.notice = notice or Notice()
-        self.policy = "dense"  # "auto" | "dense" | "sparse": the user's choice
+        self.policy = "dense"  # "auto" | "dense" | "sparse": the user's choice; that of "tune" is "auto"
+        self.tunes = False  # whether "auto" decides by times on this machine
+        self.measured: Any = None  # the last of these times (compute/tuning.py)
         self.compute = "dense"  # the present choice, "dense" or "sparse"
         self.used = ""  # what became of a weight that was read: "sparse" (``F.linear`` took it) or "dense" (it was built)
         self.layer: LayerCompute = DENSE  # how the module computes, and how its own forward is restored
@@ -177,6 +183,13 @@ class Parametrization(nn.Module):
     @abstractmethod
     def dense(self, theta: Tensor) -> Tensor:
         """Compute the dense-shaped weight, differentiable in theta."""
+
+    @property
+    def version(self) -> int:
+        """The version of this tensor's entry in a ``state_dict``."""
+        if self.ranked:
+            return RANKED_VERSION
+        return RESTING_VERSION if self.rests else STAYING_VERSION if self.stays else FORMAT_VERSION
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -336,6 +349,7 @@ class Parametrization(nn.Module):
         self.compute, self.training = source.compute, source.training
         self.l1_taken, self.l1_rule, self.lr_scale_taken = source.l1_taken, source.l1_rule, source.lr_scale_taken
         self.policy, self.layer, self.used = source.policy, source.layer, source.used
+        self.tunes, self.measured = source.tunes, source.measured
         self.copied_from = weakref.ref(source)
         self.name = source.name
         self.take_rules(source)
@@ -344,11 +358,12 @@ class Parametrization(nn.Module):
 
     def take_rules(self, source: Parametrization) -> None:
         """Take over where connections may be, and the table of signs. Neither ever changes, so both are shared."""
-        self.allowed, self.sign_table, self.stays = source.allowed, source.sign_table, source.stays
+        self.allowed, self.sign_table = source.allowed, source.sign_table
+        self.stays, self.rests, self.ranked = source.stays, source.rests, source.ranked
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # clones: whoever averages a state_dict in place can't reach the connections of the module
-        destination[prefix + FORMAT_KEY] = torch.tensor(STAYING_VERSION if self.stays else FORMAT_VERSION)
+        destination[prefix + FORMAT_KEY] = torch.tensor(self.version)
         for name in self.records:
             value = getattr(self, name)
             destination[prefix + name] = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value)
@@ -399,7 +414,9 @@ class Parametrization(nn.Module):
             error_msgs.append(f"`{prefix.removesuffix('.0.').replace('parametrizations.', '')}`: {problem}")
             return
         self.sign_seed, self.index = int(record["sign_seed"]), int(record["index"])
-        self.stays = int(record[FORMAT_KEY]) == STAYING_VERSION
+        version = int(record[FORMAT_KEY])
+        self.stays, self.rests = version in (STAYING_VERSION, RESTING_VERSION), version == RESTING_VERSION
+        self.ranked = version == RANKED_VERSION
         self.exceptions = record["sign_exceptions"].detach().to(self.exceptions.device).clone()
         allowed, self.sign_table = rules.of_record(record, self.total)
         if self.allowed is None:
@@ -428,8 +445,8 @@ class Parametrization(nn.Module):
     def _refusal(self, record: dict[str, Tensor]) -> str | None:
         """Say why a recorded connectivity does not fit this tensor, or return None."""
         version, shape = int(record[FORMAT_KEY]), tuple(record["shape"].tolist())
-        if version > STAYING_VERSION:
-            return f"expected format {STAYING_VERSION} or older, found {version}: update lightning-deepr."
+        if version > RESTING_VERSION:
+            return f"expected format {RESTING_VERSION} or older, found {version}: update lightning-deepr."
         if shape != tuple(self.shape):
             return f"expected connections of a weight of shape {tuple(self.shape)}, found {shape}: another model's checkpoint."
         scopes = "K slots of its own", "one K for all layers"

@@ -151,9 +151,12 @@ def _convert(module: nn.Module, their: Converted) -> Converted:
     new = KSlots(slots.shape, slots.places.to(device, copy=True), slots.index, slots.sign_seed,
                  slots.exceptions.to(device, copy=True), dtype, slots.notice,
                  allowed=slots.allowed, sign_table=slots.sign_table)  # fmt: skip
-    new.born, new.stays = slots.born.to(device, copy=True), slots.stays
+    new.born = slots.born.to(device, copy=True)
+    new.take_rules(slots)
     new.layer, new.l1_taken, new.lr_scale_taken = slots.layer, slots.l1_taken, slots.lr_scale_taken
-    new.choose_compute(slots.policy, slots.layer.capable(module, their.tensor_name, tuple(slots.shape)))
+    new.choose_compute(
+        "tune" if slots.tunes else slots.policy, slots.layer.capable(module, their.tensor_name, tuple(slots.shape))
+    )
     install(module, their.tensor_name, theta, new, their.name)
     one = Converted(their.name, module, their.tensor_name, new)
     new.hold(one.holder)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_deepr import kernels
 from lightning_deepr.algorithm.allowed import Allowed
 from lightning_deepr.algorithm.signs import SignTable
-from lightning_deepr.compute import build_weight
+from lightning_deepr.compute import build_weight, tuning
 from lightning_deepr.compute.eager import is_jit_tracing, is_plain, is_recorded, needs_operators, transforms, unwatched
 from lightning_deepr.compute.order import Order
 from lightning_deepr.compute.stacked import is_stacked
@@ -56,6 +56,7 @@ class KSlots(Parametrization):
     tensors = ("places", "born", "signs", "exceptions")
     placing = ("places", "signs")
     records = ("places", "born")
+    finite_gradient: tuple[int, int, int] | None = None  # the gradient that a kernel found to be finite (kernels/gate.py)
     _in_order: tuple[Tensor, tuple[int, int], bool] | None = None  # the last answer of in_place_order
     base: nn.Parameter  # only if ``adapts``
     merged_over: Tensor | None = None  # the base's values at the K places, while the connections are merged into it
@@ -137,6 +138,7 @@ class KSlots(Parametrization):
         if not torch.compiler.is_dynamo_compiling() and isinstance(part, Tensor):  # torch.fx records with proxies
             with unwatched():
                 gate.check_values(part, self)
+            gate.note_finite(self, None)  # lets go of the last gradient's memory
         size = self.total * (self.narrow or part.dtype).itemsize
         if not torch.compiler.is_dynamo_compiling() and size > LARGEST_READ:
             raise RuntimeError(
@@ -207,9 +209,10 @@ class KSlots(Parametrization):
         """Apply the ``compute`` argument to this tensor.
 
         Args:
-            policy: "auto" | "dense" | "sparse".
+            policy: "auto" | "dense" | "sparse" | "tune": as "auto", by times on this machine where a layer can be timed.
             capable: whether sparse compute supports this tensor.
         """
+        self.tunes, policy = policy == "tune", "auto" if policy == "tune" else policy
         self.policy = policy if capable and (self.layer.adapts or not self.adapts) else "dense"
         self._asked_size = -1
         sparse = self.policy == "sparse" or (self.policy == "auto" and kernels.available() and self._guess())
@@ -244,11 +247,27 @@ class KSlots(Parametrization):
             return self._asked
         if transforms() is not None or is_recorded():
             return self.is_large
-        chosen = kernels.available() and self.layer.prefers(self, module, x)
+        chosen = kernels.available() and (self._tuned(module, x) if self.tunes else self.layer.prefers(self, module, x))
         self._asked_size, self._asked_device, self._asked = size, device, chosen
         if torch.is_grad_enabled():
             self.compute = "sparse" if chosen else "dense"
         return chosen
+
+    def _tuned(self, module: nn.Module, x: Tensor) -> bool:
+        """Choose by times on this machine, or by the rule if the layer can't be timed."""
+        if not self.layer.tunes or self.layer.runs_own(module) or x.numel() == 0 or not x.is_floating_point() or not x.is_cpu:
+            return self.layer.prefers(self, module, x)
+
+        def ask(sparse: bool) -> None:
+            self._asked_size, self._asked_device, self._asked = x.numel(), x.device, sparse
+
+        try:
+            found = tuning.times(self, module, x, ask)
+        finally:
+            self.ask_again()
+            gate.note_finite(self, None)
+        self.measured = found or self.measured
+        return self.layer.prefers(self, module, x) if found is None else found.sparse < found.dense
 
     def has_kernel(self, theta: Tensor) -> bool:
         """Whether a compiled kernel can compute with this theta. It warns once per device and dtype without a kernel."""

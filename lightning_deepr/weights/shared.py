@@ -49,7 +49,8 @@ class SharedSlots(KSlots):
             return slots
         shared = cls.__new__(cls)
         vars(shared).update(vars(slots))  # all attributes: births, order, owner, averages, hooks, ...
-        shared.budget, shared.stays = slots.count, False  # its K changes
+        shared.budget = slots.count
+        shared.stays = shared.rests = shared.ranked = False  # its K changes
         return shared
 
     def shared_with(self) -> list[tuple[Parametrization, str]]:

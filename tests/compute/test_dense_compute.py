@@ -102,3 +102,23 @@ def test_a_layer_trains_alike_with_and_without_kernels(monkeypatch: pytest.Monke
         gradients.append(next(p.grad for name, p in layer.named_parameters() if name.endswith("original")))
     assert len(calls) == 1
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_a_narrow_weight_is_pytorchs(narrow: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded to the nearest, ties to even, at the edges of the range and for values that are not finite, too."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (COUNT,), generator=generator).to(torch.int32)
+    bits[:4] = torch.tensor([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000], dtype=torch.int32)  # two ties, the largest, inf
+    theta = bits.view(torch.float32).abs().requires_grad_()
+    signs = torch.randint(0, 2, (COUNT,), generator=generator).float() * 2 - 1
+    places = torch.randperm(SHAPE.numel(), generator=generator)[:COUNT]
+    gradient = torch.randn(SHAPE, generator=generator).to(narrow)
+    found = []
+    for kernels_on in (True, False):
+        monkeypatch.setattr(dense.kernels, "available", lambda on=kernels_on: on)
+        weight = dense.build_weight(theta, signs, places, SHAPE, narrow)
+        assert weight.dtype is narrow
+        found.append((weight.detach(), *torch.autograd.grad(weight, theta, gradient)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

@@ -85,8 +85,7 @@ def test_memory_is_used_again_only_when_nobody_has_it() -> None:
         for i in order:
             assert all(map(torch.equal, gradients(layer, inputs[i], found[i], dy), expected[i]))
         del found
-        size = ROWS * COLUMNS * 4
-        kept.append(len(buffers._kept[size]))
+        kept.append(len(buffers._kept[torch.float32, ROWS * COLUMNS]))
     assert kept[0] == kept[1] == kept[2], "a step allocates nothing once the first has passed"
     held = layer.weight.clone()
     seen = layer.weight  # a user's reference
@@ -173,6 +172,8 @@ def test_where_all_places_have_a_connection_nothing_moves() -> None:
         twin.theta.copy_(slots.theta[order])
     assert not twin.slots.in_place_order
     twin.slots.stays = False
+    for one in (slots, twin):
+        one.slots.rests = False  # as where an older version has begun
     nets = (layer, other)
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in nets]
     for net, optimizer in zip(nets, optimizers, strict=True):
@@ -187,3 +188,37 @@ def test_where_all_places_have_a_connection_nothing_moves() -> None:
     assert slots.slots.born.max() > 0, "nothing was reborn"
     assert slots.slots.in_place_order and slots.slots.places.tolist() == list(range(ROWS * COLUMNS))
     torch.testing.assert_close(layer.weight.clone(), other.weight.clone(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("density", [0.6, 1.0])
+@pytest.mark.parametrize("how", ["written", "clipped", "accumulated", "input", "another path", "replaced"])
+def test_a_gradient_that_is_not_finite_stops_the_step_however_it_came(density: float, how: str) -> None:
+    """The kernel of the backward pass looks for values that are not finite; what comes after it is looked at again."""
+    layer = layer_of(density)
+    (one,) = converted_tensors(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    DeepR(l1=0.0).attach(layer, optimizer)
+    for number in range(2):
+        optimizer.zero_grad()
+        x = torch.randn(17, COLUMNS)
+        if number == 0:
+            layer(x).sum().backward()
+            optimizer.step()
+            continue
+        bad = torch.full((17, COLUMNS), float("nan"))
+        layer(bad if how == "input" else x).sum().backward()
+        if how == "written":
+            one.theta.grad[7] = float("inf")
+        elif how == "clipped":
+            torch._foreach_mul_([one.theta.grad], float("nan"))
+        elif how == "accumulated":
+            layer(bad).sum().backward()
+        elif how == "another path":
+            optimizer.zero_grad()
+            linear(bad, layer.weight, layer.bias).sum().backward()
+        elif how == "replaced":
+            one.theta.grad = torch.full_like(one.theta, float("nan"))
+        before = one.theta.detach().clone()
+        with pytest.raises(RuntimeError, match=r"the gradient of theta is not finite"):
+            optimizer.step()
+        assert torch.equal(one.theta, before)

@@ -21,7 +21,7 @@ from lightning_deepr.files.amending import amend
 from lightning_deepr.files.checkpoint import report_of_checkpoint
 from lightning_deepr.recipes import run_folders
 from lightning_deepr.training.callback import STATE_VERSION
-from lightning_deepr.weights.base import STAYING_VERSION
+from lightning_deepr.weights.base import FORMAT_VERSION, RANKED_VERSION, RESTING_VERSION
 from tests.helpers.paths import ROOT
 
 OLD_ZOO_FILE = ROOT / "tests/data/zoo_without_input.safetensors"  # written before files recorded how the input looks
@@ -77,10 +77,10 @@ def test_a_newer_state_dict_is_refused(tmp_path: Path) -> None:
     net = sparsify(network(), 0.2)
     state = {name: value.clone() for name, value in net.state_dict().items()}
     name = next(name for name in state if name.endswith("lightning_deepr.load_state_dict"))
-    state[name] = torch.tensor(STAYING_VERSION + 1)
+    state[name] = torch.tensor(RESTING_VERSION + 1)
     torch.save(state, tmp_path / "net.pt")
     for load in (lambda: load_state_dict(network(), tmp_path / "net.pt"), lambda: net.load_state_dict(state)):
-        with pytest.raises((ValueError, RuntimeError), match=r"expected format 2 or older, found 3: update lightning-deepr"):
+        with pytest.raises((ValueError, RuntimeError), match=r"expected format 4 or older, found 5: update lightning-deepr"):
             load()
 
 
@@ -154,7 +154,8 @@ def test_amended_files_keep_their_tensors(tmp_path: Path) -> None:
 def test_the_page_of_versions_has_the_numbers_of_today() -> None:
     page = (ROOT / "docs/versions.md").read_text(encoding="utf-8")
     assert f"| {container.VERSION} | `version` in the metadata" in page
-    assert f"| 1; {STAYING_VERSION} for a tensor with K = N |" in page
+    ranked, resting = f"{RANKED_VERSION} for a dense one (docs/internals.md)", f"{RESTING_VERSION} for one with K = N"
+    assert f"| {FORMAT_VERSION}; {ranked}; {resting} |" in page
     assert f"| {STATE_VERSION} | `version` in the state |" in page
     assert f"| {run_folders.FORMAT} | `format` in its record |" in page
     assert DeepR.__module__.startswith(lightning_deepr.__name__)

@@ -126,6 +126,7 @@ class Tensor:
     born: list[int] = field(default_factory=list)
     codes: list[int] | None = None  # the place of each code, or -1; None: connections may be everywhere
     sign_of_place: np.ndarray | None = None  # None: hashed
+    ranked: bool = False  # whether the lowest drawn place goes to the first slot that died, and so on
 
     def __post_init__(self) -> None:
         self.places = start_places(self.total, len(self.theta), self.index, self.seed, self.codes)
@@ -178,17 +179,18 @@ class Network:
         dormant = []
         for tensor in self.tensors:
             died = [slot for slot in range(len(tensor.theta)) if tensor.theta[slot] < 0]
+            if len(tensor.theta) == tensor.total:  # nothing can be rewired
+                tensor.theta = np.maximum(tensor.theta, 0)
+                died = []
             active = {p for slot, p in enumerate(tensor.places) if slot not in died}
             allowed = range(tensor.total) if tensor.codes is None else [p for p in tensor.codes if p >= 0]
-            if len(tensor.theta) == tensor.total:
-                new = [tensor.places[slot] for slot in died]
-            elif 2 * len(tensor.theta) <= len(allowed):
+            if (4 * len(tensor.theta) <= 3 * tensor.total) if tensor.ranked else (2 * len(tensor.theta) <= len(allowed)):
                 counters = [tensor.index * 2**40 + slot for slot in died]
                 new = first_free((self.seed, BIRTH, step), counters, tensor.total, active, tensor.codes)
             else:
                 candidates = [p for p in allowed if p not in active]
                 new = shuffled(key(self.seed, BIRTH, step, 0), tensor.index, candidates)[: len(died)]
-            for slot, p in zip(died, new, strict=True):
+            for slot, p in zip(died, sorted(new) if tensor.ranked else new, strict=True):
                 tensor.places[slot], tensor.theta[slot], tensor.born[slot] = p, 0.0, step
             dormant.append(died)
         return dormant

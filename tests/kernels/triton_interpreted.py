@@ -87,6 +87,25 @@ def test_constants_are_those_of_the_lists() -> None:
     assert (triton_rewire.STATE_WORDS.value, triton_rewire.MOST_STATES.value) == (len(StateRow), MOST_STATES)
 
 
+def test_places_by_rank(launches: list[int], pytorch: Run) -> None:
+    """The draws of dense tensors go to their reborn slots by rank: by rejection up to three quarters, from a list above."""
+    sizes: list[Size] = [(20, 30, 60), (20, 30, 350), (20, 30, 449), (20, 30, 500), (20, 30, 599)]
+    fast, plain = network(sizes), network(sizes)
+    steps = []
+    for net in (fast, plain):
+        for slots in all_slots(net):
+            slots.ranked = True
+        optimizer = optim.SGD(net.parameters(), lr=LR)
+        DeepR(l1=0.0, lr_scale=1, newborn="start", seed=SEED).attach(net, optimizer)
+        steps.append(optimizer.step)
+    for step, share in enumerate((0.3, 1.0, 0.02)):
+        for net in (fast, plain):
+            let_die(net, share, step)
+        steps[0]()
+        pytorch(steps[1])
+        assert_equal_states(state_of(fast), state_of(plain))
+
+
 def direct(function: Callable[[], Any]) -> Any:
     return function()
 

@@ -60,19 +60,21 @@ def scratch(size: int, like: Tensor) -> tuple[int, Any]:
         return _of_thread.scratch  # type: ignore[no-any-return]
 
 
-_kept: dict[int, list[np.ndarray]] = {}  # by size; a buffer is in use while a tensor refers to its array
+# by type and number of values; a buffer is in use while a tensor refers to its array
+_kept: dict[tuple[torch.dtype, int], list[np.ndarray]] = {}
 KEPT_FROM, KEPT_IN_ALL = 1 << 16, 1 << 28  # bytes: smaller buffers come from the C library, and so do those beyond the sum
 
 
-def kept(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Make an uninitialized CPU tensor of a shape, with the dtype of ``like``, in memory that is kept for the next call.
+def kept(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Make an uninitialized CPU tensor of a shape, with a dtype or that of ``like``, in memory that is kept for the next call.
 
     The memory is used again when no tensor refers to it any more, whoever held it: a graph of autograd, a saved tensor, a view.
     """
-    size = math.prod(shape) * like.element_size()
-    if size < KEPT_FROM or _numpy_type(like.dtype) is None:
-        return torch.empty(shape, dtype=like.dtype, device="cpu")
-    free, busy, array = _kept.setdefault(size, []), [], None
+    dtype, count = dtype or like.dtype, math.prod(shape)
+    size = count * dtype.itemsize
+    if size < KEPT_FROM or dtype not in _NUMPY_TYPES:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    free, busy, array = _kept.setdefault((dtype, count), []), [], None
     while free:  # (taken out of the list, so that no other thread takes it, too)
         try:
             array = free.pop()
@@ -84,17 +86,18 @@ def kept(shape: tuple[int, ...], like: Tensor) -> Tensor:
         array = None
     free.extend(busy)
     if array is None:
-        if sum(size * len(arrays) for size, arrays in list(_kept.items())) + size > KEPT_IN_ALL:
-            return torch.empty(shape, dtype=like.dtype, device="cpu")
-        array = np.empty(size + 64, np.uint8)
-    start = -array.ctypes.data % 64
-    found = torch.from_numpy(array[start : start + size].view(_numpy_type(like.dtype))).view(shape)  # it refers to the array
+        if sum(kind.itemsize * n * len(arrays) for (kind, n), arrays in list(_kept.items())) + size > KEPT_IN_ALL:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        pages = np.empty(size + 64, np.uint8)
+        start = -pages.ctypes.data % 64
+        array = pages[start : start + size].view(_NUMPY_TYPES[dtype])
+        del pages
+    found = torch.from_numpy(array).view(dtype).view(shape)  # it refers to the array
     free.append(array)
     return found
 
 
-def _numpy_type(dtype: torch.dtype) -> Any:
-    return {torch.float32: np.float32, torch.float64: np.float64}.get(dtype)
+_NUMPY_TYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
 
 
 def give_back() -> None:

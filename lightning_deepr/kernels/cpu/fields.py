@@ -91,6 +91,7 @@ class CpuRow(Fields):
     MARKS = auto()  # address of a bitmap of the places; 0: there is none
     MARKS_KNOWN = auto()  # whether it is that of the present places
     STAYS = auto()  # whether each slot keeps its place: K = N, in order
+    RANKED = auto()  # whether newborns get the drawn places by rank
     FIRST_STATE = auto()  # MOST_STATES times StateRow
 
 
@@ -296,6 +297,7 @@ class ScatterArguments(Fields):
     PLACES = auto()
     WEIGHT = auto()  # address of the weight, or of its gradient
     COUNT = auto()
+    ENDLESS = auto()  # the answer of the kernels that compute a gradient: 0 if all of its values are finite
 
 
 class SoftArguments(Fields):

@@ -138,6 +138,27 @@ store_int64 = _store(_INT64, types.int64)
 store_byte = _store(ir.IntType(8), types.uint8)
 
 
+@intrinsic
+def load_short(typingctx: Any, address: Any) -> Any:
+    """Load 16 bits without a sign."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.zext(builder.load(builder.inttoptr(args[0], ir.IntType(16).as_pointer())), _INT64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def store_short(typingctx: Any, address: Any, value: Any) -> Any:
+    """Store the lowest 16 bits of an int64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(builder.trunc(args[1], ir.IntType(16)), builder.inttoptr(args[0], ir.IntType(16).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
 def _scalar(size: int) -> tuple[Any, Any]:
     return (_FLOAT, types.float32) if size == 4 else (_DOUBLE, types.float64)
 
@@ -220,6 +241,20 @@ def subtract_from_64(typingctx: Any, address: Any, less: Any, size: Any) -> Any:
         return builder.bitcast(below, _INT64)
 
     return types.int64(types.int64, kind, size), codegen
+
+
+@intrinsic(prefer_literal=True)
+def negative_of_64(typingctx: Any, address: Any, size: Any) -> Any:
+    """Return a word whose bit i tells whether the i-th of 64 floats at an address is below 0."""
+    value_type, _ = _scalar(size.literal_value)
+    count, align = 64, size.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = ir.VectorType(value_type, count)
+        found = builder.load(builder.inttoptr(args[0], vector.as_pointer()), align=align)
+        return builder.bitcast(builder.fcmp_ordered("<", found, ir.Constant(vector, [0.0] * count)), _INT64)
+
+    return types.int64(types.int64, size), codegen
 
 
 @intrinsic

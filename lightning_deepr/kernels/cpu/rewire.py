@@ -47,6 +47,7 @@ from lightning_deepr.kernels.cpu.native import (
     load_float,
     load_int32,
     load_int64,
+    negative_of_64,
     pointer,
     prefetch,
     stack_space,
@@ -72,6 +73,7 @@ LISTED = room.LISTED  # places whose hashes are computed together
 LISTED_BYTES, HASH_BYTES = 4 * LISTED, 8 * LISTED
 ALL, SPAN = np.uint64(randomness.WORD), 2.0**64
 BATCH = 32  # draws whose cells are prefetched together
+AHEAD = 24  # the words of the reborn slot that comes this many later are prefetched
 
 
 @njit
@@ -389,10 +391,34 @@ def draw_by_marks(
 
 
 @njit
+def arrange(chosen: np.ndarray, reborn: int, total: int, scratch: int) -> None:
+    """Sort the drawn places by a bitmap of all places (``rewiring.by_rank``; dormant slots are listed in ascending order).
+
+    ``scratch`` is the cell of working memory (``room.arranging``).
+    """
+    words = (total + 63) >> 6
+    bitmap = int64s(scratch, words)
+    bitmap[:] = 0
+    drawn = np.int64(bitmap.ctypes.data)
+    for i in range(reborn):
+        mark(drawn, chosen[i])
+    n = 0
+    for number in range(words):
+        word = load_int64(drawn + 8 * number)
+        while word != 0:
+            chosen[n] = 64 * number + trailing_zeros(word)
+            word &= word - 1
+            n += 1
+
+
+@njit
 def draw_from_list(
     marks: int, count: int, total: int, reborn: int, counter: int, seed: int, step: int, chosen: np.ndarray, scratch: int,
+    ranked: bool,
 ) -> None:  # fmt: skip
     """Draw new places in a tensor that is more than half full: the first R of its dormant places in a random order.
+
+    With ``ranked`` they come in any order.
 
     The bitmap has the places of the living slots, and gets those of the newborns. ``scratch``: ``room.listing``.
     """
@@ -404,10 +430,28 @@ def draw_from_list(
     found = list_below(marks, total, key, counter, np.uint64(share * SPAN) if share < 0.99 else ALL, candidates, keys)
     if found < reborn:
         found = list_below(marks, total, key, counter, ALL, candidates, keys)
+    sure = np.int64(0)
+    if ranked:  # the order does not matter: only the hashes near to the R-th smallest are sorted
+        low = np.uint64(max((reborn - 6.0 * np.sqrt(np.float64(reborn)) - 16.0) / free, 0.0) * SPAN)
+        for i in range(found):
+            sure += keys[i] < low
+        if sure > reborn:
+            low, sure = np.uint64(0), np.int64(0)
+        taken, left = np.int64(0), np.int64(0)
+        for i in range(found):
+            place, word = candidates[i], keys[i]
+            if word < low:
+                chosen[taken] = place
+                taken += 1
+            else:
+                candidates[left], keys[left] = place, word
+                left += 1
+        found = left
     _, order = sort_with(keys[:found], candidates[:found], np.uint64(randomness.WORD), scratch)
+    for i in range(reborn - sure):
+        chosen[sure + i] = order[i]
     for i in range(reborn):
-        chosen[i] = order[i]
-        mark(marks, np.int64(order[i]))
+        mark(marks, chosen[i])
 
 
 @njit
@@ -542,7 +586,9 @@ def rewire_kernel(size: int) -> Kernel:
             reborn = np.int64(0)
             for first in range(0, count, 64):  # L1 and the search in one pass over the memory
                 at = theta + first * size
-                if first + 64 <= count:
+                if first + 64 <= count and less == 0:
+                    below = negative_of_64(at, size)  # without a write to memory
+                elif first + 64 <= count:
                     below = subtract_from_64(at, less, size)
                 else:
                     below = np.int64(0)
@@ -568,6 +614,7 @@ def rewire_kernel(size: int) -> Kernel:
             dormant, chosen = carray(pointer(dormant_at), reborn, np.int64), int64s(scratch, reborn)
             allowed, marks = load_int64(t + 8 * CpuRow.ALLOWED), load_int64(t + 8 * CpuRow.MARKS)
             stays = load_int64(t + 8 * CpuRow.STAYS) != 0
+            ranked = load_int64(t + 8 * CpuRow.RANKED) != 0 and not stays
             if allowed != 0:
                 total = load_int64(allowed + 8 * W.COUNT)
             if marks != 0 and not stays:
@@ -575,11 +622,12 @@ def rewire_kernel(size: int) -> Kernel:
                     mark_places(marks, places, count, total)
                     store_int64(t + 8 * CpuRow.MARKS_KNOWN, 1)
                 for i in range(reborn):  # the places of connections that went dormant in this step are free again
+                    prefetch(places + dormant[min(i + AHEAD, reborn - 1)] * 8)
                     unmark(marks, load_int64(places + dormant[i] * 8))
             if stays:
                 for i in range(reborn):
                     chosen[i] = load_int64(places + dormant[i] * 8)
-            elif marks != 0 and 2 * count <= total:
+            elif marks != 0 and (4 * count <= 3 * total if ranked else 2 * count <= total):
                 draw_by_marks(marks, total, dormant, reborn, counter, birth_stream(seed, step), chosen, scratch)
             elif 2 * count <= total:
                 draw_by_rejection(
@@ -591,7 +639,9 @@ def rewire_kernel(size: int) -> Kernel:
                     theta, size, places, count, reborn, counter, seed, step, chosen, scratch, allowed
                 )  # fmt: skip
             else:
-                draw_from_list(marks, count, total, reborn, counter, seed, step, chosen, scratch)
+                draw_from_list(marks, count, total, reborn, counter, seed, step, chosen, scratch, ranked)
+            if ranked:
+                arrange(chosen, reborn, load_int64(t + 8 * Row.TOTAL), scratch)
             born, signs = load_int64(t + 8 * Row.BORN), load_int64(t + 8 * Row.SIGNS)
             since, newborn_deaths = load_int64(a + 8 * A.NEWBORN_SINCE), 0
             sign_seed, sign_table = load_int64(t + 8 * Row.SIGN_SEED), load_int64(t + 8 * CpuRow.SIGN_TABLE)
@@ -600,6 +650,11 @@ def rewire_kernel(size: int) -> Kernel:
             if notes != 0:
                 note_births(notes, born, dormant, chosen, reborn, step)
             for i in range(reborn):
+                later = dormant[min(i + AHEAD, reborn - 1)]
+                prefetch(theta + later * size)
+                prefetch(born + later * 8)
+                prefetch(places + later * 8)
+                prefetch(signs + later * size)
                 k, place = dormant[i], chosen[i]
                 newborn_deaths += load_int64(born + k * 8) >= since
                 values[k] = 0
@@ -622,6 +677,7 @@ def rewire_kernel(size: int) -> Kernel:
                             store_float(address + dormant[i] * 4, np.float32(0), 4)
                         start = mean(address, 4, count, count - reborn, start)
                     for i in range(reborn):
+                        prefetch(address + dormant[min(i + AHEAD, reborn - 1)] * 4)
                         store_float(address + dormant[i] * 4, np.float32(start), 4)
                 else:
                     if load_int64(entry + 8 * StateRow.AVERAGED) != 0:

@@ -59,8 +59,17 @@ def has_marks(count: int, total: int, allowed: int | None = None) -> bool:
     return allowed is None and total <= MARKED * count
 
 
-def rewiring(count: int, total: int, allowed: int | None = None) -> int:
+def arranging(total: int) -> int:
+    """For the sort of drawn places by a bitmap."""
+    return arrays(8 * ((total + 63) >> 6))
+
+
+def rewiring(count: int, total: int, allowed: int | None = None, ranked: bool = False) -> int:
     """For the step of a tensor of K of N connections, or of K of the places that are allowed."""
+    return _drawing(count, total, allowed) + (arranging(total) if ranked else 0)
+
+
+def _drawing(count: int, total: int, allowed: int | None) -> int:
     if has_marks(count, total, allowed) and 2 * count <= total:
         return arrays(8 * count, 4 * count)
     if 2 * count <= (total if allowed is None else allowed):

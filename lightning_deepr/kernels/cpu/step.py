@@ -41,7 +41,7 @@ _IS_CPU, _DTYPE = attrgetter("is_cpu"), attrgetter("dtype")
 
 
 # of each tensor: first what the gate has compared, addresses among them
-_known = attrgetter("passed", "index", "sign_seed", "sign_table", "notes", "stays", "allowed")
+_known = attrgetter("passed", "index", "sign_seed", "sign_table", "notes", "stays", "allowed", "ranked")
 
 
 class Marks:
@@ -205,7 +205,7 @@ class Table:
             for i, tensor in enumerate(self.tensors):
                 count, rows, columns, allowed = tensor.places.numel(), tensor.rows, tensor.columns, tensor.allowed
                 self.fields[i, CpuRow.ALLOWED] = allowed_words(allowed)
-                size = room.rewiring(count, tensor.total, None if allowed is None else allowed.count)
+                size = room.rewiring(count, tensor.total, None if allowed is None else allowed.count, tensor.ranked)
                 if self.orders[i] is not None:
                     side = room.follow(count, rows)
                     self.fields[i, CpuRow.SCRATCH_SIDE] = side
@@ -224,6 +224,7 @@ class Table:
             raise RuntimeError(f"A table for K = {self.reborn[i].numel()} connections: found {found} places.")
         row = self.fields[i]
         row[CpuRow.STAYS] = self.staying[i] = tensor.stays
+        row[CpuRow.RANKED] = tensor.ranked
         order = None if tensor.stays else order
         row[CpuRow.SIGN_TABLE] = sign_words(tensor.sign_table)
         row[CpuRow.NOTES] = 0 if tensor.notes is None else tensor.notes.address

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_deepr.algorithm import newborns, randomness
 from lightning_deepr.algorithm.newborns import State
+from lightning_deepr.algorithm.rewiring import rejects
 from lightning_deepr.kernels import rows
 from lightning_deepr.kernels.cpu.fields import (
     FLOATS,
@@ -84,7 +85,7 @@ class Table:
         self.words = np.zeros(GPU_HEADER_WORDS + GPU_ROW_WORDS * len(tensors), np.int64)
         self.rows = self.words[GPU_HEADER_WORDS:].reshape(len(tensors), GPU_ROW_WORDS)
         self.numbers = self.rows.view(np.float64)
-        self.listed = [2 * count > t.total for count, t in zip(counts, tensors, strict=True)]
+        self.listed = [not rejects(t) for t in tensors]
         self.rows[:, Row.COUNT], self.rows[:, GpuRow.SLOT_START], self.rows[:, GpuRow.LISTED] = counts, starts[:-1], self.listed
         self.rows[:, Row.TOTAL] = [t.total for t in tensors]
         # a draw above the limit is repeated (randomness.uniform_places)
@@ -130,7 +131,9 @@ class Table:
             # PyTorch does what the last kernel can't do, and needs to know the slots
             masks: dict[int, Tensor] = {}
             for i, (theta, own) in enumerate(zip(thetas, states, strict=True)):
-                if rewires[i] and (want_dormant or self.listed[i] or not _can_write(own, self.device)):
+                if rewires[i] and (
+                    want_dormant or self.listed[i] or self.tensors[i].ranked or not _can_write(own, self.device)
+                ):
                     masks[i] = theta < 0
             if not all(self.listed):
                 most = max((len(known) for known in self.states if any(one[3] for one in known)), default=0)
@@ -141,6 +144,8 @@ class Table:
         for i, mask in masks.items():
             if self.listed[i]:
                 draw_from_list(thetas[i], self.tensors[i], mask, seed, step)
+            if self.tensors[i].ranked:
+                arrange(self.tensors[i], mask)
             if self.listed[i] or not _can_write(states[i], self.device):
                 newborns.start_marked(states[i], mask)
         # A backward pass through the old connections would be wrong. The new version makes autograd refuse it.
@@ -236,6 +241,14 @@ def draw_from_list(theta: Tensor, tensor: Slots, dormant: Tensor, seed: int, ste
     chosen = torch.where(dormant, shuffled[(dormant.cumsum(0) - 1).clamp_(min=0)], places)
     tensor.signs.copy_(torch.where(dormant, tensor.signs_at(chosen), tensor.signs))
     places.copy_(chosen)
+
+
+def arrange(tensor: Slots, dormant: Tensor) -> None:
+    """Give the places of the reborn slots, a bool [K], to them by rank (``rewiring.by_rank``). Signs follow."""
+    drawn = torch.where(dormant, tensor.places, randomness.LARGEST).sort().values  # those of the reborn slots come first
+    places = torch.where(dormant, drawn[(dormant.cumsum(0) - 1).clamp_(min=0)], tensor.places)
+    tensor.signs.copy_(torch.where(dormant, tensor.signs_at(places), tensor.signs))
+    tensor.places.copy_(places)
 
 
 def _can_write(states: Sequence[State], device: torch.device) -> bool:
