@@ -186,12 +186,12 @@ def test_a_step_without_memory_is_not_taken(scope: str, compute: str, share: str
 
 @needs_kernels
 @pytest.mark.parametrize("count", [1, 63, 1000, 4097])
-@pytest.mark.parametrize("density", [0.001, 0.499, 0.6, 1.0])
+@pytest.mark.parametrize("density", [0.001, 0.499, 0.6, 0.9, 1.0])
 def test_the_room_is_enough(count: int, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guard words behind the working memory stay as they are when all slots are reborn at once."""
     from lightning_deepr import DeepR, sparsify
     from lightning_deepr.kernels.cpu import room
-    from tests.helpers.state import thetas
+    from tests.helpers.state import all_slots, thetas
 
     made: list[tuple[torch.Tensor, int]] = []
 
@@ -203,11 +203,13 @@ def test_the_room_is_enough(count: int, density: float, monkeypatch: pytest.Monk
     monkeypatch.setattr(room, "empty", guarded)
     columns = max(1, int(np.ceil(count / density / 8)))
     total = 8 * columns
-    for scope in ("layer", "global"):
+    for scope, ranked in (("layer", False), ("layer", True), ("global", False)):
         with torch.device("meta"):
             net = torch.nn.Sequential(torch.nn.Linear(columns, 8, bias=False), torch.nn.Linear(8, 3, bias=False))
         connectivity = {"0": min(count, total), "1": 5} if scope == "layer" else min(count, total) + 5
         net = sparsify(net, connectivity, compute="sparse", seed=1, init="deepr", device="cpu", scope=scope)
+        for slots in all_slots(net):
+            slots.ranked = ranked
         optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
         DeepR(l1=0.0, seed=1, scope=scope, lr_scale=1).attach(net, optimizer)
         for share in (1.0, 0.5, 1e-9):
