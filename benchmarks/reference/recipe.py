@@ -2,11 +2,14 @@
 
     python benchmarks/reference/recipe.py --root data      # every training that is not in recipe.csv
     python benchmarks/reference/recipe.py --table          # the table from recipe.csv
-    python benchmarks/reference/recipe.py --root data --zoo runs/zoo    # train the zoo's models with the chosen settings
+    python benchmarks/reference/recipe.py --root data --zoo runs/zoo    # the zoo's models, three seeds each
 
 10 epochs on the first 50,000 training images of MNIST with the recipe's shifts, seed 0; the accuracy is that on the last 10,000
 training images. The test set is not read. A run is a line of recipe.csv; the script can be stopped and started again. Training
 is a plain loop with the callback attached to the optimizer, and a cosine to 0.
+
+``--zoo`` trains with the recipe's settings on all 60,000 images and keeps networks and CPU seconds. The networks are those of
+``python -m lightning_deepr.zoo.make train``, bit for bit; the Trainer takes longer.
 """
 
 from __future__ import annotations
@@ -121,16 +124,16 @@ def run(job: Job, root: str) -> dict[str, Any]:
 
 
 def keep(name: str, connectivity: float, seed: int, root: str, folder: Path) -> str:
-    """Train a model of the zoo on all 60,000 images, and keep it and its CPU seconds where ``zoo.make collect`` finds them."""
+    """Train a model of the zoo on all 60,000 images, and keep it and its CPU seconds."""
     quiet()
-    file, spent = folder / f"{name}_{seed}.safetensors", folder / name / f"seed_{seed}" / "cpu_seconds.txt"
+    file, spent = (folder / f"{name}_{seed}.{ending}" for ending in ("safetensors", "cpu_seconds.txt"))
     if not file.is_file():
         images, labels, _, _ = MNISTDataModule(root).load()
         net, seconds = trained(connectivity, seed, {**SHIFTS, **TRIALS[ZOO]}, images, labels)
-        spent.parent.mkdir(parents=True, exist_ok=True)
-        spent.write_text(f"began\n{seconds:.1f}\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        spent.write_text(f"{seconds:.1f}\n")
         save_sparse(net, file)
-    return f"{file}: {spent.read_text().split()[-1]} CPU seconds"
+    return f"{file}: {spent.read_text().strip()} CPU seconds"
 
 
 def table() -> str:

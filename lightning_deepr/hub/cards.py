@@ -233,7 +233,7 @@ def _not_recorded(rows: Sequence[str]) -> str:
     cells = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in rows]
     found = []
     for column, name in enumerate(columns, 1):
-        seeds = [row[0].removesuffix(" (this file)") for row in cells if row[column] == _UNKNOWN]
+        seeds = [row[0].removesuffix(" (this file)") for row in cells if row[column].startswith(_UNKNOWN)]
         if seeds:
             found.append(f"{name} of {'every seed' if len(seeds) == len(cells) else 'seed ' + ', '.join(seeds)}")
     if not found:

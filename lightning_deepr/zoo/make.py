@@ -84,8 +84,6 @@ DATA_SETS = {
     "cifar10": DataSet("CIFAR-10", "test", "test_accuracy"),
     "timit": DataSet("TIMIT sample", "test: 4 of 16 speakers (rotation 0)", "test_frame_accuracy"),
 }
-_MNIST_STUDY = "python benchmarks/reference/recipe.py --root data --zoo runs/zoo"
-_MNIST_STUDIED = ("1", "5")  # in a plain loop with the recipe's settings, which takes a third of the Trainer's time
 _MNIST_COUNTS = {"0p5": 1_331, "1": 2_662, "2": 5_324, "5": 13_310, "10": 26_620, "20": 53_240}  # of 266,200
 # The percentages are of all 1,067,584 weights. They count conv1 and the output layer, whose 6,720 weights stay dense
 # (benchmarks/reproduction/cifar10.py: budget).
@@ -108,13 +106,7 @@ _TIMIT_AT_10 = {"model.dropout": 0.4, "sparsity.l1.init_args.start": 0.1}  # the
 _SOFT = {"sparsity": "SoftDeepR", "sparsity.l1": 5e-4, "sparsity.temperature": 1e-9}
 PLANS: dict[str, Plan] = {
     **{
-        f"lenet300_100.deepr_{tag}pct_mnist": Plan(
-            "mnist_best",
-            "mnist",
-            {"sparsity.connectivity": count},
-            study=_MNIST_STUDY if tag in _MNIST_STUDIED else "",
-            kept=f"lenet300_100.deepr_{tag}pct_mnist_{{seed}}.safetensors",
-        )
+        f"lenet300_100.deepr_{tag}pct_mnist": Plan("mnist_best", "mnist", {"sparsity.connectivity": count})
         for tag, count in _MNIST_COUNTS.items()
     },
     **{
