@@ -96,7 +96,7 @@ def test_damaged_and_newer_files() -> None:
     for key, value, message in [
         ("places", torch.zeros_like(slots_by_name(net)["0.weight"].places), "expected .* different places in 0 ... 191"),
         ("places", slots_by_name(net)["0.weight"].places + 192, "the file is damaged"),
-        ("lightning_deepr.load_state_dict", torch.tensor(99), "expected format 2 or older, found 99"),
+        ("lightning_deepr.load_state_dict", torch.tensor(99), "expected format 4 or older, found 99"),
     ]:
         state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         state[f"0.parametrizations.weight.0.{key}"] = value
