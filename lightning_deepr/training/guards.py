@@ -230,12 +230,12 @@ def was_skipped(optimizer: Optimizer) -> bool:
 
 def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None:
     """Stop before a step if a theta or a gradient is not finite. The message names the tensor and the step."""
-    values: list[torch.Tensor] = [t.theta for t in tensors]
+    values: list[torch.Tensor] = [t.converted.theta for t in tensors]
     if gradients:
-        for t in tensors:
-            gradient = t.theta.grad
+        for t, theta in zip(tensors, tuple(values), strict=True):
+            gradient, slots = theta.grad, t.converted.slots
             # what the kernel of the backward pass has seen is not read again
-            if gradient is not None and not gate.is_finite(t.weight, gradient):
+            if gradient is not None and (slots.finite_gradient is None or not gate.is_finite(slots, gradient)):
                 values.append(gradient)
     if kernels.all_finite(values):
         return

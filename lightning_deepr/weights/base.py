@@ -111,6 +111,7 @@ class Parametrization(nn.Module):
     sign_table: SignTable | None = None  # the signs of the places; None: their hashes
     passed: Any = None  # what the gate has compared, see kernels/gate.py
     trusted: Any = None  # the places that it knows to be valid
+    finite_gradient: Any = None  # the gradient that a kernel found to be finite
 
     def __init__(
         self,

@@ -56,7 +56,6 @@ class KSlots(Parametrization):
     tensors = ("places", "born", "signs", "exceptions")
     placing = ("places", "signs")
     records = ("places", "born")
-    finite_gradient: Any = None  # the gradient that a kernel found to be finite (kernels/gate.py)
     _in_order: tuple[Tensor, tuple[int, int], bool] | None = None  # the last answer of in_place_order
     base: nn.Parameter  # only if ``adapts``
     merged_over: Tensor | None = None  # the base's values at the K places, while the connections are merged into it
