@@ -9,18 +9,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from torch import nn
 
-import lightning_deepr.hub
-from lightning_deepr import adapt, save_adapter
-from lightning_deepr.adapters import adapter_of, detach
-from lightning_deepr.hub import HubError, load_adapter, publish_adapter
-from lightning_deepr.hub.adapters import adapter_card
-from lightning_deepr.zoo import FormatError
-from tests.helpers.hub_server import HubServer
+huggingface_hub = pytest.importorskip("huggingface_hub")
+
+import lightning_deepr.hub  # noqa: E402
+from lightning_deepr import adapt, save_adapter  # noqa: E402
+from lightning_deepr.adapters import adapter_of, detach  # noqa: E402
+from lightning_deepr.hub import HubError, load_adapter, publish_adapter  # noqa: E402
+from lightning_deepr.hub.adapters import adapter_card  # noqa: E402
+from lightning_deepr.zoo import FormatError  # noqa: E402
+from tests.helpers.hub_server import HubServer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 REPO, BASE = "writer/rotated", "writer/base"
