@@ -17,6 +17,7 @@ from lightning_deepr.weights.base import FORMAT_KEY
 from tests.helpers.kernel_steps import ALPHA, LR, SHARES, Run, Size, let_die, network
 from tests.helpers.plain import PlainDeepR as DeepR
 from tests.helpers.regression import SEED
+from tests.helpers.sparse_linear import needs_kernels
 from tests.helpers.state import all_slots, assert_equal_states, oracle_of, state_of, thetas
 
 # N is no multiple of 64; with places by rank, births are drawn by rejection up to three quarters
@@ -48,7 +49,7 @@ def dense(share: float = 0.5, **options: Any) -> nn.Module:
     )
 
 
-@pytest.mark.skipif(not kernels.available(), reason="no kernels here")
+@needs_kernels
 @pytest.mark.parametrize("compute", ["dense", "sparse"])
 def test_a_step_equals_pytorchs_and_the_oracles(compute: str, pytorch: Run) -> None:
     fast, plain = (by_rank(network(SIZES, compute=compute)) for _ in range(2))
@@ -75,7 +76,7 @@ def test_a_step_equals_pytorchs_and_the_oracles(compute: str, pytorch: Run) -> N
             tensor.theta = theta.detach().numpy().copy()
 
 
-@pytest.mark.skipif(not kernels.available(), reason="no kernels here")
+@needs_kernels
 def test_many_places_at_every_density(pytorch: Run) -> None:
     sizes: list[Size] = [(300, 400, round(share * 120_000)) for share in (0.07, 0.3, 0.5, 0.74, 0.76, 0.9, 0.999)]
     fast, plain = (by_rank(network(sizes)) for _ in range(2))
