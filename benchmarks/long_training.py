@@ -3,7 +3,10 @@
 A small network takes a million steps with ever-changing gradients. Every ``--every`` steps all invariants are checked, and the
 resident memory is noted. A line is fitted to the second half of the notes: what grows per step is a leak.
 
-    python benchmarks/long_training.py --steps 1000000
+    python benchmarks/long_training.py                              # DeepR in float32
+    python benchmarks/long_training.py --method SET --dtype bfloat16
+
+A row of ``long_training.csv`` is written for each run; a run of the same method and number format replaces its row.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ METHODS: dict[str, Any] = {
     "SET": lambda: SET(0.2, rewire_every_n_steps=100),
     "FixedRandom": lambda: FixedRandom(0.2),
 }
+RESULTS = Path(__file__).with_suffix(".csv")
+COLUMNS = ["method", "dtype", "steps", "checks", "last birth", "MiB first", "MiB last", "bytes per step", "seconds"]
 FREE = ("SET", "FixedRandom")  # the sign of a connection may change
 
 
@@ -61,6 +66,18 @@ def slope(notes: list[tuple[int, int]]) -> float:
     x, y = (torch.tensor([float(note[i]) for note in half], dtype=torch.float64) for i in (0, 1))
     x = x - x.mean()
     return float((x * (y - y.mean())).sum() / (x * x).sum().clamp(min=1))
+
+
+def note(row: dict[str, Any]) -> None:
+    """Write the row of a run into ``long_training.csv``, in place of an older one."""
+    rows: list[dict[str, Any]] = []
+    if RESULTS.exists():
+        with RESULTS.open(newline="") as file:
+            rows = [old for old in csv.DictReader(file) if (old["method"], old["dtype"]) != (row["method"], row["dtype"])]
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows([*rows, row])
 
 
 def main() -> None:
@@ -94,14 +111,26 @@ def main() -> None:
                 gc.collect()
             check(net, counts, method.scope == "global", free=options.method in FREE)
             notes.append((step, resident()))
-    births = {one.name: one.slots.last_birth() for one in converted_tensors(net)}
+    born = max(one.slots.last_birth() for one in converted_tensors(net))
     if options.out is not None:
         with options.out.open("w", newline="") as file:
             csv.writer(file).writerows([("step", "resident bytes"), *notes])
+    row = {
+        "method": options.method,
+        "dtype": options.dtype,
+        "steps": options.steps,
+        "checks": len(notes),
+        "last birth": born,
+        "MiB first": round(notes[0][1] / 2**20, 1),
+        "MiB last": round(notes[-1][1] / 2**20, 1),
+        "bytes per step": round(slope(notes), 4),
+        "seconds": round(time.monotonic() - started),
+    }
+    note(row)
     print(
-        f"{options.method}, {options.dtype}: {options.steps} steps in {time.monotonic() - started:.0f} s, {len(notes)} checks "
-        f"of all invariants, last births {births}; resident memory {notes[0][1] / 2**20:.1f} MiB after {options.every} steps, "
-        f"{notes[-1][1] / 2**20:.1f} at the end, slope of the second half {slope(notes):.4f} bytes per step."
+        f"{options.method}, {options.dtype}: {options.steps} steps in {row['seconds']} s, {len(notes)} checks of all "
+        f"invariants, last birth in step {born}; resident memory {row['MiB first']} MiB after {options.every} steps, "
+        f"{row['MiB last']} at the end, slope of the second half {row['bytes per step']} bytes per step."
     )
 
 
