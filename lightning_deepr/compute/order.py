@@ -74,7 +74,12 @@ class Order:
 
     def note(self, places: Tensor) -> None:
         """Record that the order matches these places in their present version."""
-        self.noted = places, _version_of(places), places.data_ptr(), places.is_inference()
+        self.note_as((places, places.data_ptr(), self.count, _version_of(places)))
+
+    def note_as(self, mark: tuple[Tensor, int, int, int]) -> None:
+        """Record that the order matches the places of a record of :func:`lightning_deepr.kernels.gate.note`."""
+        places, address, _, version = mark
+        self.noted = places, version, address, places.is_inference()
 
 
 def _version_of(places: Tensor) -> int:

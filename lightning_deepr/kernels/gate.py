@@ -29,7 +29,7 @@ SHARD = (
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 # what the gate compares of each tensor; mapped over several, they take a third of the time of the same calls in Python
 _ADDRESS, _COUNT, _IS_CONTIGUOUS, _DTYPE = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous, attrgetter("dtype")
-_TENSORS = attrgetter("places", "born", "signs", "exceptions")
+TENSORS = attrgetter("places", "born", "signs", "exceptions")
 PLACES_COUNT = 5  # where K, as the places have it, stands among what was compared
 _wide = torch.int64
 
@@ -116,10 +116,10 @@ def check(theta: Tensor, slots: Slots, name: str | None = None) -> bool:
     try:
         if type(theta) not in PLAIN:
             raise TypeError
-        of = (*_TENSORS(slots), theta)
+        of = (*TENSORS(slots), theta)
         places = of[0]
         version = places._version
-        now: tuple[Any, ...] = (*map(_ADDRESS, of), *map(_COUNT, of), *map(_IS_CONTIGUOUS, of), *map(_DTYPE, of))
+        now = numbers_of(of)
     except (RuntimeError, AttributeError, TypeError):  # not a tensor with an address, or an inference tensor
         now = ()
     trusted = slots.trusted
@@ -134,10 +134,17 @@ def check(theta: Tensor, slots: Slots, name: str | None = None) -> bool:
     return True
 
 
-def note(slots: Slots) -> None:
-    """Record that the places were written by a rewiring, so that they are known to be valid."""
+def numbers_of(of: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Return what the gate compares of some tensors. It raises for a tensor without an address."""
+    return (*map(_ADDRESS, of), *map(_COUNT, of), *map(_IS_CONTIGUOUS, of), *map(_DTYPE, of))
+
+
+def note(slots: Slots) -> tuple[Tensor, int, int, int]:
+    """Record that the places were written by a rewiring, so that they are known to be valid. Returns the record."""
     places = slots.places
-    vars(slots)["trusted"] = places, places.data_ptr(), places.numel(), 0 if places.is_inference() else places._version
+    mark = places, places.data_ptr(), places.numel(), 0 if places.is_inference() else places._version
+    vars(slots)["trusted"] = mark
+    return mark
 
 
 def note_finite(slots: Any, gradient: Tensor | None) -> None:

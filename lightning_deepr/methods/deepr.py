@@ -87,9 +87,12 @@ class DeepR(RewiringArguments, SlotTraining):
                     self._batch(items, optimizer), pool, rule=self.reactivation, least=self.least_per_layer
                 )
             return
-        first = stepped[0]
-        kind = first.tensor.step, first.theta.device, first.theta.dtype
-        if all((i.tensor.step, i.theta.device, i.theta.dtype) == kind for i in stepped):  # nearly always
+        step, dtype = stepped[0].tensor.step, stepped[0].theta.dtype
+        for item in stepped:
+            theta = item.theta
+            if item.tensor.step != step or not theta.is_cpu or theta.dtype is not dtype:
+                break
+        else:  # nearly always (the Python object of a device takes a microsecond)
             backends.step(self._batch(stepped, optimizer))
             return
         groups: dict[object, list[Stepped]] = {}

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_deepr.kernels import gate
 from lightning_deepr.training.tracked import Stepped
 from lightning_deepr.weights.find import Converted
+from lightning_deepr.weights.k_slots import KSlots
 
 if TYPE_CHECKING:
     from lightning_deepr.training.run import Run
@@ -30,6 +33,8 @@ def check(run: Run, stepped: Sequence[Stepped]) -> None:
     Raises:
         RuntimeError: the message names the tensor, and says what was expected, what was found and what to do.
     """
+    if run.fit is not None and _are_as_before(run.fit, stepped):
+        return
     changed = False
     held = run.held
     for item in stepped:
@@ -41,6 +46,47 @@ def check(run: Run, stepped: Sequence[Stepped]) -> None:
     if changed:
         written = [pair for item in stepped for pair in item.tensor.weight.written(item.theta, item.tensor.name)]
         gate.check_apart(written)
+    run.fit = _Fit(stepped) if all(type(item.tensor.converted.slots) is KSlots for item in stepped) else None
+
+
+class _Fit:
+    """What :func:`check` has let pass, so that the next step compares all tensors at once."""
+
+    def __init__(self, stepped: Sequence[Stepped]) -> None:
+        self.slots = [*map(_SLOTS, stepped)]
+        self.parameters = [item.parameter for item in stepped]
+        self.passed = [*map(_PASSED, self.slots)]
+        try:
+            self.numbers: Any = gate.numbers_of([*chain.from_iterable(map(gate.TENSORS, self.slots)), *map(_THETA, stepped)])
+        except (RuntimeError, AttributeError, TypeError):  # a tensor without an address: nothing is as before
+            self.numbers = None
+
+
+def _are_as_before(fit: _Fit, stepped: Sequence[Stepped]) -> bool:
+    """Tell whether each tensor would pass with nothing changed. (``map`` takes a third of the time of a loop.)"""
+    slots = fit.slots
+    if (
+        len(slots) != len(stepped)
+        or not all(map(is_, map(_SLOTS, stepped), slots))
+        or not all(map(is_, map(_PARAMETER, stepped), fit.parameters))
+        or [*map(_PASSED, slots)] != fit.passed  # (objects that are the same are equal without a look inside)
+        or any(map(_ADAPTS, slots))
+    ):
+        return False
+    thetas, trusted, places = [*map(_THETA, stepped)], [*map(_TRUSTED, slots)], [*map(_PLACES, slots)]
+    if {*map(type, thetas)} != _PLAIN or None in trusted or not all(map(is_, map(_FIRST, trusted), places)):
+        return False
+    of = [*chain.from_iterable(map(gate.TENSORS, slots)), *thetas]
+    try:
+        return [*map(_FOURTH, trusted)] == [*map(_VERSION, places)] and bool(gate.numbers_of(of) == fit.numbers)
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+
+
+_SLOTS, _PARAMETER, _THETA = attrgetter("tensor.converted.slots"), attrgetter("parameter"), attrgetter("theta")
+_PASSED, _ADAPTS, _TRUSTED = attrgetter("passed"), attrgetter("adapts"), attrgetter("trusted")
+_PLACES, _VERSION, _FIRST, _FOURTH = attrgetter("places"), attrgetter("_version"), itemgetter(0), itemgetter(3)
+_PLAIN = {Tensor}
 
 
 def _refuse_replaced(run: Run, item: Stepped) -> None:

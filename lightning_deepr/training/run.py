@@ -42,6 +42,7 @@ class Run:
         self.rank_steps = 0  # for the check of training/ranks.py
         self._size, self._matched = -1, list[tuple[TrackedTensor, int]]()
         self.held: dict[str, Tensor] = {}
+        self.fit: Any = None  # what training/fitness.py has compared
         self.joined: list[TrackedTensor] = []
         self.is_plain = False  # whether the optimizer is one of torch's own, which hold no other; known after ``chain``
         self._inner: list[Any] | None = None  # the optimizers that the optimizer holds; None: not looked for yet
@@ -63,12 +64,12 @@ class Run:
             self.held = {tensor.name: tensor.theta for tensor, _ in self._matched}
             if self._size >= 0:
                 self.joined += [tensor for tensor, _ in self._matched if id(tensor) not in known]
-            self._size = size
+            self._size, self.fit = size, None
         return self._matched
 
     def forget_tensors(self) -> None:
         """Forget the matched tensors: the callback's tensors have changed."""
-        self._size, self._matched, self.scaled, self.joined = -1, [], None, []
+        self._size, self._matched, self.scaled, self.joined, self.fit = -1, [], None, [], None
 
     def chain(self, optimizer: Optimizer) -> list[Any]:
         """List the optimizer and those that it holds, see :func:`~lightning_deepr.algorithm.inner_optimizers.chain_of`."""

@@ -83,7 +83,7 @@ class KSlots(Parametrization):
         self.notes: Any = None  # what is noted about births: :mod:`lightning_deepr.monitoring.record`
         self.order: Order | None = None  # made when sparse compute needs it, and kept up to date
         # the cached decision of uses_sparse, with the input size and the device that it is for
-        self._asked_size, self._asked_device, self._asked = -1, torch.device("cpu"), False
+        self._asked_size, self._asked_device, self._asked_on_cpu, self._asked = -1, torch.device("cpu"), True, False
         # receives the dense weight's gradient if a method needs it (RigL does in the steps that rewire)
         self.on_dense_gradient: Callable[[Tensor], None] | None = None
         if base is not None:
@@ -241,16 +241,19 @@ class KSlots(Parametrization):
             return self.compute == "sparse" and self.on_dense_gradient is None
         if type(x) is not Tensor or is_jit_tracing():
             return self.is_large  # no choice, and no record of one, from a pass that only looks at the operators
-        size, device = x.numel(), x.device
-        if size == self._asked_size and device == self._asked_device:
+        size, on_cpu = x.numel(), x.is_cpu  # (the Python object of a device takes a microsecond)
+        if size == self._asked_size and on_cpu is self._asked_on_cpu and (on_cpu or x.device == self._asked_device):
             return self._asked
         if transforms() is not None or is_recorded():
             return self.is_large
         chosen = kernels.available() and (self._tuned(module, x) if self.tunes else self.layer.prefers(self, module, x))
-        self._asked_size, self._asked_device, self._asked = size, device, chosen
+        self._note_asked(x, chosen)
         if torch.is_grad_enabled():
             self.compute = "sparse" if chosen else "dense"
         return chosen
+
+    def _note_asked(self, x: Tensor, sparse: bool) -> None:
+        self._asked_size, self._asked_device, self._asked_on_cpu, self._asked = x.numel(), x.device, x.is_cpu, sparse
 
     def _tuned(self, module: nn.Module, x: Tensor) -> bool:
         """Choose by times on this machine, or by the rule if the layer can't be timed."""
@@ -258,7 +261,7 @@ class KSlots(Parametrization):
             return self.layer.prefers(self, module, x)
 
         def ask(sparse: bool) -> None:
-            self._asked_size, self._asked_device, self._asked = x.numel(), x.device, sparse
+            self._note_asked(x, sparse)
 
         try:
             found = tuning.times(self, module, x, ask)

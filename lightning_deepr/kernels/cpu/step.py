@@ -40,6 +40,8 @@ _PLAIN, _FLOATS = frozenset(PLAIN), frozenset((torch.float32, torch.float64))
 _IS_CPU, _DTYPE = attrgetter("is_cpu"), attrgetter("dtype")
 
 
+_FINITE = int(FiniteArguments.FINITE)
+_ready: list[Any] = []  # the last arguments of the search for values that are not finite
 # of each tensor: first what the gate has compared, addresses among them
 _known = attrgetter("passed", "index", "sign_seed", "sign_table", "notes", "stays", "allowed", "ranked")
 
@@ -62,10 +64,10 @@ class Marks:
         known, places = self.noted, self.tensor.places
         return known is not None and known[0] is places and known[1:] == (_version(places), places.data_ptr())
 
-    def note(self) -> None:
-        """Record that the bitmap is that of the present places."""
-        places = self.tensor.places
-        self.noted = places, _version(places), places.data_ptr()
+    def note(self, mark: tuple[Tensor, int, int, int]) -> None:
+        """Record that the bitmap is that of the present places, of which this is the record of the gate."""
+        places, address, _, version = mark
+        self.noted = places, version, address
         self.said = True  # the kernel has written it
 
 
@@ -109,6 +111,7 @@ class Table:
         # the content of the table: only what changes is written
         self.staying = [False] * len(tensors)
         self.known: list[tuple[Any, ...]] = [()] * len(tensors)
+        self.passed: list[Any] = [()] * len(tensors)  # of ``known``, what the gate has compared
         self.orders: list[Any] = [None] * len(tensors)
         self.stateless: list[list[State]] = [[] for _ in tensors]
         self.has_states, self.has_marks = False, any(marks is not None for marks in self.marks)
@@ -147,6 +150,7 @@ class Table:
             if known != self.known[i] or order is not self.orders[i]:  # (an object is equal to itself without a look inside)
                 self._note(i, tensor, thetas[i], order)
                 self.known[i], self.orders[i], self.fits = known, order, False
+                self.passed[i] = known[0]
         free = self._scratch()
         if self.has_marks:
             self._note_marks()
@@ -182,12 +186,12 @@ class Table:
                 [tensor.places for tensor in changed] + [tensor.order.buffer for tensor in changed if tensor.order is not None]
             )
             for i, tensor in zip(moved, changed, strict=True):
-                gate.note(tensor)
+                mark = gate.note(tensor)
                 order, marks = tensor.order, self.marks[i]
                 if order is not None:
-                    order.note(tensor.places)
+                    order.note_as(mark)
                 if marks is not None:
-                    marks.note()
+                    marks.note(mark)
         return counts, newborns
 
     def _note_marks(self) -> None:
@@ -273,8 +277,16 @@ def all_finite(values: Sequence[Tensor]) -> bool:
     addresses, counts = [*map(Tensor.data_ptr, values)], [*map(Tensor.numel, values)]
     if not all(addresses) and any(count and not address for address, count in zip(addresses, counts, strict=True)):
         return False  # the storage of one was released
-    rows_of_values = zip(addresses, counts, map(Tensor.element_size, values), strict=True)  # each is a ValuesRow
-    table = array("q", chain.from_iterable(rows_of_values))
-    arguments = _fill_finite(NUMBER=len(values), TABLE=table.buffer_info()[0])
+    key = addresses, counts, [*map(_DTYPE, values)]
+    # gradients nearly always get the memory of the last step's. (Taken out of the list, it is this thread's alone.)
+    ready = _ready.pop() if _ready else None
+    if ready is None or ready[0] != key:
+        rows_of_values = zip(addresses, counts, map(Tensor.element_size, values), strict=True)  # each is a ValuesRow
+        table = array("q", chain.from_iterable(rows_of_values))
+        ready = key, table, _fill_finite(NUMBER=len(values), TABLE=table.buffer_info()[0])
+    arguments = ready[2]
     rewire.finite_kernel()(arguments)
-    return arguments[FiniteArguments.FINITE] == 1
+    answer = arguments[_FINITE] == 1
+    if not _ready:
+        _ready.append(ready)
+    return answer
