@@ -41,18 +41,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def pytorch(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs another one without the kernels."""
-
-    def run(function: Callable[[], Any]) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, "available", lambda: False)
-            return function()
-
-    return run
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1e-3], ids=["no noise", "noise"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -27,18 +25,6 @@ pytestmark = [
 SIZES: list[Size] = [(30, 20, 100), (40, 20, 128), (40, 20, 129), (60, 50, 999), (7, 5, 30), (5, 5, 1), (90, 80, 2177)]
 KINDS = {**OPTIMIZERS, "Adafactor": lambda p: optim.Adafactor(p, lr=0.02), "NAdam": lambda p: optim.NAdam(p, lr=0.02)}
 AVERAGED = ("exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg", "variance", "level")
-
-
-@pytest.fixture
-def pytorch(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs another one without the kernels."""
-
-    def without(function: Callable[[], Any]) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, "available", lambda: False)
-            return function()
-
-    return without
 
 
 def start_of(name: str, key: str) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 from torch import nn, optim
 
-from lightning_deepr import kernels, load_state_dict, sparsify
+from lightning_deepr import load_state_dict, sparsify
 from lightning_deepr.algorithm import rewiring
 from lightning_deepr.weights.base import FORMAT_KEY
 from tests.helpers.kernel_steps import ALPHA, LR, SHARES, Run, Size, let_die, network
@@ -22,18 +21,6 @@ from tests.helpers.state import all_slots, assert_equal_states, oracle_of, state
 
 # N is no multiple of 64; with places by rank, births are drawn by rejection up to three quarters
 SIZES: list[Size] = [(33, 51, 90), (33, 51, 168), (33, 51, 900), (32, 50, 1200), (32, 50, 1201), (33, 51, 1500), (33, 51, 1682)]
-
-
-@pytest.fixture
-def pytorch(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs another one without the kernels."""
-
-    def run(function: Callable[[], Any]) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, "available", lambda: False)
-            return function()
-
-    return run
 
 
 def by_rank(net: nn.Module) -> nn.Module:
