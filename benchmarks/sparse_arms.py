@@ -34,8 +34,8 @@ def callback_of(job: Job, net: nn.Module, total: int, settings: Settings) -> Any
         return None
     settings = {name: _value(entry) for name, entry in settings.items()}
     exponent = settings.pop("exponent", None)
-    kind, own = ARMS[job.arm.split()[0]]
-    callback = getattr(lightning_deepr, kind)(round(job.connectivity * total), seed=job.seed, **own, **settings)
+    kind, own = ARMS[job.arm.split()[0].rstrip(",")]
+    callback = getattr(lightning_deepr, kind)(round(job.connectivity * total), seed=job.seed, **(own | settings))
     callback.prepare(net)
     if exponent is not None:
         rows = connectivity_report(net)

@@ -11,6 +11,7 @@ Parts:
   %, so that every method has the rule that suits it best);
 - defaults: 10 epochs at the learning rate of the dense network under three optimizers, validation split, seeds 1 to 3;
 - published: the protocol of the published tables (100 epochs, batch 100, no augmentation), test set;
+- ablation: what decides at 20 and 50 %: the defaults with one of them changed at a time, validation split, seeds 1 and 2;
 - transfer: the accuracy over the base learning rate, before (lr_scale=1) and after, 3 epochs, validation split.
 
 The validation split is the last 10,000 training images; 50,000 are left for training. A run is a line of lenet.csv; the script
@@ -51,6 +52,15 @@ OPTIMIZERS: dict[str, Settings] = {
     "momentum": {"optimizer": "SGD", "lr": 0.05, "momentum": 0.9, "batch": 64},
     "adamw": {"optimizer": "AdamW", "lr": 2e-3, "batch": 64},
     "sgd": {"optimizer": "SGD", "lr": 0.1, "batch": 10},
+}
+ABLATION: dict[str, Settings] = {  # the defaults themselves are in the part "defaults"
+    "deepr, no l1": {"l1": 0.0},
+    "deepr, half the turnover": {"l1": ["TurnoverTarget", 0.05]},
+    "deepr, a fifth of the turnover": {"l1": ["TurnoverTarget", 0.02]},
+    "deepr, lr_scale 1": {"lr_scale": 1.0},
+    "deepr, newborns at the start": {"newborn": "start"},
+    "fixed, free signs": {"lr_scale": "auto"},
+    "fixed, fixed signs": {"signs": "fixed", "lr_scale": "auto"},
 }
 EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -94,6 +104,12 @@ def jobs(part: str, arms: list[str], optimizers: list[str]) -> list[Job]:
                                 continue
                             settings["exponent"] = exponent
                         found.append(Job(part, arm, c, seed, name, "validation", json.dumps(settings)))
+        elif part == "ablation":
+            for seed in (1, 2):
+                for c in (0.2, 0.5):
+                    for arm, more in ABLATION.items():
+                        settings = json.dumps({**base, "epochs": 10} | more)
+                        found.append(Job(part, arm, c, seed, name, "validation", settings))
         elif part == "transfer":
             for factor in (0.25, 0.5, 1, 2, 4, 8):
                 for c in (0.01, 0.05, 0.2, 1.0):
@@ -196,6 +212,16 @@ def tables() -> str:
             cells = [*_cells(main, arm, first), *_cells(short, arm, (0.2, 0.5))]
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
         lines += [f"| {arm} | " + " | ".join(f"{x}" for x in found) + " | | |" for arm, found in PUBLISHED.items()] + [""]
+    changed = [row for row in rows if row["part"] == "ablation"]
+    if changed:
+        lines += ["**ablation**: validation accuracy, % (runs)", "", "| changed | optimizer | 20 % | 50 % |", "|---" * 4 + "|"]
+        for name in dict.fromkeys(row["trial"] for row in changed):
+            same = [r for r in rows if r["part"] == "defaults" and r["trial"] == name and r["seed"] in ("1", "2")]
+            lines.append(f"| nothing | {name} | " + " | ".join(_cells(same, "deepr", (0.2, 0.5))) + " |")
+            for arm in ABLATION:
+                mine = [row for row in changed if row["trial"] == name]
+                lines.append(f"| {arm} | {name} | " + " | ".join(_cells(mine, arm, (0.2, 0.5))) + " |")
+        lines.append("")
     tuning = [row for row in rows if row["part"] == "exponents"]
     if tuning:
         lines += ["**exponents**: validation accuracy, %, seed 0", ""]
@@ -244,6 +270,11 @@ def pictures() -> None:
                         panel.plot(*zip(*points, strict=True), line, marker="o", markersize=3, color=f"C{number}", label=label)
             panel.set_xscale("log")
             panel.set_yscale("log")
+            rates = sorted({json.loads(row["settings"])["lr"] for row in moved if row["trial"].startswith(name + " ")})
+            panel.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
+            panel.set_xticks([], minor=True)
+            panel.set_yticks([2, 3, 5, 10, 20], ["2", "3", "5", "10", "20"])
+            panel.set_yticks([], minor=True)
             panel.set_xlabel("base learning rate")
             panel.set_ylabel("validation error, %")
             panel.set_title(name, fontsize=10)
@@ -252,7 +283,7 @@ def pictures() -> None:
         drawing.savefig(HERE / "lenet_transfer.png", dpi=110)
 
 
-PARTS = ("exponents", "defaults", "published", "transfer")
+PARTS = ("exponents", "defaults", "ablation", "published", "transfer")
 
 
 def main() -> None:
