@@ -12,6 +12,7 @@ from lightning_deepr.compute.eager import is_jit_tracing, is_plain, is_recorded
 from lightning_deepr.compute.stacked import in_transform
 from lightning_deepr.kernels.cpu.buffers import kept
 
+NARROW = (torch.bfloat16, torch.float16)  # dtypes of weights whose theta has float32, for which there are kernels
 LARGE = 1 << 13  # from this number of connections on, the kernels save more time than their calls cost
 
 
@@ -31,9 +32,7 @@ def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size
     Returns:
         a tensor of ``shape`` in theta's dtype, or in ``narrow``.
     """
-    if narrow is not None and (
-        narrow is not torch.bfloat16 or not isinstance(theta, Tensor) or theta.dtype is not torch.float32
-    ):
+    if narrow is not None and (narrow not in NARROW or not isinstance(theta, Tensor) or theta.dtype is not torch.float32):
         return _scattered((theta * signs).to(narrow), places, shape)
     if (
         not torch.compiler.is_compiling()
@@ -42,7 +41,11 @@ def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size
         and places.numel() >= LARGE
         and _fits(theta, signs, places)
     ):
-        weight: Tensor = (_Scatter if narrow is None else _NarrowScatter).apply(theta, signs, places, shape)
+        weight: Tensor = (
+            _Scatter.apply(theta, signs, places, shape)
+            if narrow is None
+            else _NarrowScatter.apply(theta, signs, places, shape, narrow)
+        )
         return weight
     values = theta * signs
     return _scattered(values if narrow is None else values.to(narrow), places, shape)
@@ -104,27 +107,45 @@ class _Scatter(torch.autograd.Function):
         return found, None, None, None
 
 
+def write_narrow_weight(theta: Tensor, signs: Tensor, places: Tensor, weight: Tensor) -> None:
+    """Write the K values, rounded, to their places in a bfloat16 or float16 weight. theta and signs have float32."""
+    from lightning_deepr.kernels.cpu import scatter
+
+    if weight.dtype is torch.bfloat16:
+        scatter.run(scatter.narrow_scatter_kernel(), theta, signs, places, weight)
+    else:
+        scatter.run(scatter.short_scatter_kernel(), torch.mul(theta, signs).to(weight.dtype), signs, places, weight)
+
+
+def read_narrow_gradient(gradient: Tensor, signs: Tensor, places: Tensor) -> tuple[Tensor, bool]:
+    """Read theta's gradient in float32 from that of a bfloat16 or float16 weight. Also return whether it is known as finite."""
+    from lightning_deepr.kernels.cpu import scatter
+
+    if gradient.dtype is torch.bfloat16:
+        found = torch.empty_like(signs)
+        return found, scatter.run(scatter.narrow_gather_kernel(), found, signs, places, gradient)
+    found = torch.empty_like(signs, dtype=gradient.dtype)
+    scatter.run(scatter.short_gather_kernel(), found, signs, places, gradient)
+    return torch.mul(found, signs), False
+
+
 class _NarrowScatter(torch.autograd.Function):
-    """The same with a bfloat16 weight and a float32 theta."""
+    """The same with a weight of 16 bits and a float32 theta."""
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size) -> Tensor:  # type: ignore[override]
-        from lightning_deepr.kernels.cpu import scatter
-
+    def forward(  # type: ignore[override]
+        ctx: Any, theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size, narrow: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(signs, places)
-        weight = kept(tuple(shape), theta, torch.bfloat16).zero_()
-        scatter.run(scatter.narrow_scatter_kernel(), theta, signs, places, weight)
+        weight = kept(tuple(shape), theta, narrow).zero_()
+        write_narrow_weight(theta, signs, places, weight)
         return weight
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        from lightning_deepr.kernels.cpu import scatter
-
         signs, places = ctx.saved_tensors
         gradient = gradient.contiguous()
-        fits = gradient.dtype is torch.bfloat16 and gradient.is_cpu and type(gradient) is Tensor
+        fits = gradient.dtype in NARROW and gradient.is_cpu and type(gradient) is Tensor
         if torch.is_grad_enabled() or not fits or not _fits(signs, signs, places):
-            return gradient.view(-1).index_select(0, places).to(signs.dtype) * signs, None, None, None
-        found = torch.empty_like(signs)
-        scatter.run(scatter.narrow_gather_kernel(), found, signs, places, gradient)
-        return found, None, None, None
+            return gradient.view(-1).index_select(0, places).to(signs.dtype) * signs, None, None, None, None
+        return read_narrow_gradient(gradient, signs, places)[0], None, None, None, None

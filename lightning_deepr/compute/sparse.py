@@ -295,14 +295,12 @@ linear_op.register_autograd(_differentiate, setup_context=_setup)
 linear_backward_op.register_autograd(_refuse_twice)
 
 
-def is_quick(x: Tensor, theta: Tensor, slots: SparseSlots) -> bool:
-    """Tell whether a call is an ordinary one: plain CPU tensors of one kernel dtype, and nothing watches the operators."""
+def is_ordinary(x: Tensor, theta: Tensor) -> bool:
+    """Tell whether a call is an ordinary one: plain CPU tensors, and nothing watches the operators."""
     return not (
         type(x) is not Tensor
         or x.layout is not _STRIDED
         or x.is_nested
-        or x.dtype is not theta.dtype
-        or slots.narrow is not None
         or not x.is_cpu
         or not theta.is_cpu
         or dispatch_modes()
@@ -311,11 +309,20 @@ def is_quick(x: Tensor, theta: Tensor, slots: SparseSlots) -> bool:
         or is_jit_tracing()
         or forward_ad._current_level >= 0
         or (function_modes() and is_recorded())
-        or _casts("cpu")
         # kernels take addresses, and no types, sizes or strides
-        or x.dtype not in _KERNEL_TYPES
         or (type(theta) is not torch.nn.Parameter and type(theta) is not Tensor)
         or not theta.is_contiguous()
+    )
+
+
+def is_quick(x: Tensor, theta: Tensor, slots: SparseSlots) -> bool:
+    """Tell whether a call is an ordinary one, and all has one dtype for which there are kernels."""
+    return (
+        x.dtype is theta.dtype
+        and slots.narrow is None
+        and x.dtype in _KERNEL_TYPES
+        and not _casts("cpu")
+        and is_ordinary(x, theta)
     )
 
 

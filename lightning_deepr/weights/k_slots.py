@@ -34,6 +34,12 @@ _KERNEL_TYPES = (torch.float32, torch.float64)
 _told: set[str] = set()
 
 
+def _precision(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a layer computes this input."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class KSlots(Parametrization):
     """The parametrization that computes the dense-shaped weight from a theta of K slots.
 
@@ -82,8 +88,9 @@ class KSlots(Parametrization):
         self.signs = self.signs_at(self.places, precision.kept(dtype))
         self.notes: Any = None  # what is noted about births: :mod:`lightning_deepr.monitoring.record`
         self.order: Order | None = None  # made when sparse compute needs it, and kept up to date
-        # the cached decision of uses_sparse, with the input size and the device that it is for
+        # the cached decision of uses_sparse, with the input's size, device and precision that it is for
         self._asked_size, self._asked_device, self._asked = -1, torch.device("cpu"), False
+        self._asked_precision: Any = None
         # receives the dense weight's gradient if a method needs it (RigL does in the steps that rewire)
         self.on_dense_gradient: Callable[[Tensor], None] | None = None
         if base is not None:
@@ -241,13 +248,13 @@ class KSlots(Parametrization):
             return self.compute == "sparse" and self.on_dense_gradient is None
         if type(x) is not Tensor or is_jit_tracing():
             return self.is_large  # no choice, and no record of one, from a pass that only looks at the operators
-        size, device = x.numel(), x.device
-        if size == self._asked_size and device == self._asked_device:
+        size, device, precision = x.numel(), x.device, _precision(x)
+        if size == self._asked_size and device == self._asked_device and precision is self._asked_precision:
             return self._asked
         if transforms() is not None or is_recorded():
             return self.is_large
         chosen = kernels.available() and (self._tuned(module, x) if self.tunes else self.layer.prefers(self, module, x))
-        self._asked_size, self._asked_device, self._asked = size, device, chosen
+        self._asked_size, self._asked_device, self._asked_precision, self._asked = size, device, precision, chosen
         if torch.is_grad_enabled():
             self.compute = "sparse" if chosen else "dense"
         return chosen
@@ -259,6 +266,7 @@ class KSlots(Parametrization):
 
         def ask(sparse: bool) -> None:
             self._asked_size, self._asked_device, self._asked = x.numel(), x.device, sparse
+            self._asked_precision = _precision(x)
 
         try:
             found = tuning.times(self, module, x, ask)
