@@ -91,7 +91,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute y [B, rows] and, if the kernel has made them, the tiles of x. x is [B, columns] and contiguous."""
     batch = x.shape[0]
-    if batch >= tokens.FROM and tokens.suits(batch, theta.shape[0], x.element_size()):
+    if (batch >= tokens.FROM or rows + columns >= tokens.WIDE) and tokens.suits(
+        batch, rows, columns, theta.shape[0], x.element_size()
+    ):
         return tokens.forward(x, theta, bias, buffer, order, rows, columns), None
     plan = _plan(batch, rows, columns, theta.shape[0], x.element_size(), False)
     if plan.large:
@@ -114,7 +116,11 @@ def _backward(
     if not (need_x or need_theta):
         return None, None, dy.sum(0) if need_bias else None
     batch = dy.shape[0]
-    if x is not None and batch >= tokens.FROM and tokens.suits(batch, theta.shape[0], dy.element_size()):
+    if (
+        x is not None
+        and (batch >= tokens.FROM or rows + columns >= tokens.WIDE)
+        and tokens.suits(batch, rows, columns, theta.shape[0], dy.element_size())
+    ):
         return tokens.backward(dy, x, theta, buffer, order, rows, columns, need_x, need_theta, need_bias)
     plan = _plan(batch, rows, columns, theta.shape[0], dy.element_size(), True)
     at, held = scratch(plan.tiled_y * plan.size, dy) if need_x else (0, None)  # the tiles of dy
