@@ -85,12 +85,16 @@ def test_memory(tmp_path: Path) -> None:
 
 
 def test_break_even(tmp_path: Path) -> None:
-    arguments = ("--sizes", "64x64,256x256", "--densities", "0.01,0.5", "--batches", "1,128", "--budget", "0.003", "--fit")
+    sizes = ("--sizes", "64x64,256x256", "--densities", "0.01,0.5", "--batches", "1,128", "--budget", "0.003")
+    arguments = (*sizes, "--fit", "--only", "linear;conv 1x1")
     rows, printed = run("break_even", tmp_path, *arguments)
-    assert len(rows) == 8
+    # float32 has two densities, bfloat16 four; three 1 x 1 convolutions with three batches and four densities in both dtypes
+    assert len(rows) == 2 * 2 * (2 + 4) + 3 * 3 * 4 * 2
     assert all(float(row["sparse_us"]) > 0 and float(row["dense_us"]) > 0 for row in rows)
-    assert "| 256x256 | 128 |" in printed
-    assert "SPARSE = (" in printed
+    assert "| linear 256x256 | float32 | 128 |" in printed
+    assert "sparse, float32, few rows: (" in printed and "dense convolution, bfloat16: (" in printed
+    again, _ = run("break_even", tmp_path, *arguments)
+    assert again == rows, "what is measured is not measured again"
 
 
 @pytest.mark.parametrize(("script", "arguments"), [("distributions", []), ("deployment", ["--rounds", "1"])])

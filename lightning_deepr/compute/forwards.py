@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_deepr.compute import choice, conv, dense_linear, upon_base_linear
 from lightning_deepr.compute.eager import needs_operators
-from lightning_deepr.compute.layer import Shape, Slots, matrix, slots_and_theta, with_forward
+from lightning_deepr.compute.layer import Shape, Slots, dense_dtype, matrix, slots_and_theta, with_forward
 from lightning_deepr.compute.sparse import linear, quick_linear
 from lightning_deepr.compute.weight import SparseWeight
 
@@ -78,7 +78,7 @@ def _conv2d_prefers(slots: Slots, module: Any, x: Tensor) -> bool:
     pixels = conv.output_size(x.shape[2:], module.kernel_size, module.stride, around, module.dilation)
     size_in, size_out = x.shape[2] * x.shape[3], pixels[0] * pixels[1]
     stretch = conv.stretch_of(x.shape[2:], module.kernel_size, around)
-    return choice.prefers_sparse_conv(slots.shape, slots.count, x.shape[0], size_in, size_out, stretch)
+    return choice.prefers_sparse_conv(slots.shape, slots.count, x.shape[0], size_in, size_out, stretch, dense_dtype(slots, x))
 
 
 CONV2D = with_forward(nn.Conv2d, conv2d_forward, capable=_conv2d_capable, guess=_conv2d_guess, prefers=_conv2d_prefers)
