@@ -42,9 +42,9 @@ def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size
         and _fits(theta, signs, places)
     ):
         weight: Tensor = (
-            _Scatter.apply(theta, signs, places, shape)
+            Scatter.apply(theta, signs, places, shape)
             if narrow is None
-            else _NarrowScatter.apply(theta, signs, places, shape, narrow)
+            else NarrowScatter.apply(theta, signs, places, shape, narrow)
         )
         return weight
     values = theta * signs
@@ -86,7 +86,14 @@ def write_weight(theta: Tensor, signs: Tensor, places: Tensor, weight: Tensor) -
     scatter.run(scatter.scatter_kernel(theta.element_size()), theta, signs, places, weight)
 
 
-class _Scatter(torch.autograd.Function):
+def _reads(gradient: Tensor, signs: Tensor, places: Tensor) -> bool:
+    """Tell whether a kernel may read this gradient of a weight that a kernel has written."""
+    return is_plain(gradient) and gradient.is_cpu and signs.numel() == places.numel()
+
+
+class Scatter(torch.autograd.Function):
+    """The weight, which is not kept, and the way of its gradient to theta."""
+
     @staticmethod
     def forward(ctx: Any, theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(signs, places)  # autograd refuses a backward pass after a rewiring
@@ -100,7 +107,7 @@ class _Scatter(torch.autograd.Function):
 
         signs, places = ctx.saved_tensors
         gradient = gradient.contiguous()
-        if torch.is_grad_enabled() or gradient.dtype is not signs.dtype or not _fits(gradient, signs, places):
+        if torch.is_grad_enabled() or gradient.dtype is not signs.dtype or not _reads(gradient, signs, places):
             return gradient.view(-1).index_select(0, places) * signs, None, None, None
         found = torch.empty_like(signs)
         scatter.run(scatter.gather_kernel(signs.element_size()), found, signs, places, gradient)
@@ -129,7 +136,7 @@ def read_narrow_gradient(gradient: Tensor, signs: Tensor, places: Tensor) -> tup
     return torch.mul(found, signs), False
 
 
-class _NarrowScatter(torch.autograd.Function):
+class NarrowScatter(torch.autograd.Function):
     """The same with a weight of 16 bits and a float32 theta."""
 
     @staticmethod
@@ -145,7 +152,6 @@ class _NarrowScatter(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         signs, places = ctx.saved_tensors
         gradient = gradient.contiguous()
-        fits = gradient.dtype in NARROW and gradient.is_cpu and type(gradient) is Tensor
-        if torch.is_grad_enabled() or not fits or not _fits(signs, signs, places):
+        if torch.is_grad_enabled() or gradient.dtype not in NARROW or not _reads(gradient, signs, places):
             return gradient.view(-1).index_select(0, places).to(signs.dtype) * signs, None, None, None, None
         return read_narrow_gradient(gradient, signs, places)[0], None, None, None, None
