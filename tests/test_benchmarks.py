@@ -97,6 +97,22 @@ def test_break_even(tmp_path: Path) -> None:
     assert again == rows, "what is measured is not measured again"
 
 
+def test_networks(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    arguments = ["--rounds", "1", "--budget", "0.01", "--out", str(tmp_path), "--only", "mobilenet_v3_small"]
+    for _ in range(2):  # the second time there is nothing to do
+        command = [sys.executable, str(SCRIPTS / "networks.py"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stderr[-2000:]
+        with (tmp_path / "networks.csv").open(encoding="utf-8") as file:
+            rows = {row["arm"]: row for row in csv.DictReader(file)}
+        assert "| torchvision/mobilenet_v3_small |" in done.stdout and "| **median** |" in done.stdout
+    assert {"dense", "masked 10%", "DeepR 1%", "DeepR 5%", "DeepR 10%", "DeepR 30%"} <= set(rows)
+    # AdamW keeps two moments of K values for a converted weight, and of N for a dense one
+    state = {arm: float(row["state_MB"]) for arm, row in rows.items() if row["state_MB"]}
+    assert state["DeepR 1%"] < state["DeepR 10%"] < 0.2 * state["dense"] and state["masked 10%"] == state["dense"]
+
+
 @pytest.mark.parametrize(("script", "arguments"), [("distributions", []), ("deployment", ["--rounds", "1"])])
 def test_what_the_documentation_shows_is_what_the_script_finds(script: str, arguments: list[str], tmp_path: Path) -> None:
     """Nothing of these tables depends on the machine: how connections are shared out, and which layer exports where."""
