@@ -79,6 +79,28 @@ def _fits(*tensors: Tensor) -> bool:
     )
 
 
+def are_readable(theta: Tensor, signs: Tensor, places: Tensor) -> bool:
+    """Tell whether a kernel may read the signs and the places of this theta, whoever has exchanged them.
+
+    theta itself is known as an ordinary tensor: plain, contiguous and on the CPU.
+    """
+    count = theta.numel()
+    return (
+        type(signs) is Tensor
+        and type(places) is Tensor
+        and signs.dtype is theta.dtype
+        and places.dtype is torch.int64
+        and signs.is_cpu
+        and places.is_cpu
+        and signs.numel() == count
+        and places.numel() == count
+        and signs.is_contiguous()
+        and places.is_contiguous()
+        # (a freed storage has the address 0, and so have fake tensors)
+        and (not count or bool(theta.data_ptr() and signs.data_ptr() and places.data_ptr()))
+    )
+
+
 def write_weight(theta: Tensor, signs: Tensor, places: Tensor, weight: Tensor) -> None:
     """Write the K values to their places, by a kernel. The arguments are plain CPU tensors of one dtype, float32 or float64."""
     from lightning_deepr.kernels.cpu import scatter

@@ -16,6 +16,7 @@ from torch.nn.functional import linear as torch_linear
 from lightning_deepr.compute.dense import (
     LARGE,
     NARROW,
+    are_readable,
     build_weight,
     read_narrow_gradient,
     write_narrow_weight,
@@ -57,6 +58,8 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlo
         if _casts("cpu"):
             x, bias = x.to(narrow), bias if bias is None else bias.to(narrow)
     if bias is not None and (bias.dtype is not x.dtype or bias.shape != (slots.rows,) or not bias.is_cpu):
+        return None
+    if not are_readable(theta, slots.signs, slots.places):
         return None
     gate.check_values(theta, slots)
     if torch.is_grad_enabled():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_deepr import kernels
-from lightning_deepr.compute.dense import NARROW, NarrowScatter, Scatter
+from lightning_deepr.compute.dense import NARROW, NarrowScatter, Scatter, are_readable
 from lightning_deepr.compute.sparse import is_ordinary
 from lightning_deepr.kernels import gate
 
@@ -33,9 +33,8 @@ def quick_weight(x: Any, theta: Tensor, slots: Any) -> Tensor | None:
         or slots.compute != "dense"
         or slots.doubt is not None
         or theta.dtype not in _KERNEL_TYPES
-        or theta.dtype is not signs.dtype
-        or type(places) is not Tensor
         or not is_ordinary(x, theta)
+        or not are_readable(theta, signs, places)
         or slots.is_large
         or not kernels.available()
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_deepr import sparsify
 from lightning_deepr.compute import forwards
+from lightning_deepr.compute.dense import are_readable
 from lightning_deepr.kernels import available
 from lightning_deepr.weights.find import converted_tensors
 from tests.helpers.plain import PlainDeepR as DeepR
@@ -143,3 +145,28 @@ def test_second_derivatives(kind: str) -> None:
         (first,) = torch.autograd.grad(net(x).pow(3).sum(), x, create_graph=True)
         found.append(torch.autograd.grad(first.pow(2).sum(), x)[0])
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "depthwise", "large"])
+@pytest.mark.parametrize("name", ["signs", "places"])
+@pytest.mark.parametrize("how", ["meta", "other dtype", "shorter", "freed"])
+def test_tensors_that_were_exchanged_are_not_read(kind: str, name: str, how: str) -> None:
+    """A kernel takes addresses; whoever exchanges a tensor gets an error, or PyTorch's own operators."""
+    make, shape = LAYERS[kind] if kind != "large" else (lambda: nn.Linear(200, 150), (3, 200))
+    layer, _ = pair(make, torch.float32, 0.5)
+    (one,) = converted_tensors(layer)
+    value = getattr(one.slots, name)
+    if how == "meta":
+        setattr(one.slots, name, value.to("meta"))
+    elif how == "other dtype":
+        setattr(one.slots, name, value.to(torch.int16))
+    elif how == "shorter":
+        setattr(one.slots, name, value[:-1])
+    else:  # PyTorch's operators would read it: only the quick way is asked
+        freed = value.clone()
+        freed.untyped_storage().resize_(0)
+        setattr(one.slots, name, freed)
+        assert not are_readable(one.theta, one.slots.signs, one.slots.places)
+        return
+    with contextlib.suppress(RuntimeError, IndexError, NotImplementedError):
+        layer(torch.randn(shape)).sum().backward()
