@@ -85,12 +85,32 @@ def test_memory(tmp_path: Path) -> None:
 
 
 def test_break_even(tmp_path: Path) -> None:
-    arguments = ("--sizes", "64x64,256x256", "--densities", "0.01,0.5", "--batches", "1,128", "--budget", "0.003", "--fit")
+    sizes = ("--sizes", "64x64,256x256", "--densities", "0.01,0.5", "--batches", "1,128", "--budget", "0.003")
+    arguments = (*sizes, "--fit", "--only", "linear;conv 1x1")
     rows, printed = run("break_even", tmp_path, *arguments)
-    assert len(rows) == 8
+    # float32 has two densities, bfloat16 four; three 1 x 1 convolutions with three batches and four densities in both dtypes
+    assert len(rows) == 2 * 2 * (2 + 4) + 3 * 3 * 4 * 2
     assert all(float(row["sparse_us"]) > 0 and float(row["dense_us"]) > 0 for row in rows)
-    assert "| 256x256 | 128 |" in printed
-    assert "SPARSE = (" in printed
+    assert "| linear 256x256 | float32 | 128 |" in printed
+    assert "sparse, float32, few rows: (" in printed and "dense convolution, bfloat16: (" in printed
+    again, _ = run("break_even", tmp_path, *arguments)
+    assert again == rows, "what is measured is not measured again"
+
+
+def test_networks(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    arguments = ["--rounds", "1", "--budget", "0.01", "--out", str(tmp_path), "--only", "mobilenet_v3_small"]
+    for _ in range(2):  # the second time there is nothing to do
+        command = [sys.executable, str(SCRIPTS / "networks.py"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stderr[-2000:]
+        with (tmp_path / "networks.csv").open(encoding="utf-8") as file:
+            rows = {row["arm"]: row for row in csv.DictReader(file)}
+        assert "| torchvision/mobilenet_v3_small |" in done.stdout and "| **median** |" in done.stdout
+    assert {"dense", "masked 10%", "DeepR 1%", "DeepR 5%", "DeepR 10%", "DeepR 30%"} <= set(rows)
+    # AdamW keeps two moments of K values for a converted weight, and of N for a dense one
+    state = {arm: float(row["state_MB"]) for arm, row in rows.items() if row["state_MB"]}
+    assert state["DeepR 1%"] < state["DeepR 10%"] < 0.2 * state["dense"] and state["masked 10%"] == state["dense"]
 
 
 @pytest.mark.parametrize(("script", "arguments"), [("distributions", []), ("deployment", ["--rounds", "1"])])

@@ -158,9 +158,8 @@ def output_size(
     image: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> Pair:
     """Compute the size (H', W') of the output."""
-    around = padding[0] + padding[1], padding[2] + padding[3]
-    height, width = ((image[i] + around[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1))
-    return height, width
+    height = (image[0] + padding[0] + padding[1] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+    return height, (image[1] + padding[2] + padding[3] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
 
 
 def _lanes_of(batch: int, size: int) -> int:
@@ -395,16 +394,16 @@ def suits(module: nn.Module, x: Tensor) -> bool:
     """
     if not isinstance(module, nn.Conv2d) or module.groups != 1 or module.padding_mode != "zeros" or x.dim() != 4:
         return False
-    theta: Tensor = module.parametrizations["weight"].original  # type: ignore[union-attr, index, assignment]
+    holder: Any = module._modules["parametrizations"]._modules["weight"]  # type: ignore[union-attr]
+    theta: Tensor = holder._parameters["original"]
     if not kernels.suits(theta) or x.device.type != "cpu" or x.shape[1] != module.in_channels:
         return False
-    narrow: torch.dtype | None = module.parametrizations["weight"][0].narrow  # type: ignore[union-attr, index, assignment]
+    narrow: torch.dtype | None = holder._modules["0"].narrow
     if x.dtype != (narrow or theta.dtype) and not torch.is_autocast_enabled("cpu"):
         return False
-    around = _around(module.padding, module.kernel_size, module.dilation)
-    return (
-        min(x.shape[2:]) > 0 and min(output_size(x.shape[2:], module.kernel_size, module.stride, around, module.dilation)) > 0
-    )
+    around, image = _around(module.padding, module.kernel_size, module.dilation), x.shape[2:]
+    height, width = output_size(image, module.kernel_size, module.stride, around, module.dilation)
+    return image[0] > 0 and image[1] > 0 and height > 0 and width > 0
 
 
 def stretch_of(image: Sequence[int], kernel: Sequence[int], around: Sequence[int]) -> float:

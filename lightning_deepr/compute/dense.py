@@ -12,6 +12,7 @@ from lightning_deepr.compute.eager import is_jit_tracing, is_plain, is_recorded
 from lightning_deepr.compute.stacked import in_transform
 from lightning_deepr.kernels.cpu.buffers import kept
 
+NARROW = (torch.bfloat16, torch.float16)  # dtypes of weights whose theta has float32, for which there are kernels
 LARGE = 1 << 13  # from this number of connections on, the kernels save more time than their calls cost
 
 
@@ -31,9 +32,7 @@ def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size
     Returns:
         a tensor of ``shape`` in theta's dtype, or in ``narrow``.
     """
-    if narrow is not None and (
-        narrow is not torch.bfloat16 or not isinstance(theta, Tensor) or theta.dtype is not torch.float32
-    ):
+    if narrow is not None and (narrow not in NARROW or not isinstance(theta, Tensor) or theta.dtype is not torch.float32):
         return _scattered((theta * signs).to(narrow), places, shape)
     if (
         not torch.compiler.is_compiling()
@@ -42,7 +41,11 @@ def build_weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size
         and places.numel() >= LARGE
         and _fits(theta, signs, places)
     ):
-        weight: Tensor = (_Scatter if narrow is None else _NarrowScatter).apply(theta, signs, places, shape)
+        weight: Tensor = (
+            Scatter.apply(theta, signs, places, shape)
+            if narrow is None
+            else NarrowScatter.apply(theta, signs, places, shape, narrow)
+        )
         return weight
     values = theta * signs
     return _scattered(values if narrow is None else values.to(narrow), places, shape)
@@ -76,6 +79,28 @@ def _fits(*tensors: Tensor) -> bool:
     )
 
 
+def are_readable(theta: Tensor, signs: Tensor, places: Tensor) -> bool:
+    """Tell whether a kernel may read the signs and the places of this theta, whoever has exchanged them.
+
+    theta itself is known as an ordinary tensor: plain, contiguous and on the CPU.
+    """
+    count = theta.numel()
+    return (
+        type(signs) is Tensor
+        and type(places) is Tensor
+        and signs.dtype is theta.dtype
+        and places.dtype is torch.int64
+        and signs.is_cpu
+        and places.is_cpu
+        and signs.numel() == count
+        and places.numel() == count
+        and signs.is_contiguous()
+        and places.is_contiguous()
+        # (a freed storage has the address 0, and so have fake tensors)
+        and (not count or bool(theta.data_ptr() and signs.data_ptr() and places.data_ptr()))
+    )
+
+
 def write_weight(theta: Tensor, signs: Tensor, places: Tensor, weight: Tensor) -> None:
     """Write the K values to their places, by a kernel. The arguments are plain CPU tensors of one dtype, float32 or float64."""
     from lightning_deepr.kernels.cpu import scatter
@@ -83,7 +108,14 @@ def write_weight(theta: Tensor, signs: Tensor, places: Tensor, weight: Tensor) -
     scatter.run(scatter.scatter_kernel(theta.element_size()), theta, signs, places, weight)
 
 
-class _Scatter(torch.autograd.Function):
+def _reads(gradient: Tensor, signs: Tensor, places: Tensor) -> bool:
+    """Tell whether a kernel may read this gradient of a weight that a kernel has written."""
+    return is_plain(gradient) and gradient.is_cpu and signs.numel() == places.numel()
+
+
+class Scatter(torch.autograd.Function):
+    """The weight, which is not kept, and the way of its gradient to theta."""
+
     @staticmethod
     def forward(ctx: Any, theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(signs, places)  # autograd refuses a backward pass after a rewiring
@@ -97,34 +129,51 @@ class _Scatter(torch.autograd.Function):
 
         signs, places = ctx.saved_tensors
         gradient = gradient.contiguous()
-        if torch.is_grad_enabled() or gradient.dtype is not signs.dtype or not _fits(gradient, signs, places):
+        if torch.is_grad_enabled() or gradient.dtype is not signs.dtype or not _reads(gradient, signs, places):
             return gradient.view(-1).index_select(0, places) * signs, None, None, None
         found = torch.empty_like(signs)
         scatter.run(scatter.gather_kernel(signs.element_size()), found, signs, places, gradient)
         return found, None, None, None
 
 
-class _NarrowScatter(torch.autograd.Function):
-    """The same with a bfloat16 weight and a float32 theta."""
+def write_narrow_weight(theta: Tensor, signs: Tensor, places: Tensor, weight: Tensor) -> None:
+    """Write the K values, rounded, to their places in a bfloat16 or float16 weight. theta and signs have float32."""
+    from lightning_deepr.kernels.cpu import scatter
+
+    if weight.dtype is torch.bfloat16:
+        scatter.run(scatter.narrow_scatter_kernel(), theta, signs, places, weight)
+    else:
+        scatter.run(scatter.short_scatter_kernel(), torch.mul(theta, signs).to(weight.dtype), signs, places, weight)
+
+
+def read_narrow_gradient(gradient: Tensor, signs: Tensor, places: Tensor) -> tuple[Tensor, bool]:
+    """Read theta's gradient in float32 from that of a bfloat16 or float16 weight. Also return whether it is known as finite."""
+    from lightning_deepr.kernels.cpu import scatter
+
+    if gradient.dtype is torch.bfloat16:
+        found = torch.empty_like(signs)
+        return found, scatter.run(scatter.narrow_gather_kernel(), found, signs, places, gradient)
+    found = torch.empty_like(signs, dtype=gradient.dtype)
+    scatter.run(scatter.short_gather_kernel(), found, signs, places, gradient)
+    return torch.mul(found, signs), False
+
+
+class NarrowScatter(torch.autograd.Function):
+    """The same with a weight of 16 bits and a float32 theta."""
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size) -> Tensor:  # type: ignore[override]
-        from lightning_deepr.kernels.cpu import scatter
-
+    def forward(  # type: ignore[override]
+        ctx: Any, theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size, narrow: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(signs, places)
-        weight = kept(tuple(shape), theta, torch.bfloat16).zero_()
-        scatter.run(scatter.narrow_scatter_kernel(), theta, signs, places, weight)
+        weight = kept(tuple(shape), theta, narrow).zero_()
+        write_narrow_weight(theta, signs, places, weight)
         return weight
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        from lightning_deepr.kernels.cpu import scatter
-
         signs, places = ctx.saved_tensors
         gradient = gradient.contiguous()
-        fits = gradient.dtype is torch.bfloat16 and gradient.is_cpu and type(gradient) is Tensor
-        if torch.is_grad_enabled() or not fits or not _fits(signs, signs, places):
-            return gradient.view(-1).index_select(0, places).to(signs.dtype) * signs, None, None, None
-        found = torch.empty_like(signs)
-        scatter.run(scatter.narrow_gather_kernel(), found, signs, places, gradient)
-        return found, None, None, None
+        if torch.is_grad_enabled() or gradient.dtype not in NARROW or not _reads(gradient, signs, places):
+            return gradient.view(-1).index_select(0, places).to(signs.dtype) * signs, None, None, None, None
+        return read_narrow_gradient(gradient, signs, places)[0], None, None, None, None

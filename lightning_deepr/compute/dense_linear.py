@@ -13,11 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
-from lightning_deepr.compute.dense import LARGE, build_weight, write_weight
+from lightning_deepr.compute.dense import (
+    LARGE,
+    NARROW,
+    are_readable,
+    build_weight,
+    read_narrow_gradient,
+    write_narrow_weight,
+    write_weight,
+)
 from lightning_deepr.compute.slots import SparseSlots
-from lightning_deepr.compute.sparse import is_quick
+from lightning_deepr.compute.sparse import is_ordinary, is_quick
 from lightning_deepr.kernels import gate
 from lightning_deepr.kernels.cpu import buffers
+
+PLAIN = (Tensor, torch.nn.Parameter)
+_casts = torch.is_autocast_enabled
 
 
 def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) -> Tensor | None:
@@ -30,29 +41,59 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlo
         slots: the connections.
     """
     if (
-        not is_quick(x, theta, slots)
+        type(x) is not Tensor  # (torch.fx records with proxies)
+        or slots.places.numel() < LARGE
         or x.dim() < 2
         or x.shape[-1] != slots.columns
         or x.numel() == 0
-        or slots.places.numel() < LARGE
         or slots.is_large
-        or (bias is not None and (bias.dtype is not x.dtype or bias.shape != (slots.rows,) or not bias.is_cpu))
         or type(slots.places) is not Tensor
     ):
         return None
+    narrow = None
+    if not is_quick(x, theta, slots):
+        narrow = _narrow_of(x, theta, bias, slots)
+        if narrow is None:
+            return None
+        if _casts("cpu"):
+            x, bias = x.to(narrow), bias if bias is None else bias.to(narrow)
+    if bias is not None and (bias.dtype is not x.dtype or bias.shape != (slots.rows,) or not bias.is_cpu):
+        return None
+    if not are_readable(theta, slots.signs, slots.places):
+        return None
     gate.check_values(theta, slots)
     if torch.is_grad_enabled():
-        y: Tensor = _DenseLinear.apply(x, theta, bias, slots.signs, slots.places, slots, slots.in_place_order)
+        y: Tensor = _DenseLinear.apply(x, theta, bias, slots.signs, slots.places, slots, slots.in_place_order, narrow)
         return y
-    return torch_linear(x, _weight(theta, slots.signs, slots.places, slots.shape, slots.in_place_order), bias)
+    return torch_linear(x, _weight(theta, slots.signs, slots.places, slots.shape, slots.in_place_order, narrow), bias)
 
 
-def _weight(theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size, in_place_order: bool) -> Tensor:
-    weight = buffers.kept(tuple(shape), theta)
+def _narrow_of(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlots) -> torch.dtype | None:
+    """Return the dtype of 16 bits in which an ordinary call computes, by the layer's dtype or under autocast; None: in none.
+
+    Under autocast the float32 weight would be cast after it was built, and so would its gradient: the numbers are the same.
+    """
+    if theta.dtype is not torch.float32 or slots.signs.dtype is not torch.float32:
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if _casts("cpu") else slots.narrow
+    if dtype not in NARROW or slots.narrow not in (None, dtype) or not is_ordinary(x, theta):
+        return None
+    known = (dtype,) if not _casts("cpu") else (torch.float32, *NARROW)
+    if x.dtype not in known or (bias is not None and (bias.dtype not in known or type(bias) not in PLAIN)):
+        return None
+    return dtype
+
+
+def _weight(
+    theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size, in_place_order: bool, narrow: torch.dtype | None
+) -> Tensor:
+    weight = buffers.kept(tuple(shape), theta, narrow)
     if in_place_order:
         torch.mul(theta.detach(), signs, out=weight.view(-1))
-        return weight
-    write_weight(theta.detach(), signs, places, weight.zero_())
+    elif narrow is None:
+        write_weight(theta.detach(), signs, places, weight.zero_())
+    else:
+        write_narrow_weight(theta.detach(), signs, places, weight.zero_())
     return weight
 
 
@@ -67,12 +108,13 @@ class _DenseLinear(torch.autograd.Function):
         places: Tensor,
         slots: SparseSlots,
         in_order: bool,
+        narrow: torch.dtype | None,
     ) -> Tensor:
         shape = slots.shape
         gate.note_finite(slots, None)  # lets go of the last gradient's memory
-        weight = _weight(theta, signs, places, shape, in_order)
+        weight = _weight(theta, signs, places, shape, in_order, narrow)
         ctx.save_for_backward(x, theta, signs, places, weight)  # with places, autograd refuses a backward pass after a rewiring
-        ctx.in_order, ctx.shape, ctx.slots = in_order, shape, slots
+        ctx.in_order, ctx.shape, ctx.slots, ctx.narrow = in_order, shape, slots, narrow
         return torch_linear(x, weight, bias)
 
     @staticmethod
@@ -85,21 +127,30 @@ class _DenseLinear(torch.autograd.Function):
             dbias = across.sum(0)
         if torch.is_grad_enabled():  # create_graph=True: all in operators that can be differentiated again
             if need[0]:
-                dx = across.mm(build_weight(theta, signs, places, ctx.shape)).view(x.shape)
+                dx = across.mm(build_weight(theta, signs, places, ctx.shape, ctx.narrow)).view(x.shape)
             if need[1]:
-                dtheta = across.t().mm(before).view(-1).index_select(0, places) * signs
-            return dx, dtheta, dbias, None, None, None, None
+                dtheta = across.t().mm(before).view(-1).index_select(0, places).to(signs.dtype) * signs
+            return dx, dtheta, dbias, None, None, None, None, None
         if need[0]:
             dx = across.mm(weight).view(x.shape)
         if need[1]:
-            from lightning_deepr.kernels.cpu import scatter
-
-            gradient, size = torch.mm(across.t(), before, out=buffers.kept(tuple(ctx.shape), weight)), signs.element_size()
-            if ctx.in_order:
-                dtheta = gradient.view(-1)
-                finite = scatter.run(scatter.signed_kernel(size), dtheta, signs, places, gradient)
-            else:
-                dtheta = torch.empty_like(signs)
-                finite = scatter.run(scatter.gather_kernel(size), dtheta, signs, places, gradient)
+            gradient = torch.mm(across.t(), before, out=buffers.kept(tuple(ctx.shape), weight))
+            dtheta, finite = _read(gradient, signs, places, ctx.in_order)
             gate.note_finite(ctx.slots, dtheta if finite else None)
-        return dx, dtheta, dbias, None, None, None, None
+        return dx, dtheta, dbias, None, None, None, None, None
+
+
+def _read(gradient: Tensor, signs: Tensor, places: Tensor, in_order: bool) -> tuple[Tensor, bool]:
+    """Return theta's gradient, and whether it is known as finite."""
+    from lightning_deepr.kernels.cpu import scatter
+
+    size = signs.element_size()
+    if gradient.dtype is not signs.dtype:
+        if in_order:
+            return torch.mul(gradient.view(-1), signs), False
+        return read_narrow_gradient(gradient, signs, places)
+    if in_order:
+        found = gradient.view(-1)
+        return found, scatter.run(scatter.signed_kernel(size), found, signs, places, gradient)
+    found = torch.empty_like(signs)
+    return found, scatter.run(scatter.gather_kernel(size), found, signs, places, gradient)

@@ -32,6 +32,8 @@ class Slots(Protocol):
     def columns(self) -> int: ...
     @property
     def signs(self) -> Tensor: ...
+    @property
+    def narrow(self) -> torch.dtype | None: ...
 
 
 def never(module: nn.Module, tensor_name: str, shape: Shape) -> bool:
@@ -58,7 +60,14 @@ def matrix_guess(slots: Slots) -> bool:
 def matrix_prefers(slots: Slots, module: Any, x: Tensor) -> bool:
     """Choose between sparse and dense compute of a matrix for this input."""
     batch = x.numel() // max(slots.columns, 1)
-    return choice.prefers_sparse(slots.rows, slots.columns, slots.count, batch, slots.signs.dtype, x.device.type)
+    return choice.prefers_sparse(slots.rows, slots.columns, slots.count, batch, dense_dtype(slots, x), x.device.type)
+
+
+def dense_dtype(slots: Slots, x: Tensor) -> torch.dtype:
+    """Return the dtype in which a dense layer would compute: that of its weight, or of autocast."""
+    own = slots.narrow or slots.signs.dtype
+    casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, own)
+    return torch.get_autocast_dtype(x.device.type) if casts else own
 
 
 def _nothing(module: Any, tensor_name: str) -> None:

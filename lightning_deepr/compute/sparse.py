@@ -91,7 +91,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute y [B, rows] and, if the kernel has made them, the tiles of x. x is [B, columns] and contiguous."""
     batch = x.shape[0]
-    if batch >= tokens.FROM and tokens.suits(batch, theta.shape[0], x.element_size()):
+    if (batch >= tokens.FROM or rows + columns >= tokens.WIDE) and tokens.suits(
+        batch, rows, columns, theta.shape[0], x.element_size()
+    ):
         return tokens.forward(x, theta, bias, buffer, order, rows, columns), None
     plan = _plan(batch, rows, columns, theta.shape[0], x.element_size(), False)
     if plan.large:
@@ -114,7 +116,11 @@ def _backward(
     if not (need_x or need_theta):
         return None, None, dy.sum(0) if need_bias else None
     batch = dy.shape[0]
-    if x is not None and batch >= tokens.FROM and tokens.suits(batch, theta.shape[0], dy.element_size()):
+    if (
+        x is not None
+        and (batch >= tokens.FROM or rows + columns >= tokens.WIDE)
+        and tokens.suits(batch, rows, columns, theta.shape[0], dy.element_size())
+    ):
         return tokens.backward(dy, x, theta, buffer, order, rows, columns, need_x, need_theta, need_bias)
     plan = _plan(batch, rows, columns, theta.shape[0], dy.element_size(), True)
     at, held = scratch(plan.tiled_y * plan.size, dy) if need_x else (0, None)  # the tiles of dy
@@ -295,14 +301,12 @@ linear_op.register_autograd(_differentiate, setup_context=_setup)
 linear_backward_op.register_autograd(_refuse_twice)
 
 
-def is_quick(x: Tensor, theta: Tensor, slots: SparseSlots) -> bool:
-    """Tell whether a call is an ordinary one: plain CPU tensors of one kernel dtype, and nothing watches the operators."""
+def is_ordinary(x: Tensor, theta: Tensor) -> bool:
+    """Tell whether a call is an ordinary one: plain CPU tensors, and nothing watches the operators."""
     return not (
         type(x) is not Tensor
         or x.layout is not _STRIDED
         or x.is_nested
-        or x.dtype is not theta.dtype
-        or slots.narrow is not None
         or not x.is_cpu
         or not theta.is_cpu
         or dispatch_modes()
@@ -311,11 +315,20 @@ def is_quick(x: Tensor, theta: Tensor, slots: SparseSlots) -> bool:
         or is_jit_tracing()
         or forward_ad._current_level >= 0
         or (function_modes() and is_recorded())
-        or _casts("cpu")
         # kernels take addresses, and no types, sizes or strides
-        or x.dtype not in _KERNEL_TYPES
         or (type(theta) is not torch.nn.Parameter and type(theta) is not Tensor)
         or not theta.is_contiguous()
+    )
+
+
+def is_quick(x: Tensor, theta: Tensor, slots: SparseSlots) -> bool:
+    """Tell whether a call is an ordinary one, and all has one dtype for which there are kernels."""
+    return (
+        x.dtype is theta.dtype
+        and slots.narrow is None
+        and x.dtype in _KERNEL_TYPES
+        and not _casts("cpu")
+        and is_ordinary(x, theta)
     )
 
 

@@ -19,8 +19,12 @@ from lightning_deepr.kernels.cpu.buffers import empty, kept
 from lightning_deepr.kernels.cpu.fields import TokenArguments, TokenPhase, filler, pack_order
 
 FROM = 512  # rows of an input from which on these kernels are used
+# Wide layers use them from fewer rows on, per thread: elsewhere their whole input lies in another layout in a core's own cache.
+WIDE, WIDEST, FROM_IF_WIDE = 4608, 1 << 14, 64  # rows plus columns of the weight
 GROUPS = 16  # the most groups of blocks that have sums of their own for theta's gradient
-SUMS = 1 << 25  # the most bytes of these sums
+FEW_GROUPS = 4  # so many may have, whatever their size
+SUMS = 1 << 25  # the most bytes of these sums, if there are more groups
+MOST_SUMS = 1 << 27  # the most bytes of the sums of few groups
 DENSE = 1 << 30  # the most bytes of a weight that is built
 _SMALL = 1 << 18  # multiplications for each further thread
 
@@ -40,19 +44,22 @@ class _Plan(NamedTuple):
     work: int
 
 
-def suits(batch: int, count: int, size: int) -> bool:
+def suits(batch: int, rows: int, columns: int, count: int, size: int) -> bool:
     """Tell whether these kernels are to compute a product.
 
     Args:
         batch: the number of rows of the input.
+        rows, columns: the shape of the weight.
         count: K.
         size: the bytes of a float.
     """
-    return batch >= FROM and 4 * count * size <= SUMS
+    if FEW_GROUPS * count * size > MOST_SUMS:
+        return False
+    return batch >= FROM or (WIDE <= rows + columns <= WIDEST and batch >= FROM_IF_WIDE * torch.get_num_threads())
 
 
 def _groups(blocks: int, count: int, size: int) -> int:
-    return min(GROUPS, max(blocks // 2, 1), max(SUMS // max(count * size, 1), 1))
+    return min(GROUPS, max(blocks // 2, 1), max(SUMS // max(count * size, 1), FEW_GROUPS))
 
 
 @lru_cache(maxsize=512)
@@ -85,7 +92,7 @@ def forward(x: Tensor, theta: Tensor, bias: Tensor | None, order: Tensor, parts:
     """Compute y [B, rows].
 
     Args:
-        x: [B, columns], contiguous, with at least ``FROM`` rows.
+        x: [B, columns], contiguous.
         theta: [K], contiguous.
         bias: [rows], contiguous, or None.
         order: the buffer of a :class:`lightning_deepr.compute.order.Order`.

@@ -34,6 +34,12 @@ _KERNEL_TYPES = (torch.float32, torch.float64)
 _told: set[str] = set()
 
 
+def _precision(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a layer computes this input."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class KSlots(Parametrization):
     """The parametrization that computes the dense-shaped weight from a theta of K slots.
 
@@ -82,8 +88,9 @@ class KSlots(Parametrization):
         self.signs = self.signs_at(self.places, precision.kept(dtype))
         self.notes: Any = None  # what is noted about births: :mod:`lightning_deepr.monitoring.record`
         self.order: Order | None = None  # made when sparse compute needs it, and kept up to date
-        # the cached decision of uses_sparse, with the input size and the device that it is for
+        # the cached decision of uses_sparse, with the input's size, device and precision that it is for
         self._asked_size, self._asked_device, self._asked_on_cpu, self._asked = -1, torch.device("cpu"), True, False
+        self._asked_precision: Any = None
         # receives the dense weight's gradient if a method needs it (RigL does in the steps that rewire)
         self.on_dense_gradient: Callable[[Tensor], None] | None = None
         if base is not None:
@@ -241,8 +248,14 @@ class KSlots(Parametrization):
             return self.compute == "sparse" and self.on_dense_gradient is None
         if type(x) is not Tensor or is_jit_tracing():
             return self.is_large  # no choice, and no record of one, from a pass that only looks at the operators
-        size, on_cpu = x.numel(), x.is_cpu  # (the Python object of a device takes a microsecond)
-        if size == self._asked_size and on_cpu is self._asked_on_cpu and (on_cpu or x.device == self._asked_device):
+        # (the Python object of a device takes a microsecond)
+        size, on_cpu, precision = x.numel(), x.is_cpu, _precision(x)
+        if (
+            size == self._asked_size
+            and on_cpu is self._asked_on_cpu
+            and precision is self._asked_precision
+            and (on_cpu or x.device == self._asked_device)
+        ):
             return self._asked
         if transforms() is not None or is_recorded():
             return self.is_large
@@ -254,6 +267,7 @@ class KSlots(Parametrization):
 
     def _note_asked(self, x: Tensor, sparse: bool) -> None:
         self._asked_size, self._asked_device, self._asked_on_cpu, self._asked = x.numel(), x.device, x.is_cpu, sparse
+        self._asked_precision = _precision(x)
 
     def _tuned(self, module: nn.Module, x: Tensor) -> bool:
         """Choose by times on this machine, or by the rule if the layer can't be timed."""

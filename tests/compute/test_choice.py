@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_deepr import DeepR, connectivity_report, load_state_dict, sparsify
 from lightning_deepr import kernels as kernels_module
+from lightning_deepr.compute import choice
 from lightning_deepr.weights.k_slots import KSlots
 from tests.helpers.layers import Scaled
 from tests.helpers.regression import SEED
@@ -123,3 +124,30 @@ def test_auto_runs_a_convolution_dense_whose_padding_is_larger_than_its_image(la
     assert all_slots(net)[0].compute == expected
     all_slots(net)[0].choose_compute("sparse", True)  # the numbers are the same
     torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+def test_auto_chooses_anew_where_the_precision_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size of input that was computed in float32 may come again under autocast, where dense products cost something else."""
+    seen = []
+
+    def rule(rows: int, columns: int, count: int, batch: int, dtype: torch.dtype, device: str) -> bool:
+        seen.append(dtype)
+        return dtype is torch.float32
+
+    monkeypatch.setattr(choice, "prefers_sparse", rule)
+    net = sparsify(nn.Linear(300, 200), 0.3, compute="auto")
+    (slots,) = all_slots(net)
+    x = torch.randn(8, 300)
+    for _ in range(2):
+        seen.clear()
+        for casts in (False, False, True, True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+                y = net(x)
+            assert slots.compute == ("dense" if casts else "sparse")
+            assert y.dtype is (torch.bfloat16 if casts else torch.float32)
+        slots.ask_again()
+    assert seen == [torch.float32, torch.bfloat16, torch.float32]
+    net, x = net.bfloat16(), x.bfloat16()
+    net(x)
+    assert slots.compute == "dense" and seen[3:] == [torch.bfloat16]

@@ -20,7 +20,7 @@ from lightning_deepr.weights.find import converted_tensors
 from tests.helpers.plain import PlainDeepR as DeepR
 
 pytestmark = pytest.mark.skipif(not available(), reason="no kernels here")
-ROWS, COLUMNS = 150, 200
+ROWS, COLUMNS = 150, 240
 
 
 def layer_of(density: float, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
@@ -60,6 +60,43 @@ def test_equals_the_built_weight_bit_for_bit(kind: str, density: float, bias: bo
         y, expected = layer(x), linear(x, layer.weight.clone(), layer.bias)
     with torch.no_grad():
         assert torch.equal(layer(x).nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["own dtype", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_sixteen_bits_equal_a_dense_layer_bit_for_bit(density: float, dtype: torch.dtype, autocast: bool, bias: bool) -> None:
+    layer = layer_of(density, torch.float32 if autocast else dtype, bias)
+    (one,) = converted_tensors(layer)
+    dense = nn.Linear(COLUMNS, ROWS, bias=bias).to(torch.float32 if autocast else dtype)
+    with torch.no_grad():
+        dense.weight.copy_(layer.weight)
+        if bias:
+            dense.bias.copy_(layer.bias)
+    inputs = [torch.randn(3, 5, COLUMNS, dtype=torch.float32 if autocast else dtype, requires_grad=True) for _ in range(2)]
+    kept = []
+    for _ in range(2):
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            found, expected = [layer(x) for x in inputs], [dense(x) for x in inputs]
+            again = checkpoint(layer, inputs[0], use_reentrant=False)
+        assert "_DenseLinear" in str(found[0].grad_fn) and found[0].dtype is dtype
+        for x, a, b in zip([*inputs, inputs[0]], [*found, again], [*expected, expected[0]], strict=True):
+            assert torch.equal(a, b)
+            dy = torch.randn_like(a)
+            mine = gradients(layer, x, a, dy)
+            others = list(torch.autograd.grad(b, [x, *dense.parameters()], dy, retain_graph=True))
+            theta = mine.pop(next(i for i, gradient in enumerate(mine) if gradient.shape == one.theta.shape))
+            weight = others.pop(1)
+            assert weight.shape == (ROWS, COLUMNS) and theta.dtype is torch.float32
+            assert torch.equal(theta, weight.reshape(-1)[one.slots.places].float() * one.slots.signs)
+            assert all(map(torch.equal, sorted(mine, key=Tensor.numel), sorted(others, key=Tensor.numel)))
+        del found, again, a
+        kept.append(len(buffers._kept[dtype, ROWS * COLUMNS]))
+    if not autocast:
+        assert kept[0] == kept[1], "a step allocates nothing once the first has passed"
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=autocast):
+        assert torch.equal(layer(inputs[0]), expected[0])
 
 
 @pytest.mark.parametrize("density", [0.4, 1.0])
@@ -194,20 +231,21 @@ def test_where_all_places_have_a_connection_nothing_moves() -> None:
 @pytest.mark.parametrize(
     "how", ["written", "clipped", "accumulated", "input", "another path", "replaced", "freed, then replaced"]
 )
-def test_a_gradient_that_is_not_finite_stops_the_step_however_it_came(density: float, how: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_not_finite_stops_the_step_however_it_came(density: float, how: str, dtype: torch.dtype) -> None:
     """The kernel of the backward pass looks for values that are not finite; what comes after it is looked at again."""
-    layer = layer_of(density)
+    layer = layer_of(density, dtype)
     (one,) = converted_tensors(layer)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     DeepR(l1=0.0).attach(layer, optimizer)
     for number in range(2):
         optimizer.zero_grad()
-        x = torch.randn(17, COLUMNS)
+        x = torch.randn(17, COLUMNS, dtype=dtype)
         if number == 0:
             layer(x).sum().backward()
             optimizer.step()
             continue
-        bad = torch.full((17, COLUMNS), float("nan"))
+        bad = torch.full((17, COLUMNS), float("nan"), dtype=dtype)
         layer(bad if how == "input" else x).sum().backward()
         if how == "written":
             one.theta.grad[7] = float("inf")

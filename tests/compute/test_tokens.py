@@ -41,7 +41,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
         monkeypatch.setattr(tokens, name, noted)
     monkeypatch.setattr(tokens, "FROM", 1)
-    monkeypatch.setattr(tokens, "suits", lambda batch, count, size: True)
+    monkeypatch.setattr(tokens, "suits", lambda *sizes: True)
     yield seen
     assert {"forward", "backward"} <= set(seen)
 
@@ -84,6 +84,29 @@ def test_many_rows_use_them_and_few_do_not(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(layer(x), plain(x))
         torch.testing.assert_close(F.linear(x, layer.weight), F.linear(x, plain.weight))
     assert seen == [tokens.FROM, tokens.FROM, 1200, 1200]
+
+
+def test_wide_layers_use_them_from_fewer_rows_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, narrow = (sparse_layer(columns, 30, 0.01, dtype=torch.float64) for columns in (tokens.WIDE - 30, tokens.WIDE - 31))
+    for layer in (wide, narrow):
+        plain, seen, forward = dense_twin(layer), [], tokens.forward
+        monkeypatch.setattr(
+            tokens, "forward", lambda *args, seen=seen, plain=forward: seen.append(len(args[0])) or plain(*args)
+        )
+        threads = torch.get_num_threads()
+        try:
+            for threads_now in (1, 2):
+                torch.set_num_threads(threads_now)
+                for batch in (tokens.FROM_IF_WIDE - 1, tokens.FROM_IF_WIDE, 2 * tokens.FROM_IF_WIDE):
+                    x = torch.randn(batch, layer.in_features, dtype=torch.float64, requires_grad=True)
+                    y, expected = layer(x), plain(x)
+                    torch.testing.assert_close(y, expected)
+                    dy = torch.randn_like(y)
+                    torch.testing.assert_close(*(torch.autograd.grad(one, x, dy)[0] for one in (y, expected)))
+        finally:
+            torch.set_num_threads(threads)
+        first = tokens.FROM_IF_WIDE
+        assert seen == ([first, 2 * first, 2 * first] if layer is wide else [])
 
 
 def test_strides_and_expanded_inputs() -> None:
@@ -194,6 +217,6 @@ def test_a_fork_after_the_first_step() -> None:
 def test_a_theta_too_large_for_sums_of_its_own_uses_the_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = sparse_layer(60, 40, 0.2, dtype=torch.float64)
     x, expected = torch.randn(700, 60, dtype=torch.float64), dense_twin(layer)
-    monkeypatch.setattr(tokens, "SUMS", 3 * 8 * all_slots(layer)[0].count)
+    monkeypatch.setattr(tokens, "MOST_SUMS", 3 * 8 * all_slots(layer)[0].count)
     monkeypatch.setattr(tokens, "forward", None)
     torch.testing.assert_close(layer(x), expected(x))

@@ -97,7 +97,7 @@ def kept(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None)
     return found
 
 
-_NUMPY_TYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16}
+_NUMPY_TYPES = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.uint16, torch.float16: np.uint16}
 
 
 def give_back() -> None:

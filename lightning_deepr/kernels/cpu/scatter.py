@@ -105,11 +105,49 @@ def narrow_gather_kernel() -> Kernel:
         own, signs, places = load_int64(a + 8 * A.OWN), load_int64(a + 8 * A.SIGNS), load_int64(a + 8 * A.PLACES)
         weight, count = load_int64(a + 8 * A.WEIGHT), load_int64(a + 8 * A.COUNT)
         task = fetch_add(a + 8 * A.TASK, 1)
+        worst = np.int64(0)
         while task * PIECE < count:
             for k in range(task * PIECE, min((task + 1) * PIECE, count)):
                 prefetch(weight + load_int64(places + min(k + AHEAD, count - 1) * 8) * 2)
                 word = load_short(weight + load_int64(places + k * 8) * 2) << 16
+                worst = max(worst, word & EXPONENT)
                 store_int32(own + k * 4, np.int32(word ^ np.int64(load_int32(signs + k * 4)) & SIGN))
+            task = fetch_add(a + 8 * A.TASK, 1)
+        if worst == EXPONENT:
+            store_int64(a + 8 * A.ENDLESS, 1)
+
+    return Kernel(gather)
+
+
+@cache
+def short_scatter_kernel() -> Kernel:
+    """Make the kernel of weight[places[k]] = own[k] for two tensors of 16 bits. The signs are not used."""
+
+    def scatter(a: int) -> None:
+        own, places, weight = load_int64(a + 8 * A.OWN), load_int64(a + 8 * A.PLACES), load_int64(a + 8 * A.WEIGHT)
+        count = load_int64(a + 8 * A.COUNT)
+        task = fetch_add(a + 8 * A.TASK, 1)
+        while task * PIECE < count:
+            for k in range(task * PIECE, min((task + 1) * PIECE, count)):
+                prefetch(weight + load_int64(places + min(k + AHEAD, count - 1) * 8) * 2)
+                store_short(weight + load_int64(places + k * 8) * 2, load_short(own + k * 2))
+            task = fetch_add(a + 8 * A.TASK, 1)
+
+    return Kernel(scatter)
+
+
+@cache
+def short_gather_kernel() -> Kernel:
+    """Make the kernel of own[k] = weight[places[k]] for two tensors of 16 bits. The signs are not used."""
+
+    def gather(a: int) -> None:
+        own, places, weight = load_int64(a + 8 * A.OWN), load_int64(a + 8 * A.PLACES), load_int64(a + 8 * A.WEIGHT)
+        count = load_int64(a + 8 * A.COUNT)
+        task = fetch_add(a + 8 * A.TASK, 1)
+        while task * PIECE < count:
+            for k in range(task * PIECE, min((task + 1) * PIECE, count)):
+                prefetch(weight + load_int64(places + min(k + AHEAD, count - 1) * 8) * 2)
+                store_short(own + k * 2, load_short(weight + load_int64(places + k * 8) * 2))
             task = fetch_add(a + 8 * A.TASK, 1)
 
     return Kernel(gather)
