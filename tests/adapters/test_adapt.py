@@ -296,6 +296,16 @@ def quantized() -> nn.Module:
     return net
 
 
+def four_bits() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 3))
+    net[0].weight = PackedParameter(torch.zeros(6, 1, dtype=torch.uint8), requires_grad=False)  # as bitsandbytes packs them
+    return net
+
+
+class PackedParameter(nn.Parameter):
+    pass
+
+
 class Subclass(torch.Tensor):
     pass
 
@@ -327,6 +337,7 @@ def plain() -> nn.Module:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "int8": (quantized, {}, r"`0.weight` is quantized \(torch.int8\)"),
     "int8, named": (quantized, {"target_modules": ["0"]}, r"`0.weight` is quantized"),
+    "4 bits": (four_bits, {}, r"`0.weight` is quantized \(torch.uint8\)"),
     "8-bit floats": (eight_bits, {}, r"`0.weight`: expected a plain weight.*float8_e4m3fn"),
     "a subclass": (wrapped, {}, r"`0.weight`: expected a plain weight.*a Subclass"),
     "meta": (lambda: plain().to("meta"), {}, r"`0.weight` is on the meta device.*Load them first"),
