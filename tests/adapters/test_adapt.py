@@ -267,12 +267,14 @@ def test_an_average_of_an_adapted_network() -> None:
         for one in converted_tensors(net):
             one.theta.uniform_()
     x = torch.randn(5, 20)
-    average = torch.optim.swa_utils.AveragedModel(net)
-    average.update_parameters(net)
-    average.update_parameters(net)
-    assert torch.equal(average(x), net(x))
-    base = average.module[0].parametrizations.weight[0].base
-    assert torch.equal(base, net[0].parametrizations.weight[0].base)
+    for formula in (None, torch.optim.swa_utils.get_ema_avg_fn(0.9)):
+        average = copy.deepcopy(torch.optim.swa_utils.AveragedModel(net, avg_fn=formula))
+        for _ in range(20):
+            average.update_parameters(net)
+        torch.testing.assert_close(average(x), net(x))
+        base = average.module[0].parametrizations.weight[0].base
+        assert torch.equal(base, net[0].parametrizations.weight[0].base)
+        assert average.n_averaged == 20 and average.update_parameters.average is average
 
 
 @pytest.mark.slow
