@@ -50,7 +50,8 @@ def scaled(net: nn.Module, root: str) -> list[tuple[float, float, float]]:
         bank.use("mine" if scale else None, scale or 1.0)
         found.append((scale, *accuracies(net, root)))
     detach(net, missing_ok=True)
-    assert all(bool((mine == other).all()) for mine, other in zip(net.parameters(), pretrained(root).parameters(), strict=True))
+    own = pretrained(root).state_dict()
+    assert own.keys() == net.state_dict().keys() and all(bool((net.state_dict()[name] == own[name]).all()) for name in own)
     return found
 
 

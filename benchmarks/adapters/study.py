@@ -15,6 +15,7 @@ from torch import nn
 
 import lightning_deepr
 from lightning_deepr import adapt
+from lightning_deepr.weights.find import converted_tensors
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from grid import Job, Results, Row
@@ -24,11 +25,14 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "set": ("SET", {}),
     "rigl": ("RigL", {}),
     "deepr": ("DeepR", {}),
+    "tuned": ("DeepR", {}),  # see :func:`rewiring`
 }
 NAMES = {
-    "deepr": "**`DeepR`**", "lora": "LoRA", "shira": "SHiRA of `peft`", "fixed": "fixed random places", "set": "`SET`",
+    "deepr": "**`DeepR`**", "tuned": "`DeepR`, tuned further",
+    "lora": "LoRA", "shira": "SHiRA of `peft`", "fixed": "fixed random places", "set": "`SET`",
     "rigl": "`RigL` (dense gradient)", "full": "all weights", "head": "the last layer alone",
 }  # fmt: skip
+ONE_SIZE = ("full", "head", "tuned")  # not trained at each number of values
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Study:
 
     Attributes:
         results: the csv, with the columns "accuracy", "old" and "trained".
-        rates: {optimizer: {kind of arm: learning rates}}; the kinds are "lora" (also SHiRA), "full" (also the head) and
-            "sparse".
+        rates: {optimizer: {kind of arm: learning rates}}; the kinds are "lora" (also SHiRA), "full" (also the head),
+            "tuned" and "sparse".
         seeds: those of the tests. Tuning has seed 0.
     """
 
@@ -62,13 +66,14 @@ class Study:
     seeds: Sequence[int]
 
     def rates_of(self, cell: Cell) -> Sequence[float]:
-        kinds = {"lora": "lora", "shira": "lora", "full": "full", "head": "full"}
+        kinds = {"lora": "lora", "shira": "lora", "full": "full", "head": "full", "tuned": "tuned"}
         return self.rates[cell.optimizer][kinds.get(cell.arm, "sparse")]
 
     def run(self, cells: Sequence[Cell], train: Callable[..., dict[str, Any]], workers: int, *arguments: Any) -> None:
         """Run what the csv does not have: every learning rate of every cell, then the tests with the best of each."""
         self.results.train(self.tuning(cells), train, workers, *arguments)
         tests = [cell.job(seed, self.best(cell), "test") for cell in cells for seed in self.seeds]
+        self.results.forget(tests)  # another learning rate is the best now
         self.results.train(tests, train, workers, *arguments)
 
     def tuning(self, cells: Sequence[Cell]) -> list[Job]:
@@ -91,7 +96,7 @@ class Study:
             cells = []
             for count in counts:
                 rows = [row for row in self.rows(Cell(task, arm, optimizer, count)) if row["split"] == "test"]
-                cells += shown(rows) if rows else ["not run", "", ""]
+                cells += shown(rows) if rows else ["" if arm in ONE_SIZE else "not run", "", ""]
             if any(cell not in ("not run", "") for cell in cells):
                 lines.append(f"| {NAMES[arm]} | " + " | ".join(cells) + " |")
         return lines if len(lines) > 2 else []
@@ -144,10 +149,12 @@ def _linear(net: nn.Module) -> list[str]:
 
 
 def rewiring(arm: str, net: nn.Module, optimizer: Any, steps: int, seed: int) -> Any:
-    """Attach the callback of an arm; None for an arm without one."""
+    """Attach the callback of an arm; None for an arm without one. "tuned" has other factors of its steps."""
     if arm not in SPARSE:
         return None
     kind, own = SPARSE[arm]
+    if arm == "tuned":
+        own = {"lr_scale": {one.name: one.slots.places_per_connection**0.75 for one in converted_tensors(net)}}
     return getattr(lightning_deepr, kind)(seed=seed, **own).attach(net, optimizer, total_steps=steps)
 
 

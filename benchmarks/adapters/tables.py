@@ -34,13 +34,14 @@ def tables() -> dict[str, list[str]]:
     found["encoder"] = encoder.STUDY.table(encoder.TASK, "AdamW", encoder.ARMS, [encoder.COUNT])
     for task in pictures.TASKS:
         found[f"pictures {task}"] = pictures.STUDY.table(task, "AdamW", pictures.ARMS, [pictures.COUNT])
-    found["step"] = step()
+    found["step"] = of_file("step.csv")
+    found["layers"] = of_file("layers.csv")
     return found
 
 
-def step() -> list[str]:
-    """Make the table of step.csv."""
-    with (HERE / "step.csv").open() as file:
+def of_file(name: str) -> list[str]:
+    """Make the table of a csv file."""
+    with (HERE / name).open() as file:
         rows = list(csv.reader(file))
     return [f"| {' | '.join(row)} |".replace("_", " ") for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
@@ -49,6 +51,32 @@ def _follow_averaged_models(parent: nn.Module, name: str, submodule: nn.Module |
         return
     if (name == "module" and isinstance(parent, AveragedModel)) or _AVERAGING.search(type(parent).__name__):
         follow(submodule)
+        if isinstance(parent, AveragedModel) and any(_upon_bases(submodule)):
+            parent.update_parameters = ExactUpdate(parent)  # type: ignore[method-assign]
+
+
+class ExactUpdate:
+    """The ``update_parameters`` of an ``AveragedModel`` of an adapted network: frozen weights stay those of the network.
+
+    decay * a + (1 - decay) * b (torch's ``get_ema_avg_fn``, and so Lightning's ``EMAWeightAveraging``) is not always a where
+    b is a. The last bits of a frozen weight would drift, and the adapter would belong to other weights than the pretrained.
+    """
+
+    def __init__(self, average: AveragedModel) -> None:
+        self.average = average
+
+    def __call__(self, model: nn.Module) -> None:
+        type(self.average).update_parameters(self.average, model)
+        with torch.no_grad():
+            for mine, theirs in zip(_upon_bases(self.average.module), _upon_bases(model), strict=True):
+                mine.base.copy_(theirs.base)
+
+
+def _upon_bases(net: nn.Module) -> Iterator[Any]:
+    """Iterate over the parametrizations that have a frozen weight."""
+    for module in net.modules():
+        if isinstance(module, parametrize.ParametrizationList) and getattr(module[0], "adapts", False):
+            yield module[0]
 
 
 _registered: list[Any] = []

@@ -49,11 +49,14 @@ def install(
     parameter = theta if tied is not None else nn.Parameter(theta, requires_grad=requires_grad)
     assert isinstance(parameter, nn.Parameter)
     module._parameters[tensor_name] = parameter
+    names = list(module._parameters)
+    later = tuple(names[names.index(tensor_name) + 1 :])
     # unsafe=True: torch would otherwise build the weight to check dtype and shape, and a very large layer has no memory for
     # that
     parametrize.register_parametrization(module, tensor_name, slots, unsafe=True)
     holder: Any = module.parametrizations[tensor_name]  # type: ignore[index, union-attr]
     holder.__class__ = ThetaHolder
+    holder.later = later
     holder.register_state_dict_post_hook(_record_others)
     layer = slots.layer if tied is None else tied
     layer.take_over(module, tensor_name)
@@ -70,7 +73,13 @@ def install(
 
 
 class ThetaHolder(parametrize.ParametrizationList):
-    """torch's holder of theta and its parametrization. It keeps theta in float32 where the module is cast to fewer bits."""
+    """torch's holder of theta and its parametrization. It keeps theta in float32 where the module is cast to fewer bits.
+
+    Attributes:
+        later: the names of the layer's parameters that followed the weight.
+    """
+
+    later: tuple[str, ...] = ()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ThetaHolder:
         if recurse:
@@ -158,6 +167,7 @@ def remove(converted: Converted, parameter: nn.Parameter | None = None) -> nn.Pa
     requires_grad = converted.theta.requires_grad
     module, name, upon = converted.module, converted.tensor_name, stacked_upon(converted.holder)
     layer: LayerCompute = getattr(converted.holder, "layer", converted.slots.layer)
+    later: tuple[str, ...] = getattr(converted.holder, "later", ())
     _own_class(module)
     for number in range(len(upon), 0, -1):
         del converted.holder._modules[
@@ -166,6 +176,9 @@ def remove(converted: Converted, parameter: nn.Parameter | None = None) -> nn.Pa
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     parameter = nn.Parameter(weight, requires_grad=requires_grad) if parameter is None else parameter
     module._parameters[name] = parameter
+    for other in later:  # the order is the optimizers' numbering, in their state_dicts, too
+        if other in module._parameters:
+            module._parameters[other] = module._parameters.pop(other)
     layer.give_back(module, name)
     if upon:
         _register_again(module, name, upon)

@@ -267,12 +267,14 @@ def test_an_average_of_an_adapted_network() -> None:
         for one in converted_tensors(net):
             one.theta.uniform_()
     x = torch.randn(5, 20)
-    average = torch.optim.swa_utils.AveragedModel(net)
-    average.update_parameters(net)
-    average.update_parameters(net)
-    assert torch.equal(average(x), net(x))
-    base = average.module[0].parametrizations.weight[0].base
-    assert torch.equal(base, net[0].parametrizations.weight[0].base)
+    for formula in (None, torch.optim.swa_utils.get_ema_avg_fn(0.9)):
+        average = copy.deepcopy(torch.optim.swa_utils.AveragedModel(net, avg_fn=formula))
+        for _ in range(20):
+            average.update_parameters(net)
+        torch.testing.assert_close(average(x), net(x))
+        base = average.module[0].parametrizations.weight[0].base
+        assert torch.equal(base, net[0].parametrizations.weight[0].base)
+        assert average.n_averaged == 20 and average.update_parameters.average is average
 
 
 @pytest.mark.slow
@@ -294,6 +296,16 @@ def quantized() -> nn.Module:
     del net[0].weight
     net[0].register_buffer("weight", torch.zeros(3, 4, dtype=torch.int8))
     return net
+
+
+def four_bits() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 3))
+    net[0].weight = PackedParameter(torch.zeros(6, 1, dtype=torch.uint8), requires_grad=False)  # as bitsandbytes packs them
+    return net
+
+
+class PackedParameter(nn.Parameter):
+    pass
 
 
 class Subclass(torch.Tensor):
@@ -327,6 +339,7 @@ def plain() -> nn.Module:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "int8": (quantized, {}, r"`0.weight` is quantized \(torch.int8\)"),
     "int8, named": (quantized, {"target_modules": ["0"]}, r"`0.weight` is quantized"),
+    "4 bits": (four_bits, {}, r"`0.weight` is quantized \(torch.uint8\)"),
     "8-bit floats": (eight_bits, {}, r"`0.weight`: expected a plain weight.*float8_e4m3fn"),
     "a subclass": (wrapped, {}, r"`0.weight`: expected a plain weight.*a Subclass"),
     "meta": (lambda: plain().to("meta"), {}, r"`0.weight` is on the meta device.*Load them first"),

@@ -200,6 +200,7 @@ def test_switch_scale_average_and_remove(tmp_path: Path) -> None:
     bank.remove("one")
     assert bank.active is None and "one" not in bank and type(base[0]) is nn.Linear
     assert all(torch.equal(value, own[name]) for name, value in base.state_dict().items())  # the bias, too
+    assert list(base.state_dict()) == list(own)  # in order
     assert base[0].weight.data_ptr() == memory
 
 

@@ -11,7 +11,7 @@ import lightning
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -78,6 +78,20 @@ def test_one_line_under_the_trainer_and_a_crash(method: Any, tmp_path: Path) -> 
     fit(resumed, tmp_path / "crashed", resume=tmp_path / "crashed" / "step=8.ckpt", method=method)
     for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_an_average_keeps_the_frozen_weights(tmp_path: Path) -> None:
+    """decay * a + (1 - decay) * b is not always a where b is a: the last bits would drift, and the digest with them."""
+    module = Classifier()
+    pretrained = copy.deepcopy(module)
+    fit(module, tmp_path, EMAWeightAveraging(decay=0.9))
+    own = dict(pretrained.named_parameters())
+    adapted = list(converted_tensors(module))
+    assert all(torch.equal(one.slots.base, own[one.name]) for one in adapted)  # type: ignore[attr-defined]
+    assert all(bool(one.theta.any()) for one in adapted)
+    again = load_adapter(pretrained, save_adapter(module, tmp_path / "adapter.safetensors"))
+    x = torch.randn(3, 20)
+    torch.testing.assert_close(again.net(x), module.net(x), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_deepr import SET, DeepR, SoftDeepR, SparseLinear, _version, sparsify
+from lightning_deepr import SET, DeepR, SoftDeepR, SparseLinear, _version, adapt, sparsify
 from lightning_deepr.weights.find import converted_tensors
 from tests.helpers.processes import Processes
 from tests.helpers.state import assert_connected
@@ -70,11 +70,13 @@ def started(case: str, rank: int) -> tuple[nn.Module, Any]:
         return sparsify(mlp(rank), 0.3, init="largest", scope="global"), DeepR(l1=0.02, scope="global")
     if case == "SET":
         return sparsify(mlp(), 0.3, seed=rank), SET(rewire_every_n_steps=2, seed=rank)
+    if case == "difference":
+        return adapt(mlp(rank), 0.3, seed=rank), DeepR(l1=0.02)
     callback = SoftDeepR(0.3, temperature=1e-5, l1=1e-3, seed=rank)
     return callback.prepare(mlp()), callback
 
 
-CASES = ["SparseLinear", "largest", "seed", "seed of the callback", "global", "SET", "soft"]
+CASES = ["SparseLinear", "largest", "seed", "seed of the callback", "global", "SET", "soft", "difference"]
 
 
 def train_unequal(rank: int, case: str, attach_first: bool) -> Any:
@@ -100,6 +102,9 @@ def test_ddp_takes_the_connections_of_rank_0(case: str, processes: Processes) ->
     assert_same(last, last_1)
     assert torch.equal(out, out_1)
     assert any(not torch.equal(first[name], last[name]) for name in first if "places" in name or "original" in name)
+    bases = [name for name in last if name.endswith(".base")]  # a frozen weight is rank 0's, and stays
+    assert len(bases) == 2 * (case == "difference")
+    assert all(torch.equal(last[name], mlp().get_parameter(name.replace("parametrizations.", "")[:-7])) for name in bases)
     told = [line for line in processes.said[0] if "all ranks take those of rank 0" in line]
     apart = 1 + (case in ("SET", "soft"))  # there the callback has another seed, too, and begins later
     assert len(told) == apart and ("seed" if case == "seed of the callback" else "`0.weight`") in told[0]
