@@ -31,7 +31,7 @@ class Entry:
 
 
 ENTRIES: tuple[Entry, ...] = (
-    Entry("lenet300_100.deepr_0p5pct_mnist", "d9a5730f8e4d5071c35b39d49d8ec6f70f0aa14cc8534af9d2bbea63fb1ae1ca"),
+    Entry("lenet300_100.deepr_0p5pct_mnist", "5f10a70085276e2c99255d3be585e5146912672e2ce1e06d39f06cb37b7203ec"),
     Entry("lenet300_100.deepr_1pct_mnist", "cce65219145a8d2662766dff75ff05b12c280053a232f5de40c9ac13ecb90a5f"),
     Entry("lenet300_100.deepr_2pct_mnist", "d17ec7b3781d18465ccb43d333420cb623ee68ffb713c3008650aa9180d0e5b3"),
     Entry("lenet300_100.deepr_5pct_mnist", "cecc154fa66f9f6f5c6c6313c18f504a289bc7a45b753af0f6a33944d12ba649"),
