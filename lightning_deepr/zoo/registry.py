@@ -31,10 +31,10 @@ class Entry:
 
 
 ENTRIES: tuple[Entry, ...] = (
-    Entry("lenet300_100.deepr_0p5pct_mnist", "d9a5730f8e4d5071c35b39d49d8ec6f70f0aa14cc8534af9d2bbea63fb1ae1ca"),
+    Entry("lenet300_100.deepr_0p5pct_mnist", "5f10a70085276e2c99255d3be585e5146912672e2ce1e06d39f06cb37b7203ec"),
     Entry("lenet300_100.deepr_1pct_mnist", "cce65219145a8d2662766dff75ff05b12c280053a232f5de40c9ac13ecb90a5f"),
-    Entry("lenet300_100.deepr_2pct_mnist", "e013e3051d5c20f40382385d559e997bbbd2da8592ce80da46d6f76e207558c5"),
-    Entry("lenet300_100.deepr_5pct_mnist", "85e673c2d6076f84934858dd8dbd71c28491b2ebd4d5488326f4d15c75f180e7"),
+    Entry("lenet300_100.deepr_2pct_mnist", "d17ec7b3781d18465ccb43d333420cb623ee68ffb713c3008650aa9180d0e5b3"),
+    Entry("lenet300_100.deepr_5pct_mnist", "cecc154fa66f9f6f5c6c6313c18f504a289bc7a45b753af0f6a33944d12ba649"),
     Entry("lenet300_100.deepr_10pct_mnist", "5445af45fe0152fe25f37311e8100aa3a6edc39e1646cefed659fa5e78015bdf"),
     Entry("lenet300_100.deepr_20pct_mnist", "dc344c68c768c94095b3730adb2e4d6a195c0cb0db30248c6da046241918cd8f"),
     Entry("lenet300_100.soft_deepr_1pct_mnist", "22fb3a365ecb2c18abc4d72278bb58e3f113fc837124ce70fae70e6665950ae9"),
