@@ -264,6 +264,7 @@ class Stepper(ABC):
             tensor, steering = item.tensor, item.tensor.steering
             seen = vars(tensor.converted.slots)  # a module's setattr is slow
             seen["seen_version"], seen["unseen_changes"] = item.theta._version, 0  # (a detached tensor shares the version)
+            seen["last_step"] = tensor.step
             if checks:
                 self.check(item, optimizer)
             tensor.step += 1

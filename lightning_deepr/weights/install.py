@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from lightning_deepr.compute.layer import LayerCompute
 from lightning_deepr.weights import precision
 from lightning_deepr.weights.averages import watch_for_averaged_models
-from lightning_deepr.weights.base import UPON_KEY, Parametrization
+from lightning_deepr.weights.base import FORMAT_KEY, UPON_KEY, Parametrization
 from lightning_deepr.weights.ddp import watch_for_ddp
 from lightning_deepr.weights.find import Converted, slots_of, stacked_upon
 
@@ -124,11 +124,20 @@ def _reset_parameters(self: Any) -> None:
 
 
 def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-    """Load as torch does, and refuse a dense weight: ``strict=False`` would skip it without a word."""
+    """Load as torch does, and refuse a dense weight, or theta without its places: ``strict=False`` would say nothing."""
     _inherited(self, _load_from_state_dict, "_load_from_state_dict")(state_dict, prefix, *args)
     unexpected, errors = args[-2:]
     for tensor_name in self.parametrizations:
         slots = slots_of(self, tensor_name)
+        holder = f"{prefix}parametrizations.{tensor_name}."
+        if f"{holder}original" in state_dict and f"{holder}0.{FORMAT_KEY}" not in state_dict:
+            if slots is not None and "places" in slots.records and not slots.stays:
+                errors.append(
+                    f"`{prefix}{tensor_name}`: expected theta and its places, found theta alone: its slots may stand for other "
+                    "connections than those of this network. Save `net.state_dict()`, which has both: named_parameters(), "
+                    "and what a filter by requires_grad leaves, have no places."
+                )
+            continue
         if slots is None or prefix + tensor_name not in state_dict:
             continue
         if f"{prefix}parametrizations.{tensor_name}.original" in state_dict:  # a file of save_pretrained has both
