@@ -51,7 +51,16 @@ class Notice:
 
     def __init__(self) -> None:
         self.given = False
-        self.has_overwritten = False
+        self.has_overwritten = self.has_shared = False
+
+    def shared(self, name: str) -> None:
+        if not self.has_shared:
+            self.has_shared = True
+            warnings.warn(
+                f"`{name}` lies in shared memory: the network computes densely from now on, since a rewiring in one process "
+                "does not reach the order of the connections that sparse compute keeps in another.",
+                stacklevel=4,
+            )
 
     def overwritten(self, name: str, found: str) -> None:
         self.has_overwritten = True

@@ -407,6 +407,10 @@ class KSlots(Parametrization):
 
     def moved(self) -> None:
         self._asked_size = -1
+        if self.places.device.type == "cpu" and type(self.places) is Tensor and self.places.is_shared():
+            if self.compute == "sparse" and not self.is_large:  # the order of the connections is this process's own
+                self.notice.shared(self.name)
+            self.policy, self.compute, self.order = "dense", "dense", None
         if self.order is not None:
             self.order = None
             if self.places.device.type == "cpu":
