@@ -31,7 +31,8 @@ def refuse_shared(tensors: Iterable[Converted]) -> None:
         if slots.shares:
             raise ValueError(
                 f'`{name}`: expected memory of this process, found theta in shared memory: with scope="global" a rewiring '
-                'gives each layer new tensors of places, which other processes do not see. Use scope="layer", or no share_memory().'
+                'gives each layer new tensors of places, which other processes do not see. Use scope="layer", or no '
+                "share_memory()."
             )
         if not _lies_shared(getattr(slots, "places", slots.signs)):
             raise ValueError(
