@@ -189,6 +189,7 @@ class SparseTraining(SameOnAllRanks, SharedArguments, Callback):
                 )
         fitness.refuse_unfit(trainer.model or pl_module, [tensor.converted for tensor in self.tracked])
         processes.refuse_shared([tensor.converted for tensor in self.tracked])
+        guards.warn_of_pruning(trainer, self)
         self._compare_ranks(trainer.model or pl_module, trainer.strategy)
         self._begin_training()
         # a fine-tuning callback gives thetas to an optimizer later

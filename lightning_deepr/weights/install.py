@@ -95,6 +95,14 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
             "the plan, or give the layer, before its conversion, "
             "`lightning_deepr.conversion.row_blocks.RowBlocks(connectivity, blocks=...)`."
         )
+    slots = slots_of(self, name.removesuffix("_orig"))
+    if slots is not None and name.endswith("_orig"):
+        raise ValueError(
+            f"`{slots.name}`: expected no mask upon a converted weight, found torch.nn.utils.prune or ModelPruning, which puts "
+            f"one there: {slots.wanted} of its {slots.total} weights are kept anyway. For fewer connections convert with a "
+            "lower connectivity; to prune a dense network, call `lightning_deepr.densify(module)` first, or use "
+            "MagnitudePruning."
+        )
     slots = slots_of(self, name)
     if slots is not None and param is not None:
         slots.right_inverse(param)
@@ -216,6 +224,7 @@ def warn_if_nobody_rewires(theta: nn.Parameter, slots: Parametrization, name: st
         owner = slots.owner()
         if owner is None:
             slots.notice.untrained(name)
+            slots.last_step = -2  # what somebody else trains is no longer as the callback's last step left it
         elif theta._version != slots.seen_version:  # by something else than a step that the callback saw
             slots.unseen_changes += slots.seen_version >= 0  # (the first backward pass only looks)
             slots.seen_version = theta._version

@@ -38,7 +38,9 @@ def look(slots: Any) -> None:
         if own.shape != slots.born.shape or own.device != slots.born.device or not slots.count:
             return  # the gate says so
         newborn = slots.born == step
-        if bool((own[newborn] != 0).any()):
+        if bool(newborn.any()):  # clamp_, a factor and the like leave them at 0
+            if not bool((own[newborn] != 0).any()):
+                return
             found = f"{int(newborn.sum())} connections that were born in the last step, which start at 0, are not 0"
         elif theta._version != slots.seen_version and not slots.averages and slots.last_birth() >= 0:
             found = "theta was written to since the last step"

@@ -134,9 +134,16 @@ def swap(net: nn.Module) -> None:
         p.data.copy_(q.data)
 
 
+@torch.no_grad()
+def clamp(net: nn.Module) -> None:
+    for p in net.parameters():
+        p.clamp_(-0.1, 0.1)
+
+
 RIGHT: dict[str, Callable[[nn.Module], Any]] = {
     "nothing": lambda net: None,
     "clamp": lambda net: [p.data.clamp_(-0.1, 0.1) for p in net.parameters()],
+    "a clamp that torch counts": clamp,
     "a factor": lambda net: [p.data.mul_(0.9) for p in net.parameters()],
     "half and back": lambda net: net.half().float(),
     "its own state": lambda net: net.load_state_dict(copy.deepcopy(net.state_dict())),
