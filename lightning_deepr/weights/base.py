@@ -7,6 +7,7 @@ parametrization computes the weight from theta: :class:`lightning_deepr.weights.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 import weakref
@@ -52,6 +53,9 @@ class Notice:
     def __init__(self) -> None:
         self.given = False
         self.has_overwritten = self.has_shared = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Notice:
+        return Notice()  # one for all tensors of the copy
 
     def shared(self, name: str) -> None:
         if not self.has_shared:
@@ -375,7 +379,7 @@ class Parametrization(nn.Module):
         self.policy, self.layer, self.used = source.policy, source.layer, source.used
         self.tunes, self.measured = source.tunes, source.measured
         self.copied_from = weakref.ref(source)
-        self.name = source.name
+        self.name, self.notice = source.name, copy.deepcopy(source.notice, memo)
         self.take_rules(source)
         memo[id(source)] = self
         copies.note_copy(self, source, memo)

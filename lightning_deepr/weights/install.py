@@ -80,6 +80,25 @@ class ThetaHolder(parametrize.ParametrizationList):
         super()._apply(precision.keeping(fn, dtype), recurse=False)
         return self
 
+    # A hook stays with its tensor: a deep copy and load_state_dict(assign=True) have another one.
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "original" and isinstance(value, nn.Parameter):
+            self._watch()
+
+    def _watch(self) -> None:
+        slots: Any = self._modules.get("0")
+        theta = self._parameters.get("original")
+        if slots is None or theta is None or "layer" in self.__dict__ or getattr(slots, "position", 0) != 0:
+            return  # several holders have one theta: the first of them watches it
+        slots.seen_version, slots.last_step = -1, -2
+        warn_if_nobody_rewires(theta, slots, slots.name)
+
 
 ThetaHolder.__module__ = parametrize.ParametrizationList.__module__  # torch.fx does not trace into the modules of torch.nn
 
