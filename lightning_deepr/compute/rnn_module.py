@@ -66,7 +66,8 @@ def give_back(module: nn.RNNBase, tensor_name: str) -> None:
 
 
 def _release(module: Any) -> None:
-    module._flat_weights = []
+    # as long as torch's list, since an assignment of a parameter (load_state_dict(assign=True)) writes its entry
+    module._flat_weights = [None] * len(module._flat_weights_names)
     module._flat_weight_refs = []
 
 

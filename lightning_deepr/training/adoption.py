@@ -24,6 +24,13 @@ def refuse_other_connectivity(callback: Any, adopted: Sequence[Candidate], new: 
     """
     if not adopted:
         return
+    adapted = [c.name for c in adopted if getattr(c.slots, "adapts", False)]
+    if adapted and getattr(callback, "of", "weight") == "weight":
+        raise ValueError(
+            f"{type(callback).__name__}(connectivity={callback.connectivity!r}) asks for sparse weights, but `{adapted[0]}` is "
+            'a frozen dense weight and a sparse difference to it. Give of="difference" to go on with the difference, or '
+            "connectivity=None; or call densify(module) first, to convert the sum."
+        )
     asked = _asked(callback, adopted, new)
     found, total = sum(_count(c) for c in adopted), sum(c.total for c in adopted)
     if asked is None or abs(found - asked) <= len(adopted):

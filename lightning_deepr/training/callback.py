@@ -30,6 +30,7 @@ from lightning_deepr.training import (
     guards,
     length,
     markers,
+    processes,
     run_config,
     state_keys,
 )
@@ -187,6 +188,8 @@ class SparseTraining(SameOnAllRanks, SharedArguments, Callback):
                     f"({seconds:g} s) may end it before."
                 )
         fitness.refuse_unfit(trainer.model or pl_module, [tensor.converted for tensor in self.tracked])
+        processes.refuse_shared([tensor.converted for tensor in self.tracked])
+        guards.warn_of_pruning(trainer, self)
         self._compare_ranks(trainer.model or pl_module, trainer.strategy)
         self._begin_training()
         # a fine-tuning callback gives thetas to an optimizer later
@@ -345,6 +348,7 @@ class SparseTraining(SameOnAllRanks, SharedArguments, Callback):
             )
         optimizer = _unwrapped(optimizer)
         fitness.refuse_unfit(net, converted_tensors(net))
+        processes.refuse_shared(converted_tensors(net))
         self._take_charge(net, keep=self._is_at_work)
         if total_steps is not None:
             self.total_steps = float(total_steps)
@@ -406,6 +410,7 @@ class SparseTraining(SameOnAllRanks, SharedArguments, Callback):
         if not any(True for _ in converted_tensors(module)):
             return  # another module of the same script, for example a discriminator
         fitness.refuse_unfit(module, converted_tensors(module))
+        processes.refuse_shared(converted_tensors(module))
         at_work = self._is_at_work or self._at_fabric
         self._take_charge(module, keep=at_work)
         self._check_schedules(

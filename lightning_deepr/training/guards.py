@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from lightning_deepr import kernels
 from lightning_deepr.algorithm import randomness
 from lightning_deepr.kernels import gate
 from lightning_deepr.packages.messages import rank_zero_warn
-from lightning_deepr.weights.find import Converted, converted_tensors
+from lightning_deepr.packages.names import is_a
+from lightning_deepr.weights.find import Converted, converted_tensors, slots_of
 
 if TYPE_CHECKING:
     from lightning_deepr.training.tracked import TrackedTensor
@@ -112,6 +114,31 @@ def refuse_earlier_averaging(trainer: Any, callback: Any) -> None:
             raise ValueError(
                 f"{name} is listed before {type(callback).__name__}: it would copy the network before it is converted. "
                 f"Expected callbacks=[{type(callback).__name__}(...), {name}(...)]."
+            )
+
+
+def warn_of_pruning(trainer: Any, callback: Any) -> None:
+    """Say that Lightning's ``ModelPruning`` masks parameters of layers, of which converted weights are none.
+
+    Raises:
+        ValueError: it was set up first, and is going to mask weights that are converted by now.
+    """
+    method = type(callback).__name__
+    for other in trainer.callbacks:
+        if not is_a(other, "callbacks", "ModelPruning"):
+            continue
+        for module, name in other._parameters_to_prune:
+            if slots_of(module, name) is not None:
+                raise ValueError(
+                    f"ModelPruning is listed before {method}, and asks for `{slots_of(module, name).name}`: expected one of "
+                    "them for each weight. Leave one of them out, or give ModelPruning(parameters_to_prune=[...]) layers that "
+                    "are not converted (exclude_modules)."
+                )
+        if any(is_parametrized(module) for module, _ in other._parameters_to_prune):
+            rank_zero_warn(
+                f"ModelPruning and {method} are both at work: ModelPruning does not see converted weights, and prunes what "
+                "their layers have beside them (biases). Expected one of them, or ModelPruning(parameters_to_prune=[...]) "
+                "with layers that are not converted."
             )
 
 

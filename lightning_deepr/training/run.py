@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ class Run:
     """The records of a callback for one optimizer.
 
     Attributes:
+        process: the process in which the optimizer was wired.
         hooks: the registered hooks of the optimizer's steps.
         starting: the starting values of the optimizer's state.
         second_moments: its states of which a neutral newborn gets the mean.
@@ -34,6 +36,7 @@ class Run:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = weakref.ref(optimizer)  # Python may reuse the id of a deleted optimizer; the reference shows that
         self.hooks: list[Any] = []
+        self.process = os.getpid()
         self.starting = StartingState()
         self.second_moments = SecondMoments()
         self.tables: dict[Any, Any] = {}

@@ -6,6 +6,7 @@ rewire), calls the method, and counts.
 
 from __future__ import annotations
 
+import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from lightning_deepr.algorithm.lr_scale import DEEPR, Exponents
 from lightning_deepr.algorithm.statistics import collapse_message
 from lightning_deepr.algorithm.steering import Steering
 from lightning_deepr.packages.messages import rank_zero_warn
-from lightning_deepr.training import fitness, guards, invariants
+from lightning_deepr.training import fitness, guards, invariants, processes
 from lightning_deepr.training.averaging_optimizers import refuse_averaging_optimizers
 from lightning_deepr.training.decay_check import warn_of_lost_decay
 from lightning_deepr.training.ledger import Ledger
@@ -249,6 +250,8 @@ class Stepper(ABC):
                     self._tell_of_frozen_pool(tensor)
                 continue
             stepped.append(self._stepped(tensor, theta, optimizer, group_index, run))
+        if run.process != os.getpid():
+            processes.refuse_other_process([item.tensor for item in stepped], type(self).__name__)
         fitness.check(run, stepped)  # before anything is written
         scaled = run.scaled
         if not run.is_plain:
@@ -264,6 +267,7 @@ class Stepper(ABC):
             tensor, steering = item.tensor, item.tensor.steering
             seen = vars(tensor.converted.slots)  # a module's setattr is slow
             seen["seen_version"], seen["unseen_changes"] = item.theta._version, 0  # (a detached tensor shares the version)
+            seen["last_step"] = tensor.step
             if checks:
                 self.check(item, optimizer)
             tensor.step += 1

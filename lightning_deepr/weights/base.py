@@ -7,6 +7,7 @@ parametrization computes the weight from theta: :class:`lightning_deepr.weights.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 import weakref
@@ -51,6 +52,30 @@ class Notice:
 
     def __init__(self) -> None:
         self.given = False
+        self.has_overwritten = self.has_shared = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Notice:
+        return Notice()  # one for all tensors of the copy
+
+    def shared(self, name: str) -> None:
+        if not self.has_shared:
+            self.has_shared = True
+            warnings.warn(
+                f"`{name}` lies in shared memory: the network computes densely from now on, since a rewiring in one process "
+                "does not reach the order of the connections that sparse compute keeps in another.",
+                stacklevel=4,
+            )
+
+    def overwritten(self, name: str, found: str) -> None:
+        self.has_overwritten = True
+        warnings.warn(
+            f"The values of `{name}` were written by something else than a step: {found}. Its connections have moved in this "
+            "training, and a slot of theta stands for another place than it did: values of an earlier step, or an average over "
+            "steps (an EMA over `parameters()`), belong to other connections. Expected an average that follows: "
+            "`ema = lightning_deepr.follow(copy.deepcopy(net), net)`, or AveragedModel; and `copy.deepcopy(net.state_dict())` "
+            "for values to come back to. What changes each value by itself (clamp_, a factor, noise) does no harm.",
+            stacklevel=4,
+        )
 
     def untrained(self, name: str) -> None:
         if not self.given:
@@ -146,6 +171,8 @@ class Parametrization(nn.Module):
         # copies: :mod:`lightning_deepr.weights.copies`; averages: :mod:`lightning_deepr.weights.averages`
         self.holder: Callable[[], parametrize.ParametrizationList | None] = nobody
         self.seen_version = -1  # theta's version after the last step that the callback saw, or at the last backward pass
+        self.last_step = -2  # the number of the last step that a callback took; -2: none since the conversion or a load
+        self.looked: tuple[int, int] | None = None  # that step, and how often weights/overwritten.py has been asked since
         self.unseen_changes = 0  # how often theta has changed since then, from one backward pass to the next
         self.copied_from: Callable[[], Any] = nobody
         self.has_handed_out = False  # whether a state_dict may hold theta and the present places
@@ -352,7 +379,7 @@ class Parametrization(nn.Module):
         self.policy, self.layer, self.used = source.policy, source.layer, source.used
         self.tunes, self.measured = source.tunes, source.measured
         self.copied_from = weakref.ref(source)
-        self.name = source.name
+        self.name, self.notice = source.name, copy.deepcopy(source.notice, memo)
         self.take_rules(source)
         memo[id(source)] = self
         copies.note_copy(self, source, memo)
@@ -424,7 +451,7 @@ class Parametrization(nn.Module):
             self.allowed = allowed  # else they are equal, and the present one can ask its functions
         with torch.no_grad():
             self.take_over(record)
-        self.lost = False
+        self.lost, self.last_step = False, -2
         self.watch(False)  # a loaded theta may have been trained with free signs: theta < 0 does not show a re-initialization
 
     def _may_be_empty(self, state_dict: dict[str, Any], prefix: str, absent: list[str]) -> bool:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from lightning_deepr.compute.layer import LayerCompute
 from lightning_deepr.weights import precision
 from lightning_deepr.weights.averages import watch_for_averaged_models
-from lightning_deepr.weights.base import UPON_KEY, Parametrization
+from lightning_deepr.weights.base import FORMAT_KEY, UPON_KEY, Parametrization
 from lightning_deepr.weights.ddp import watch_for_ddp
 from lightning_deepr.weights.find import Converted, slots_of, stacked_upon
 
@@ -89,6 +89,25 @@ class ThetaHolder(parametrize.ParametrizationList):
         super()._apply(precision.keeping(fn, dtype), recurse=False)
         return self
 
+    # A hook stays with its tensor: a deep copy and load_state_dict(assign=True) have another one.
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "original" and isinstance(value, nn.Parameter):
+            self._watch()
+
+    def _watch(self) -> None:
+        slots: Any = self._modules.get("0")
+        theta = self._parameters.get("original")
+        if slots is None or theta is None or "layer" in self.__dict__ or getattr(slots, "position", 0) != 0:
+            return  # several holders have one theta: the first of them watches it
+        slots.seen_version, slots.last_step = -1, -2
+        warn_if_nobody_rewires(theta, slots, slots.name)
+
 
 ThetaHolder.__module__ = parametrize.ParametrizationList.__module__  # torch.fx does not trace into the modules of torch.nn
 
@@ -103,6 +122,14 @@ def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) 
             "such as ColwiseParallel splits the rows of a weight, and slots are in no order of rows. Leave the layer out of "
             "the plan, or give the layer, before its conversion, "
             "`lightning_deepr.conversion.row_blocks.RowBlocks(connectivity, blocks=...)`."
+        )
+    slots = slots_of(self, name.removesuffix("_orig"))
+    if slots is not None and name.endswith("_orig"):
+        raise ValueError(
+            f"`{slots.name}`: expected no mask upon a converted weight, found torch.nn.utils.prune or ModelPruning, which puts "
+            f"one there: {slots.wanted} of its {slots.total} weights are kept anyway. For fewer connections convert with a "
+            "lower connectivity; to prune a dense network, call `lightning_deepr.densify(module)` first, or use "
+            "MagnitudePruning."
         )
     slots = slots_of(self, name)
     if slots is not None and param is not None:
@@ -133,11 +160,20 @@ def _reset_parameters(self: Any) -> None:
 
 
 def _load_from_state_dict(self: Any, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-    """Load as torch does, and refuse a dense weight: ``strict=False`` would skip it without a word."""
+    """Load as torch does, and refuse a dense weight, or theta without its places: ``strict=False`` would say nothing."""
     _inherited(self, _load_from_state_dict, "_load_from_state_dict")(state_dict, prefix, *args)
     unexpected, errors = args[-2:]
     for tensor_name in self.parametrizations:
         slots = slots_of(self, tensor_name)
+        holder = f"{prefix}parametrizations.{tensor_name}."
+        if f"{holder}original" in state_dict and f"{holder}0.{FORMAT_KEY}" not in state_dict:
+            if slots is not None and "places" in slots.records and not slots.stays:
+                errors.append(
+                    f"`{prefix}{tensor_name}`: expected theta and its places, found theta alone: its slots may stand for other "
+                    "connections than those of this network. Save `net.state_dict()`, which has both: named_parameters(), "
+                    "and what a filter by requires_grad leaves, have no places."
+                )
+            continue
         if slots is None or prefix + tensor_name not in state_dict:
             continue
         if f"{prefix}parametrizations.{tensor_name}.original" in state_dict:  # a file of save_pretrained has both
@@ -220,6 +256,7 @@ def warn_if_nobody_rewires(theta: nn.Parameter, slots: Parametrization, name: st
         owner = slots.owner()
         if owner is None:
             slots.notice.untrained(name)
+            slots.last_step = -2  # what somebody else trains is no longer as the callback's last step left it
         elif theta._version != slots.seen_version:  # by something else than a step that the callback saw
             slots.unseen_changes += slots.seen_version >= 0  # (the first backward pass only looks)
             slots.seen_version = theta._version

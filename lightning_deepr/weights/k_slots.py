@@ -25,7 +25,7 @@ from lightning_deepr.compute.stacked import is_stacked
 from lightning_deepr.compute.upon_base import add_to_base
 from lightning_deepr.compute.weight import SparseWeight as _SparseWeight
 from lightning_deepr.kernels import gate
-from lightning_deepr.weights import copies, precision
+from lightning_deepr.weights import copies, overwritten, precision
 from lightning_deepr.weights.averages import realign_averages
 from lightning_deepr.weights.base import BASE_KEY, FINGERPRINT_KEY, FORMAT_KEY, LARGEST_READ, Notice, Parametrization
 
@@ -120,12 +120,16 @@ class KSlots(Parametrization):
     def active(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         if self.doubt is not None:
             copies.check(self)
+        if self.last_step >= 0:
+            overwritten.look(self)
         values = self.own(theta.detach()) * self.signs
         return self.places.clone(), (values if self.adapts else self.narrowed(values)).clone()
 
     def forward(self, theta: Tensor) -> Tensor:
         if self.doubt is not None and not torch.compiler.is_dynamo_compiling():
             copies.check(self)
+        if not torch.compiler.is_dynamo_compiling() and not self.training and self.last_step >= 0:
+            overwritten.look(self)
         sparse = self.compute == "sparse" and not self.is_watched and self.on_dense_gradient is None and not self.is_merged
         traced = torch.compiler.is_dynamo_compiling()
         if sparse and not traced and (self.is_large or not needs_operators()) and not is_stacked(theta, self):
@@ -165,6 +169,8 @@ class KSlots(Parametrization):
     def whole(self, theta: Tensor) -> Tensor:
         if self.doubt is not None:
             copies.check(self)
+        if self.last_step >= 0:
+            overwritten.look(self)
         if self.adapts:
             return self._upon_base(self.own(theta)).clone()
         return build_weight(self.own(theta), self.signs, self.places, self.shape, self.narrow)
@@ -242,6 +248,8 @@ class KSlots(Parametrization):
         """
         if self.doubt is not None and not torch.compiler.is_dynamo_compiling():
             copies.check(self)
+        if not torch.compiler.is_dynamo_compiling() and not self.training and self.last_step >= 0:
+            overwritten.look(self)
         if self.adapts:
             return self.compute == "sparse" and self.on_dense_gradient is None and not self.is_merged
         if self.policy != "auto" or torch.compiler.is_dynamo_compiling() or self.on_dense_gradient is not None:
@@ -413,6 +421,10 @@ class KSlots(Parametrization):
 
     def moved(self) -> None:
         self._asked_size = -1
+        if self.places.device.type == "cpu" and type(self.places) is Tensor and self.places.is_shared():
+            if self.compute == "sparse" and not self.is_large:  # the order of the connections is this process's own
+                self.notice.shared(self.name)
+            self.policy, self.compute, self.order = "dense", "dense", None
         if self.order is not None:
             self.order = None
             if self.places.device.type == "cpu":
@@ -477,6 +489,8 @@ class KSlots(Parametrization):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.doubt is not None:
             copies.check(self)
+        if self.last_step >= 0:
+            overwritten.look(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if prefix + FORMAT_KEY not in destination:
             return  # only the dense weight is being saved

@@ -378,3 +378,20 @@ def test_copies_casts_and_densified_layers(cell: Any) -> None:
     assert torch.equal(replica(x)[0], layer(x)[0])
     assert_same(replica.double(), twin.double(), x.double())
     torch.testing.assert_close(densify(layer)(x)[0], expected)
+
+
+@both_layers
+@pytest.mark.parametrize("compute", ["dense", "sparse"])
+def test_parameters_of_the_layer_may_be_assigned(cell: Any, compute: str) -> None:
+    """As ``load_state_dict(assign=True)`` does: torch keeps a list of the weights beside the parameters."""
+    layer, twin = layer_and_twin(cell, compute=compute, input_size=6, hidden_size=8)
+    other, _ = layer_and_twin(cell, compute=compute, input_size=6, hidden_size=8)
+    with torch.no_grad():
+        for p in (*layer.parameters(), *twin.parameters()):
+            p.mul_(1.5)
+    other.load_state_dict(layer.state_dict(), assign=True)
+    bias = nn.Parameter(torch.full_like(layer.bias_hh_l0, 0.3))
+    other.bias_hh_l0 = twin.bias_hh_l0 = bias
+    x = torch.randn(5, 3, 6)
+    for one in (other, copy.deepcopy(other)):
+        torch.testing.assert_close(one(x)[0], twin(x)[0], rtol=1e-5, atol=1e-6)

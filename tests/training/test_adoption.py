@@ -95,3 +95,12 @@ def test_methods_with_a_theta_for_every_place(make: Any) -> None:
     callback = make(0.3)
     optimizer = torch.optim.SGD(callback.prepare(net).parameters(), lr=0.1)
     callback.attach(net, optimizer, total_steps=100)
+
+
+@pytest.mark.parametrize("method", [DeepR, SET])
+def test_a_difference_to_dense_weights_is_no_sparse_network(method: Any) -> None:
+    net = Net()
+    DeepR(0.1, of="difference").prepare(net)
+    with unchanged(net), pytest.raises(ValueError, match=r'asks for sparse weights, but `fc1\.weight`.*of="difference"'):
+        trainer(method(0.1)).fit(net, batches())
+    trainer(method(0.1, of="difference")).fit(net, batches())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelPruning
 from torch import nn, optim
 from torch.utils.data import DataLoader
 
@@ -55,6 +57,18 @@ def test_two_methods_for_different_weights_train() -> None:
     rest = [DeepR(0.3, target_modules=["net.0"]), SET(0.3, rewire_every_n_steps=5)]
     trainer(*rest).fit(Regression(sgd))
     assert [[t.name for t in c.tracked] for c in rest] == [["net.0.weight"], ["net.2.weight"]]
+
+
+def test_lightnings_pruning_is_told_that_it_sees_no_converted_weight() -> None:
+    with pytest.raises(ValueError, match=r"ModelPruning is listed before DeepR, and asks for `net\.0\.weight`"):
+        trainer(ModelPruning("l1_unstructured", amount=0.5), DeepR(0.3)).fit(Regression(sgd))
+    with pytest.warns(UserWarning, match="ModelPruning does not see converted weights"):
+        trainer(DeepR(0.3), ModelPruning("l1_unstructured", amount=0.5)).fit(Regression(sgd))
+    module = Regression(sgd)
+    pruning = ModelPruning("l1_unstructured", [(module.net[2], "weight")], amount=0.5)  # type: ignore[index]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "ModelPruning")
+        trainer(DeepR(0.3, exclude_modules=["net.2"]), pruning).fit(module)
 
 
 def test_a_pattern_that_matches_nothing_is_still_told() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -165,3 +166,24 @@ def test_training_without_a_callback_warns_once() -> None:
             rewiring.remove()
     with pytest.warns(UserWarning, match="no callback rewires it"):
         fit_plain(other, optimizer, 1)
+
+
+def loaded_by_assignment(net: torch.nn.Module) -> torch.nn.Module:
+    other = sparsify(network(), 0.3, seed=1)
+    other.load_state_dict(net.state_dict(), assign=True)
+    return other
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, loaded_by_assignment, lambda net: copy.deepcopy(net).double().float()])
+def test_training_a_copy_without_a_callback_warns_once(make: Any) -> None:
+    """A hook stays with its tensor, and these have another theta."""
+    net = make(sparsify(network(), 0.3))
+    with pytest.warns(UserWarning, match="no callback rewires it") as told:
+        fit_plain(net, torch.optim.SGD(net.parameters(), lr=0.1), 3)
+    assert len(told) == 1
+    net = make(sparsify(network(), 0.3))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    DeepR(l1=None).attach(net, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_plain(net, optimizer, 3)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 from lightning_deepr import FixedRandom, MagnitudePruning, SoftDeepR, densify, sparsify
@@ -325,3 +326,12 @@ def test_an_ordinary_state_dict_has_no_dense_weight() -> None:
 
     net = FixedRandom(0.2).prepare(nn.Linear(8, 6))
     assert "weight" not in save_pretrained() and "weight" not in net.state_dict()
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize(("name", "tensor"), [("linear", "weight"), ("conv", "weight"), ("lstm", "weight_hh_l0")])
+def test_a_mask_of_torchs_pruning_is_refused(name: str, tensor: str, made: str) -> None:
+    net = MADE[made]()
+    with pytest.raises(ValueError, match=rf"`{name}\.{tensor}`: expected no mask upon a converted weight"):
+        nn.utils.prune.l1_unstructured(getattr(net, name), tensor, 0.5)
+    nn.utils.prune.l1_unstructured(net.linear, "bias", 0.5)
