@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +141,31 @@ def train_apart(rank: int) -> dict[str, Tensor]:
 def test_ranks_that_train_networks_of_their_own(processes: Processes) -> None:
     one, other = processes.run(train_apart)
     assert not torch.equal(one["0.parametrizations.weight.0.places"], other["0.parametrizations.weight.0.places"])
+
+
+def train_before_the_group(rank: int, case: str, meeting: str) -> Any:
+    dist.destroy_process_group()  # the processes know nothing of each other while they convert and attach
+    net, callback = started(case, rank)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    callback.check_ranks_every_n_steps = 5
+    rewiring = callback.attach(net, optimizer, total_steps=20)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    ddp = DistributedDataParallel(net)
+    first = state(net)
+    train(ddp, optimizer, range(10), rank)
+    rewiring.remove()
+    return first, state(net), net(data(77)[0]).detach()
+
+
+@pytest.mark.parametrize("case", ["SparseLinear", "seed", "difference"])
+@pytest.mark.feature("Ranks: a process group that appears after the conversion")
+def test_a_group_that_appears_after_the_conversion(case: str, processes: Processes, tmp_path: Path) -> None:
+    (first, last, out), (first_1, last_1, out_1) = processes.run(train_before_the_group, case, str(tmp_path / "late"))
+    assert_same(first, first_1)
+    assert_same(last, last_1)
+    assert torch.equal(out, out_1)
+    assert any(not torch.equal(first[name], last[name]) for name in first if "places" in name)
+    assert any("all ranks take those of rank 0" in line for line in processes.said[0])
 
 
 # -- what can't be replaced ----------
