@@ -27,10 +27,11 @@ def quick_weight(x: Any, theta: Tensor, slots: Any) -> Tensor | None:
         theta: [K], the weight's own part.
         slots: the :class:`lightning_deepr.weights.k_slots.KSlots` of the weight.
     """
+    if not slots.is_simple_dense:
+        return None
     places, signs, narrow = slots.places, slots.signs, slots.narrow
     if (
-        not slots.is_simple_dense
-        or slots.compute != "dense"
+        slots.compute != "dense"
         or slots.doubt is not None
         or theta.dtype not in _KERNEL_TYPES
         or not is_ordinary(x, theta)

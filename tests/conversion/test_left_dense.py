@@ -237,6 +237,7 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...], str]] = {
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.filterwarnings("ignore:.*have a forward of their own")
 def test_the_report_says_what_computes(kind: str, compute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_deepr.compute import forwards
     from lightning_deepr.weights.k_slots import KSlots
 
     make, size, expected = LAYERS[kind]
@@ -245,8 +246,15 @@ def test_the_report_says_what_computes(kind: str, compute: str, monkeypatch: pyt
     names = [c.name for c in candidates(layer)]
     sparsify(layer, dict.fromkeys(names, 0.02), compute=compute)
     built = []
-    weight_of = KSlots.weight_of
+    weight_of, quick_weight = KSlots.weight_of, forwards.quick_weight
+
+    def noted(*arguments: Any) -> Any:
+        weight = quick_weight(*arguments)
+        built.extend([weight] * (weight is not None))
+        return weight
+
     monkeypatch.setattr(KSlots, "weight_of", lambda self, part: (built.append(self), weight_of(self, part))[1])
+    monkeypatch.setattr(forwards, "quick_weight", noted)
     y = layer(x)
     y.sum().backward()
     says = {row["compute"] for row in connectivity_report(layer)}
