@@ -27,6 +27,7 @@ from lightning_deepr.conversion.selection import (
     Distribution,
     Modules,
     candidates,
+    connectivity_of,
     select,
     takes_what_is_usual,
 )
@@ -36,7 +37,7 @@ from lightning_deepr.packages.seeds import seed_or_default
 from lightning_deepr.weights.base import Parametrization
 from lightning_deepr.weights.find import Converted, converted_tensors
 from lightning_deepr.weights.install import install, remove
-from lightning_deepr.weights.k_slots import Notice
+from lightning_deepr.weights.k_slots import KSlots, Notice
 
 
 def sparsify(
@@ -66,7 +67,8 @@ def sparsify(
             such a dict). ``Topology(path)`` reads those of a file, a checkpoint or a model of the zoo.
         target_modules: "all" | "all-linear" | list of patterns | regular expression | predicate(name, module). "all" leaves
             out what is frozen, tied or an embedding. A pattern names a layer or a tensor, by a suffix at a dot; one that names
-            none names a module, and covers what "all" takes within it.
+            none names a module, and covers what "all" takes within it. A tied tensor is named by all of its names; it becomes
+            one tensor of connections for all of its layers.
         exclude_modules: the same forms.
         distribution: how the connections are shared out, see :func:`lightning_deepr.conversion.allocation.allocate`.
         init: "module" | "largest" | "deepr", see :func:`lightning_deepr.conversion.start.start`.
@@ -127,6 +129,7 @@ def _sparsify(
 ) -> None:
     found = candidates(module)
     chosen = select(found, target_modules, exclude_modules, connectivity)
+    chosen = tied.as_one(module, chosen, lambda candidate: connectivity_of(connectivity, candidate))
     for candidate in chosen:
         if candidate.slots is not None:
             raise ValueError(
@@ -195,9 +198,13 @@ def convert(
     for module, tensor_name in itertools.chain.from_iterable(partners.values()):
         if parametrize.is_parametrized(module, tensor_name) or (refusal := kind_of(type(module)).refuses(module)):
             raise ValueError(
-                f"A tensor that is tied with `{tensor_name}` of {type(module).__name__} can't be adapted: this one "
+                f"A tensor that is tied with `{tensor_name}` of {type(module).__name__} can't be converted: this one "
                 f"{refusal or 'has another parametrization'}"
             )
+    if policy == "sparse" and (whole := [c.name for c in chosen if c.is_whole]):
+        raise ValueError(
+            f'compute="sparse": `{whole[0]}` is a tied tensor, which its layers build: expected "auto" or "dense" for it.'
+        )
     refuse_unmaterializable(root, chosen)
     tell_own_forwards(chosen, policy)
     warn_of_ddp(root, chosen)
@@ -217,14 +224,22 @@ def convert(
         begun.append(
             begin(candidate, counts[candidate.name], first + offset, init=init, seed=seed, notice=notice, device=target, **more)
         )
+        if candidate.is_whole and not isinstance(begun[-1][1], KSlots):
+            raise ValueError(
+                f"`{candidate.name}` is tied with {', '.join(f'`{name}`' for name in candidate.aliases)}: expected a method on "
+                "K slots (DeepR, SET, RigL, FixedRandom) for a tied tensor, or leave it out with exclude_modules."
+            )
     for candidate, (theta, slots) in zip(chosen, begun, strict=True):
         slots.layer = candidate.kind.compute
-        slots.choose_compute(policy, slots.layer.capable(candidate.module, candidate.tensor_name, candidate.shape))
+        # layers of several kinds have no common order of connections: each builds the weight of a tied tensor
+        capable = not candidate.is_whole and slots.layer.capable(candidate.module, candidate.tensor_name, candidate.shape)
+        slots.choose_compute(policy, capable)
         install(candidate.module, candidate.tensor_name, theta, slots, candidate.name)
         holder: Any = candidate.module.parametrizations[candidate.tensor_name]  # type: ignore[index, union-attr]
         slots.hold(holder)
         if slots.adapts:
             holder[0].base.requires_grad_(False)
+        slots.is_tied = candidate.is_whole
         for module, tensor_name in partners.get(candidate.name, ()):
             layer = kind_of(type(module)).compute
             install(module, tensor_name, holder.original, slots, candidate.name, tied=layer)

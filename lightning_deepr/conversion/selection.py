@@ -50,6 +50,7 @@ class Candidate:
     aliases: tuple[str, ...] = ()  # its names on the other paths to its module
     by_own_name: bool = False  # only a pattern with the tensor's own name selects it, not its module's name
     barred: str = ""  # why it can't be converted at all
+    is_whole: bool = False  # whether it stands for a tied tensor under all of its names (conversion/tied.py)
 
     @property
     def total(self) -> int:

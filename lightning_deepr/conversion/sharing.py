@@ -98,6 +98,12 @@ def check(chosen: Sequence[Candidate], early: bool = True, device: torch.device 
         early: True while no optimizer exists, so that parameters can be replaced.
         device: the device that dense weights are moved to; None: they stay where they are.
     """
+    for c in chosen:
+        if c.is_whole or (c.slots is not None and c.slots.is_tied):
+            raise ValueError(
+                f'`{c.name}` is a tied tensor: expected tensors of one layer each with scope="global". Leave it out with '
+                'exclude_modules, or use scope="layer".'
+            )
     found: list[tuple[str, Tensor]] = []
     apart = [c.name for c in chosen if isinstance(c.slots, KSlots) and not c.slots.shares]
     pools = {id(c.slots.pool) for c in chosen if isinstance(c.slots, SharedSlots)}

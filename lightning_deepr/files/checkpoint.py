@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_deepr.conversion import adapting, sharing
+from lightning_deepr.conversion import adapting, sharing, tied
 from lightning_deepr.conversion.convert import convert
 from lightning_deepr.conversion.report import ConnectivityReport
 from lightning_deepr.conversion.selection import Candidate
@@ -114,6 +114,11 @@ def load_checked(module: nn.Module, state: Mapping[str, Any], checked: Mapping[s
             position = {candidate.name: int(state[head + "0.index"]) for head, candidate in entries.items()}
             if upon:
                 chosen = adapting.once(chosen)
+            else:
+                # a sparse file has a tied tensor under the first of its names alone
+                chosen = tied.as_one(module, chosen, is_free=lambda name: not _has(state, name))
+                others = {candidate.name: candidate.aliases for candidate in chosen if candidate.is_whole}
+                begun = {head: (found[0], *others.get(found[0], found[1:])) for head, found in begun.items()}
             chosen.sort(key=lambda candidate: position[candidate.name])
 
             def begin(candidate: Candidate, *args: Any, **options: Any) -> Any:
@@ -354,3 +359,9 @@ def rows_of(contents: Contents) -> list[dict[str, Any]]:
         }
         for name, entry in sorted(contents.record["sparse"].items(), key=lambda item: item[1]["index"])
     ]
+
+
+def _has(state: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a checkpoint has a weight under this name, dense or converted."""
+    owner, _, tensor_name = name.rpartition(".")
+    return name in state or join(owner, f"parametrizations.{tensor_name}.original") in state

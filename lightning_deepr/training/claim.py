@@ -13,7 +13,15 @@ from lightning_deepr.algorithm.steering import Steering, TurnoverTarget
 from lightning_deepr.conversion import adapting, connectivities, pruned, restrictions, sharing, tied
 from lightning_deepr.conversion.allocation import shares
 from lightning_deepr.conversion.convert import nothing_to_convert
-from lightning_deepr.conversion.selection import Candidate, candidates, entry_for, refuse_unknown, select, takes_what_is_usual
+from lightning_deepr.conversion.selection import (
+    Candidate,
+    candidates,
+    connectivity_of,
+    entry_for,
+    refuse_unknown,
+    select,
+    takes_what_is_usual,
+)
 from lightning_deepr.packages.messages import rank_zero_info, rank_zero_warn
 from lightning_deepr.training.adoption import adopt_rules, refuse_other_connectivity
 from lightning_deepr.training.schedules import is_steered
@@ -78,6 +86,8 @@ def _claim(callback: Method, module: nn.Module, connectivity: Any, watch: bool, 
         adapting.refuse_sparse(chosen)
         adapting.refuse_trained(chosen)
         chosen = adapting.once(chosen)
+    else:
+        chosen = tied.as_one(module, chosen, lambda candidate: connectivity_of(connectivity, candidate))
     entries: Entries = {
         c.name: (
             entry_for("l1", callback.l1, c),

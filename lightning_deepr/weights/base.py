@@ -124,6 +124,7 @@ class Parametrization(nn.Module):
     ranked = False  # whether newborns get their places by rank: a dense enough tensor that began in the order of its places
     is_simple_dense = False  # whether dense compute may leave out the parametrization, see compute/dense_linear.py
     adapts = False  # whether the connections are added to a frozen weight (conversion/adapt.py)
+    is_tied = False  # whether several layers hold the weight, which each of them builds (conversion/tied.py)
     is_block = False  # whether it is a block of a layer whose blocks lie on several ranks (conversion/row_blocks.py)
     replicated: Any = None  # who averages theta's gradient over the ranks beside FSDP (weights/replicated.py)
 

@@ -42,7 +42,9 @@ def outside(root: nn.Module) -> Outside:
         ValueError: two different tensors have one name without the prefixes of wrappers.
     """
     paths = paths_of(root)
-    converted = {join(path, one.tensor_name): one for one in converted_tensors(root) for path in paths.get(one.module, [])}
+    converted = {
+        join(path, one.tensor_name): one for one in converted_tensors(root, every=True) for path in paths.get(one.module, [])
+    }
     state = PlainState(root).values
     values: OrderedDict[str, Any] = OrderedDict()
     upon: dict[str, dict[str, Any]] = {}
