@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> None:
     command = commands.add_parser("list", help="list the models of the zoo")
     command.add_argument("pattern", nargs="?", default="*", help="shell wildcards, as in 'lenet300_100.*'")
     command.add_argument("--sort", choices=list(_ORDERS), default="name", help="the order (default: name; metric: best first)")
-    command.add_argument("--task", help="only models for image-classification or audio-classification")
+    command.add_argument("--task", help="only models for image-classification, audio-classification or text-generation")
     command.add_argument("--connectivity", type=float, metavar="SHARE", help="only models of at most this connectivity")
     command.add_argument("--max-bytes", type=int, metavar="N", help="only files of at most this size")
     command.add_argument("--json", action="store_true", help="print the records as JSON")

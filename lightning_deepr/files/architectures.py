@@ -54,6 +54,25 @@ ARCHITECTURES = {
             "dropout": (float, 0, 1),
         },
     ),
+    "char_transformer": Architecture(
+        "CharTransformer",
+        lambda net: {
+            "characters": net.characters.num_embeddings,
+            "width": net.characters.embedding_dim,
+            "layers": len(net.layers),
+            "heads": net.layers[0].attention.heads if len(net.layers) else 1,
+            "context": net.context,
+            "dropout": net.dropout.p,
+        },
+        {
+            "characters": (int, 1, 1 << 20),
+            "width": (int, 1, 1 << 16),
+            "layers": (int, 0, 64),
+            "heads": (int, 1, 1 << 10),
+            "context": (int, 1, 1 << 20),
+            "dropout": (float, 0, 1),
+        },
+    ),
 }
 
 
@@ -96,7 +115,10 @@ def build(name: str | None, arguments: Mapping[str, Any]) -> nn.Module:
             )
             raise FormatError(f"{name}: expected among its arguments {known or 'none'}, found {key[:80]} = {str(value)[:80]}.")
     with _EmptyIsMeta():
-        return ARCHITECTURES[name].kind()(**arguments)
+        try:
+            return ARCHITECTURES[name].kind()(**arguments)
+        except ValueError as error:  # each is within its limits, but they do not fit each other
+            raise FormatError(f"{name}: its arguments: {error}") from error
 
 
 class _EmptyIsMeta(TorchFunctionMode):

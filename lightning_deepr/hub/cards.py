@@ -30,8 +30,18 @@ The algorithm:
 _UNKNOWN, _WATTS = "not recorded", 10
 _SPARSE_FROM_THE_START = {"DeepR", "SET", "FixedRandom"}
 # the Hub's names of the tasks and of the data sets
-_TASKS = {"lenet300_100": "image-classification", "cifar10_cnn": "image-classification", "timit_blstm": "audio-classification"}
-DATA_SETS = {"mnist": "ylecun/mnist", "cifar-10": "uoft-cs/cifar10", "cifar10": "uoft-cs/cifar10"}
+_TASKS = {
+    "lenet300_100": "image-classification",
+    "cifar10_cnn": "image-classification",
+    "timit_blstm": "audio-classification",
+    "char_transformer": "text-generation",
+}
+DATA_SETS = {
+    "mnist": "ylecun/mnist",
+    "cifar-10": "uoft-cs/cifar10",
+    "cifar10": "uoft-cs/cifar10",
+    "tiny shakespeare": "karpathy/tiny_shakespeare",
+}
 
 
 def card(
@@ -300,6 +310,15 @@ _RAW = {
         "frames = zoo.predict(net, wave, rate=rate)  # the class of each 10 ms and its probability",
         "logits = net(net.preprocess(wave, rate)[None])  # the same by hand",
     ],
+    "text": [
+        "",
+        'text = "ROMEO:\\n"',
+        "print(zoo.predict(net, text))  # the next character and its probability",
+        "for _ in range(200):",
+        "    probabilities = net(net.preprocess(text)[None])[0, -1].softmax(0)  # by hand",
+        "    text += net.preprocess.classes[probabilities.multinomial(1)]",
+        "print(text)",
+    ],
 }
 
 
@@ -333,6 +352,12 @@ def _input(info: Mapping[str, Any]) -> str:
             "window, their deltas and delta-deltas, normalized by the mean and standard deviation of the training recordings. "
             "`net.preprocess(wave, rate)` does it, with `pip install 'lightning-deepr[timit]'`.",
         ]
+    elif kind == "text":
+        return (
+            f"- Raw: a text of these {len(given['classes'])} characters: `{json.dumps(''.join(given['classes']))}`.\n"
+            f"- The network takes int64 [batch, characters], at most {given['context']}: the numbers of the last characters. "
+            "`net.preprocess(text)` does it. It returns logits of the character after each."
+        )
     else:
         return ""
     if given.get("classes"):

@@ -13,7 +13,7 @@ from lightning_deepr.hub.cards import DATA_SETS, data_of, metrics, rounded
 
 FOLDER = ".eval_results"
 # The form asks for a task of the data set. These data sets define none, so it is their only configuration, by its name there.
-_TASKS = {"ylecun/mnist": "mnist", "uoft-cs/cifar10": "plain_text"}
+_TASKS = {"ylecun/mnist": "mnist", "uoft-cs/cifar10": "plain_text", "karpathy/tiny_shakespeare": "default"}
 
 
 def evaluations(info: Mapping[str, Any]) -> list[dict[str, Any]]:

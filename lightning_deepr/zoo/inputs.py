@@ -1,4 +1,4 @@
-"""How a model of the zoo wants its input: from a raw image or recording to what the network takes.
+"""How a model of the zoo wants its input: from a raw image, recording or text to what the network takes.
 
 A model's file records it as ``metadata["input"]``, a dict of numbers and names. Files that were written before this was
 recorded get it by the name of their data set. The arithmetic is that of the recipe's test set.
@@ -50,6 +50,7 @@ class ImageInput:
     values: str = "unit"
     classes: tuple[str, ...] = ()
     task: ClassVar[str] = "image-classification"  # the Hub's names
+    dtype: ClassVar[torch.dtype] = torch.float32  # of the network's input
 
     def __post_init__(self) -> None:
         channels = {"unit": (1, 3), "standardized": (3,)}.get(self.values, ())
@@ -173,6 +174,7 @@ class SpeechInput:
     classes: tuple[str, ...] = ()
     outputs: int = 60
     task: ClassVar[str] = "audio-classification"
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not all(math.isfinite(m) for m in self.mean) or not all(s > 0 for s in self.std):
@@ -208,13 +210,72 @@ class SpeechInput:
         return (found - torch.tensor(self.mean)) / torch.tensor(self.std)
 
 
-Input = ImageInput | SpeechInput
+@dataclass(frozen=True)
+class TextInput:
+    """Turn a text into the numbers of its characters, of which a network predicts the next one.
+
+    Args:
+        context: the largest number of characters that the network takes. The end of a longer text is taken.
+        classes: the characters, in the order of their numbers and of the network's outputs.
+
+    Example::
+
+        >>> TextInput(4, ("a", "b", "c"))("cabbac")
+        tensor([1, 1, 0, 2])
+    """
+
+    context: int
+    classes: tuple[str, ...]
+    task: ClassVar[str] = "text-generation"
+    dtype: ClassVar[torch.dtype] = torch.int64
+
+    def __post_init__(self) -> None:
+        if self.context < 1 or len(set(self.classes)) != len(self.classes) or any(len(one) != 1 for one in self.classes):
+            raise ValueError("input: expected a context of at least 1, and different single characters.")
+
+    @property
+    def shape(self) -> tuple[None]:
+        """The shape of one input of the network: characters (any number up to ``context``)."""
+        return (None,)
+
+    def __call__(self, text: Any) -> Tensor:
+        """Prepare one text.
+
+        Args:
+            text: a string of the characters in ``classes``.
+
+        Returns:
+            int64 [characters], at most ``context`` of them, the last ones. The network needs a batch: ``net(x[None])``.
+
+        Raises:
+            TypeError: ``text`` is no string.
+            ValueError: it is empty, or has a character that the network does not know.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"expected a text (a string), found {type(text).__name__}.")
+        if not text:
+            raise ValueError("expected a text of at least one character, found an empty one.")
+        numbers = {character: number for number, character in enumerate(self.classes)}
+        unknown = sorted(set(text) - numbers.keys())
+        if unknown:
+            raise ValueError(
+                f"expected a text of the characters {''.join(self.classes)!r}, found {', '.join(map(repr, unknown[:8]))}: "
+                "leave them out, or replace them."
+            )
+        return torch.tensor([numbers[character] for character in text[-self.context :]])
+
+
+Input = ImageInput | SpeechInput | TextInput
 
 _KNOWN: dict[str, Input] = {
     "MNIST": ImageInput(28, 28, 1, classes=DIGITS),
     "CIFAR-10": ImageInput(32, 32, 3, crop=24, values="standardized", classes=CIFAR10),
 }
-_KINDS: dict[str, type[ImageInput] | type[SpeechInput]] = {"image": ImageInput, "speech": SpeechInput}
+_KINDS: dict[str, type[ImageInput] | type[SpeechInput] | type[TextInput]] = {
+    "image": ImageInput,
+    "speech": SpeechInput,
+    "text": TextInput,
+}
 _ARCHITECTURES = {"lenet300_100": "MNIST", "cifar10_cnn": "CIFAR-10", "timit_blstm": "TIMIT sample"}
 
 
@@ -224,6 +285,10 @@ def known(data: str) -> Input | None:
         from lightning_deepr.recipes.timit_phones import PHONES39
 
         return SpeechInput(timit_statistics.MEAN, timit_statistics.STD, classes=PHONES39)
+    if data == "Tiny Shakespeare":
+        from lightning_deepr.recipes.text import CHARACTERS
+
+        return TextInput(64, tuple(CHARACTERS))
     return _KNOWN.get(data)
 
 

@@ -17,7 +17,7 @@ def list_models(
 
     Args:
         pattern: shell wildcards, as in ``"lenet300_100.*"`` or ``"*1pct*"``.
-        task: "image-classification" | "audio-classification"; None: all.
+        task: "image-classification" | "audio-classification" | "text-generation"; None: all.
         connectivity: the largest share of active connections among the potential ones, or the smallest and the largest one,
             as recorded in the files; None: all.
         max_bytes: the largest size of the file; None: all.

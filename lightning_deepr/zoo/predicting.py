@@ -1,4 +1,4 @@
-"""From a raw image or recording to the name of its class, in one line."""
+"""From a raw image, recording or text to the name of its class, in one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_deepr.zoo.inputs import SpeechInput
+from lightning_deepr.zoo.inputs import SpeechInput, TextInput
 from lightning_deepr.zoo.loading import load
 
 
@@ -28,11 +28,11 @@ class Prediction(NamedTuple):
 
 @torch.no_grad()
 def predict(model: nn.Module | str | PathLike[str], raw: Any, **options: Any) -> Any:
-    """Predict the class of a raw image, or of each 10 ms of a recording.
+    """Predict the class of a raw image, of each 10 ms of a recording, or the character that follows a text.
 
     Args:
         model: a network of :func:`lightning_deepr.zoo.load`, or a name or file that ``load`` takes.
-        raw: what ``model.preprocess`` takes: a PIL image, array or tensor, or a recording.
+        raw: what ``model.preprocess`` takes: a PIL image, array or tensor, a recording, or a text.
         options: arguments of ``model.preprocess``: ``rate``, of a recording.
 
     Returns:
@@ -65,6 +65,8 @@ def predict(model: nn.Module | str | PathLike[str], raw: Any, **options: Any) ->
         logits = net.eval()((x[None] if alone else x).to(device))
     finally:
         net.train(was_training)
+    if isinstance(prepare, TextInput):
+        logits = logits[:, -1]  # the character after the last one
     probabilities = logits.softmax(-1).cpu()
     if is_speech:
         from lightning_deepr.recipes.timit_phones import folding

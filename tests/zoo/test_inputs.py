@@ -18,9 +18,10 @@ from lightning_deepr import densify, zoo
 from lightning_deepr.recipes.cifar10 import CIFAR10DataModule
 from lightning_deepr.recipes.crops import Crops
 from lightning_deepr.recipes.digits import MNISTDataModule, embedded_digits
+from lightning_deepr.recipes.text import CHARACTERS, read
 from lightning_deepr.recipes.timit_phones import PHONES39
 from lightning_deepr.zoo import inputs
-from lightning_deepr.zoo.inputs import ImageInput, SpeechInput, input_of, recorded
+from lightning_deepr.zoo.inputs import ImageInput, SpeechInput, TextInput, input_of, recorded
 from lightning_deepr.zoo.waves import resample, samples_of
 from tests.helpers.made_up_timit import real_sample
 from tests.helpers.optional import Optional
@@ -29,7 +30,8 @@ Image = Optional("PIL.Image")
 
 DATA = os.environ.get("LIGHTNING_DEEPR_DATA", "")
 LENET, CNN, LSTM = "lenet300_100.deepr_1pct_mnist", "cifar10_cnn.deepr_2pct_cifar10", "timit_blstm.deepr_1pct_timit_sample"
-needs = pytest.mark.skipif(not DATA, reason="set LIGHTNING_DEEPR_DATA to a folder with MNIST and CIFAR-10")
+TRANSFORMER = "char_transformer.deepr_10pct_shakespeare"
+needs = pytest.mark.skipif(not DATA, reason="set LIGHTNING_DEEPR_DATA to a folder with MNIST, CIFAR-10 and tinyshakespeare")
 
 
 def picture(size: int = 32, seed: int = 0) -> Tensor:
@@ -44,7 +46,9 @@ def test_every_model_says_how_it_wants_its_input(model: str) -> None:
     net, record = zoo.load(model), zoo.info(model)
     assert recorded(net.preprocess) == record["input"]
     shape = [50 if size is None else size for size in net.preprocess.shape]
-    assert net(torch.zeros(2, *shape)).shape[-1] == (60 if record["input"]["kind"] == "speech" else len(net.preprocess.classes))
+    assert net(torch.zeros(2, *shape, dtype=net.preprocess.dtype)).shape[-1] == (
+        60 if record["input"]["kind"] == "speech" else len(net.preprocess.classes)
+    )
     assert input_of({"input": record["input"]}, None) == net.preprocess
 
 
@@ -236,6 +240,62 @@ def test_the_recorded_statistics_are_those_of_the_sample() -> None:
 
 
 # -- the recorded accuracy, from raw data -------------------------------------------------------------------------------------
+
+
+# -- texts --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_becomes_numbers_and_the_next_character() -> None:
+    net = zoo.load(TRANSFORMER)
+    x = net.preprocess("ROMEO:")
+    assert x.tolist() == [CHARACTERS.index(one) for one in "ROMEO:"] and x.dtype is torch.int64
+    long = "to be, or not to be: " * 10
+    assert torch.equal(net.preprocess(long), net.preprocess(long[-64:])) and len(net.preprocess(long)) == 64
+    found = zoo.predict(net, "Now is the winter of our disconten")
+    with torch.no_grad():
+        logits = net(net.preprocess("Now is the winter of our disconten")[None])[0, -1]
+    assert found.number == int(logits.argmax()) and found.label == CHARACTERS[found.number] == "t"
+    assert found.probability == pytest.approx(float(logits.softmax(0).max()))
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [
+        ("", ValueError, "at least one character, found an empty one"),
+        ("Zo\u00eb 7", ValueError, "found '7', '\u00eb': leave them out"),
+        (b"bytes", TypeError, "a string.*found bytes"),
+        (["a", "b"], TypeError, "a string.*found list"),
+        (torch.zeros(3), TypeError, "a string.*found Tensor"),
+    ],
+)
+def test_texts_that_do_not_fit_are_refused(text: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        zoo.predict(TRANSFORMER, text)
+
+
+def test_a_record_of_a_text_that_can_not_be_is_none() -> None:
+    good = recorded(TextInput(8, ("a", "b")))
+    assert input_of({"input": good}, None) == TextInput(8, ("a", "b"))
+    for wrong in ({"context": 0}, {"classes": ["a", "a"]}, {"classes": ["ab"]}):
+        with pytest.warns(UserWarning, match="can't be read"):
+            assert input_of({"input": {**good, **wrong}}, None) is None
+
+
+@pytest.mark.slow
+@needs
+@pytest.mark.parametrize("model", zoo.list_models(task="text-generation"))
+def test_the_recorded_accuracy_from_raw_text(model: str) -> None:
+    """Each window of the test text, as a string: the network's characters against those that follow."""
+    net, text = zoo.load(model), read(DATA)
+    part = text[int(0.95 * len(text)) :]
+    size = net.preprocess.context
+    windows = range((len(part) - 1) // size)
+    x = torch.stack([net.preprocess(part[i * size : (i + 1) * size]) for i in windows])
+    y = torch.stack([net.preprocess(part[i * size + 1 : (i + 1) * size + 1]) for i in windows])
+    with torch.no_grad():
+        right = sum(int((net(a).argmax(-1) == b).sum()) for a, b in zip(x.split(64), y.split(64), strict=True))
+    metric = zoo.info(model)["metrics"]["test_accuracy"]
+    assert y.numel() == metric["examples"] and abs(right - metric["correct"]) <= 1
 
 
 @pytest.mark.slow
