@@ -37,6 +37,7 @@ ORDER = [
     "recipes",
     "zoo",
     "commands",
+    "__main__",
     "__init__",
 ]
 

@@ -44,7 +44,7 @@ def list_models(
     found = {name: info(name) for name in registry.list_models() if name in here}
     tasks = sorted({str(one["task"]) for one in found.values() if "task" in one})
     if task is not None and task not in tasks:
-        raise ValueError(f"task: expected {' or '.join(tasks)}, found {task!r}.")
+        raise ValueError(f"task: expected {' or '.join([', '.join(tasks[:-1]), tasks[-1]])}, found {task!r}.")
     return [
         name
         for name in names

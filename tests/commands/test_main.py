@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lightning_deepr
 from lightning_deepr.commands.main import main
 from lightning_deepr.models import LeNet300100
 from lightning_deepr.recipes.loggers import wandb_mode
@@ -27,6 +28,13 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         main(list(arguments))
     assert stopped.value.code not in (0, None)
     return f"{stopped.value.code}\n{capsys.readouterr().err}"
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    done = run("--version", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.strip().endswith(lightning_deepr.__version__)
+    done = run("trian", cwd=tmp_path)
+    assert done.returncode == 2 and "lightning-deepr: " in done.stderr and "Traceback" not in done.stderr
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Return the output and the exit status."""
     return subprocess.run(
-        [sys.executable, "-m", "lightning_deepr.commands.main", *arguments],
+        [sys.executable, "-m", "lightning_deepr", *arguments],
         cwd=cwd,
         env={**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": "", **environment},
         capture_output=True,

@@ -169,14 +169,16 @@ def test_another_record_is_none_and_the_file_loads(record: Any, told: str | None
 
 def test_lists_by_task_connectivity_and_bytes() -> None:
     everything = zoo.list_models()
-    by_task = [zoo.list_models(task=task) for task in ("image-classification", "audio-classification")]
-    assert sorted([*by_task[0], *by_task[1]]) == sorted(everything) and all(by_task)
+    by_task = [zoo.list_models(task=task) for task in ("image-classification", "audio-classification", "text-generation")]
+    assert sorted(name for names in by_task for name in names) == sorted(everything) and all(by_task)
     few = zoo.list_models(connectivity=0.011)
     assert few and all(zoo.info(name)["connectivity"]["connectivity"] <= 0.011 for name in few)
     between = zoo.list_models("lenet*", connectivity=(0.05, 0.2))
     assert {name.split("_")[2] for name in between} >= {"5pct", "10pct"} and not set(between) & set(few)
     assert all(zoo.info(name)["bytes"] <= 30_000 for name in zoo.list_models(max_bytes=30_000))
-    with pytest.raises(ValueError, match="task: expected audio-classification or image-classification, found 'text'"):
+    with pytest.raises(
+        ValueError, match="expected audio-classification, image-classification or text-generation, found 'text'"
+    ):
         zoo.list_models(task="text")
     for bad in (1.5, (0.5, 0.1), float("nan")):
         with pytest.raises(ValueError, match="connectivity: expected a share"):
