@@ -115,7 +115,7 @@ def levels() -> int:
     """Count the folders of the longest chain of imports."""
     between: dict[str, set[str]] = {name: set() for name in ORDER}
     for a, targets in imports().items():
-        if folder(a) != "__init__":
+        if folder(a) not in ("__main__", "__init__"):
             between[folder(a)] |= {folder(b) for b in targets if ORDER.index(folder(b)) < ORDER.index(folder(a))}
 
     @cache
