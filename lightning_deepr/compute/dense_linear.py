@@ -63,7 +63,8 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlo
     if not are_readable(theta, slots.signs, slots.places):
         return None
     gate.check_values(theta, slots)
-    if narrow is None and slots.in_place_order and (bias is None or bias.is_contiguous()):
+    is_small = x.numel() < full.MANY * slots.columns
+    if is_small and narrow is None and slots.in_place_order and (bias is None or bias.is_contiguous()):
         bits = _sign_bits(slots)
         if torch.is_grad_enabled():
             product: Tensor = _FullLinear.apply(x, theta, bias, slots.signs, slots.places, slots, bits)

@@ -19,6 +19,7 @@ from lightning_deepr.kernels.cpu.fields import FullArguments, FullPhase, filler
 
 NEAR = 1 << 20  # the most bytes of an input, or of its gradient, for the kernels: it has to stay in a core's own cache
 BLOCK, ROWS = 1 << 21, 256  # bytes and rows of a block that torch multiplies: of a smaller one it would be slower
+MANY = 1024  # rows of an input from which on a weight that is built once costs less than blocks
 LEAST = 6  # rows of an input, of a weight: the kernels compute so many together
 _SMALL = 1 << 18  # multiplications for each further thread
 
