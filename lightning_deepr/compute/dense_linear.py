@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
+from lightning_deepr.compute import full
 from lightning_deepr.compute.dense import (
     LARGE,
     NARROW,
@@ -62,6 +63,13 @@ def quick_linear(x: Tensor, theta: Tensor, bias: Tensor | None, slots: SparseSlo
     if not are_readable(theta, slots.signs, slots.places):
         return None
     gate.check_values(theta, slots)
+    is_small = x.numel() < full.MANY * slots.columns
+    if is_small and narrow is None and slots.in_place_order and (bias is None or bias.is_contiguous()):
+        bits = _sign_bits(slots)
+        if torch.is_grad_enabled():
+            product: Tensor = _FullLinear.apply(x, theta, bias, slots.signs, slots.places, slots, bits)
+            return product
+        return _full_product(x, theta, bias, bits, slots.shape)
     if torch.is_grad_enabled():
         y: Tensor = _DenseLinear.apply(x, theta, bias, slots.signs, slots.places, slots, slots.in_place_order, narrow)
         return y
@@ -138,6 +146,57 @@ class _DenseLinear(torch.autograd.Function):
             dtheta, finite = _read(gradient, signs, places, ctx.in_order)
             gate.note_finite(ctx.slots, dtheta if finite else None)
         return dx, dtheta, dbias, None, None, None, None, None
+
+
+def _sign_bits(slots: SparseSlots) -> Tensor:
+    """Return the signs of a weight with connections at all places as bits. They are made anew if the signs are others."""
+    signs, known = slots.signs, vars(slots).get("_sign_bits")
+    mark = 0 if signs.is_inference() else signs._version, signs.data_ptr()
+    if known is None or known[0] is not signs or known[1] != mark:
+        known = vars(slots)["_sign_bits"] = signs, mark, full.sign_bits(signs, *slots.shape)
+    bits: Tensor = known[2]
+    return bits
+
+
+def _full_product(x: Tensor, theta: Tensor, bias: Tensor | None, bits: Tensor, shape: torch.Size) -> Tensor:
+    rows, columns = shape
+    y = full.forward(x.reshape(-1, columns).contiguous(), theta.detach(), bias, bits, rows, columns)
+    return y.view(*x.shape[:-1], rows)
+
+
+class _FullLinear(torch.autograd.Function):
+    """The layer with a connection at every place: no weight is built."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, theta: Tensor, bias: Tensor | None, signs: Tensor, places: Tensor, slots: SparseSlots, bits: Tensor
+    ) -> Tensor:
+        gate.note_finite(slots, None)  # lets go of the last gradient's memory
+        ctx.save_for_backward(x, theta, signs, places)
+        ctx.bits, ctx.shape, ctx.slots = bits, slots.shape, slots
+        return _full_product(x, theta, bias, bits, slots.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        x, theta, signs, places = ctx.saved_tensors
+        need, (rows, columns) = ctx.needs_input_grad, ctx.shape
+        dx = dtheta = dbias = None
+        across, before = dy.reshape(-1, rows), x.reshape(-1, columns)
+        if need[2]:
+            dbias = across.sum(0)
+        if torch.is_grad_enabled():  # create_graph=True: all in operators that can be differentiated again
+            if need[0]:
+                dx = across.mm(build_weight(theta, signs, places, ctx.shape)).view(x.shape)
+            if need[1]:
+                dtheta = across.t().mm(before).view(-1).index_select(0, places) * signs
+            return dx, dtheta, dbias, None, None, None, None
+        across = across.contiguous()
+        if need[1]:
+            dtheta, finite = full.backward_theta(across, before.contiguous(), theta, ctx.bits, rows, columns)
+            gate.note_finite(ctx.slots, dtheta if finite else None)
+        if need[0]:
+            dx = full.backward_input(across, theta, ctx.bits, rows, columns).view(x.shape)
+        return dx, dtheta, dbias, None, None, None, None
 
 
 def _read(gradient: Tensor, signs: Tensor, places: Tensor, in_order: bool) -> tuple[Tensor, bool]:

@@ -30,6 +30,7 @@ _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 # what the gate compares of each tensor; mapped over several, they take a third of the time of the same calls in Python
 _ADDRESS, _COUNT, _IS_CONTIGUOUS, _DTYPE = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous, attrgetter("dtype")
 TENSORS = attrgetter("places", "born", "signs", "exceptions")
+LARGE = 1 << 18  # from this number of values on, a theta that a kernel has found to be finite is not read again before the step
 PLACES_COUNT = 5  # where K, as the places have it, stands among what was compared
 _wide = torch.int64
 
@@ -162,6 +163,19 @@ def is_finite(slots: Any, gradient: Tensor) -> bool:
     known, version = record
     same = known.data_ptr() == gradient.data_ptr() and known.numel() == gradient.numel()
     return same and gradient._version == version
+
+
+def note_finite_thetas(tensors: Sequence[Any], thetas: Sequence[Tensor], finite: Sequence[int]) -> None:
+    """Record which large thetas a kernel has found to be finite, as they are now."""
+    for slots, theta, fine in zip(tensors, thetas, finite, strict=True):
+        if (count := theta.numel()) >= LARGE:
+            vars(slots)["finite_theta"] = (theta._version, theta.data_ptr(), count) if fine else None
+
+
+def is_finite_theta(slots: Any, theta: Tensor) -> bool:
+    """Tell whether a kernel has found this theta to be finite, unwritten since (a write by ``.data`` is not seen)."""
+    record = slots.finite_theta
+    return record is not None and record == (theta._version, theta.data_ptr(), theta.numel())
 
 
 def check_places(slots: Slots) -> None:

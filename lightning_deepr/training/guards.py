@@ -257,14 +257,15 @@ def was_skipped(optimizer: Optimizer) -> bool:
 
 def refuse_non_finite(tensors: Sequence[TrackedTensor], gradients: bool) -> None:
     """Stop before a step if a theta or a gradient is not finite. The message names the tensor and the step."""
-    values: list[torch.Tensor] = [t.converted.theta for t in tensors]
-    if gradients:
-        for t, theta in zip(tensors, tuple(values), strict=True):
-            gradient, slots = theta.grad, t.converted.slots
-            # what the kernel of the backward pass has seen is not read again
-            if gradient is not None and (slots.finite_gradient is None or not gate.is_finite(slots, gradient)):
-                values.append(gradient)
-    if kernels.all_finite(values):
+    values: list[torch.Tensor] = []
+    for t in tensors:  # what the kernels of the last step and of the backward pass have seen is not read again
+        theta, slots = t.converted.theta, t.converted.slots
+        if slots.finite_theta is None or not gate.is_finite_theta(slots, theta):
+            values.append(theta)
+        gradient = theta.grad if gradients else None
+        if gradient is not None and (slots.finite_gradient is None or not gate.is_finite(slots, gradient)):
+            values.append(gradient)
+    if not values or kernels.all_finite(values):
         return
     looked = [("theta", t, t.slots.own(t.theta.detach())) for t in tensors]
     if gradients:

@@ -138,6 +138,7 @@ class Parametrization(nn.Module):
     passed: Any = None  # what the gate has compared, see kernels/gate.py
     trusted: Any = None  # the places that it knows to be valid
     finite_gradient: Any = None  # the gradient that a kernel found to be finite
+    finite_theta: tuple[int, int, int] | None = None  # version, address and size of the theta that a kernel found to be finite
 
     def __init__(
         self,

@@ -1,4 +1,7 @@
-"""Dense compute of a linear layer in one node: F.linear with the built weight, bit for bit, in memory that is used again."""
+"""Dense compute of a linear layer in one node: F.linear with the built weight, bit for bit, in memory that is used again.
+
+With a connection at every place the weight is never built (:mod:`tests.compute.test_full`): then it is equal up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -50,16 +53,21 @@ INPUTS: dict[str, Callable[[], Tensor]] = {
 @pytest.mark.parametrize("density", [0.3, 0.6, 1.0])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_equals_the_built_weight_bit_for_bit(kind: str, density: float, bias: bool) -> None:
+    def same(a: Tensor, b: Tensor) -> bool:
+        numbers = a.nan_to_num(), b.nan_to_num()
+        equal = torch.equal(*numbers) if density < 1 else torch.allclose(*numbers, rtol=1e-5, atol=1e-4)
+        return equal and torch.equal(a.isnan(), b.isnan())
+
     layer = layer_of(density, bias=bias)
     x = INPUTS[kind]().requires_grad_()
     y, expected = layer(x), linear(x, layer.weight.clone(), layer.bias)
     for dy in (torch.randn_like(y), torch.ones(()).expand_as(y)):
         mine = gradients(layer, x, y, dy.contiguous() if dy.dim() else dy)
         for a, b in zip([y, *mine], [expected, *gradients(layer, x, expected, dy)], strict=True):
-            assert torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+            assert same(a, b)
         y, expected = layer(x), linear(x, layer.weight.clone(), layer.bias)
     with torch.no_grad():
-        assert torch.equal(layer(x).nan_to_num(), expected.nan_to_num())
+        assert same(layer(x), expected)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["own dtype", "autocast"])

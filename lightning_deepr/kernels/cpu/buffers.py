@@ -60,6 +60,14 @@ def scratch(size: int, like: Tensor) -> tuple[int, Any]:
         return _of_thread.scratch  # type: ignore[no-any-return]
 
 
+def room(size: int, like: Tensor) -> tuple[int, Any]:
+    """Do what :func:`scratch` does; larger ones are kept, too (:func:`kept`), for callers that need the same in every step."""
+    if size <= _SCRATCH:
+        return scratch(size, like)
+    found = kept((-(-size // like.element_size()),), like)
+    return found.data_ptr(), found
+
+
 # by type and number of values; a buffer is in use while a tensor refers to its array
 _kept: dict[tuple[torch.dtype, int], list[np.ndarray]] = {}
 KEPT_FROM, KEPT_IN_ALL = 1 << 16, 1 << 28  # bytes: smaller buffers come from the C library, and so do those beyond the sum

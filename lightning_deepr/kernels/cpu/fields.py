@@ -65,6 +65,7 @@ class CpuRow(Fields):
     REBORN = len(Row)  # address of the numbers of the reborn slots
     REBORN_COUNT = auto()
     NEWBORN_DEATHS = auto()
+    FINITE = auto()  # the answer: 1 if all of theta is finite
     SIZE = auto()  # bytes of a float of theta
     ROWS = auto()
     COLUMNS = auto()
@@ -395,6 +396,38 @@ class TokenPhase(Fields):
     GATHER = auto()
     MULTIPLY = auto()
     REDUCE = auto()
+
+
+class FullArguments(Fields):
+    """The arguments of a linear layer with connections at all places (:mod:`.full`)."""
+
+    TASK = auto()
+    WORKER = auto()
+    PHASE = auto()
+    BATCH = auto()
+    TILES = auto()  # of the batch
+    ROWS = auto()
+    COLUMNS = auto()
+    X = auto()
+    XT = auto()  # address of x in another layout
+    Y = auto()  # y, or its gradient
+    THETA = auto()
+    BITS = auto()  # address of the signs: a bit for each place
+    BITS_ROW = auto()  # bytes from the signs of a row to those of the next
+    BIAS = auto()
+    DX = auto()
+    DTHETA = auto()
+    SCRATCH = auto()  # address of the panels of the first worker
+    SCRATCH_BYTES = auto()  # of each worker
+    NOT_FINITE = auto()  # set to 1 if a number of dtheta is not finite
+
+
+class FullPhase(Fields):
+    """The part of such a layer that a call computes."""
+
+    ALL = auto()  # one thread does everything in one call
+    LAYOUT = auto()
+    MULTIPLY = auto()
 
 
 class ConvArguments(Fields):

@@ -224,8 +224,12 @@ else:
 
 
 @intrinsic(prefer_literal=True)
-def subtract_from_64(typingctx: Any, address: Any, less: Any, size: Any) -> Any:
-    """Subtract ``less`` from 64 floats at an address, and return a word whose bit i tells whether the i-th is then below 0."""
+def subtract_from_64(typingctx: Any, address: Any, less: Any, marks: Any, size: Any) -> Any:
+    """Subtract ``less`` from 64 floats at an address, and return a word whose bit i tells whether the i-th is then below 0.
+
+    Args:
+        marks: the address of 64 floats that become NaN where one of the floats is not finite.
+    """
     value_type, kind = _scalar(size.literal_value)
     count, align = 64, size.literal_value
 
@@ -237,24 +241,31 @@ def subtract_from_64(typingctx: Any, address: Any, less: Any, size: Any) -> Any:
         every = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), mask)
         found = builder.fsub(builder.load(where, align=align), every)
         builder.store(found, where, align=align)
-        below = builder.fcmp_ordered("<", found, ir.Constant(vector, [0.0] * count))
-        return builder.bitcast(below, _INT64)
+        return _below_zero(builder, found, args[2], align)
 
-    return types.int64(types.int64, kind, size), codegen
+    return types.int64(types.int64, kind, types.int64, size), codegen
+
+
+def _below_zero(builder: Any, found: Any, marks: Any, align: int) -> Any:
+    zero = ir.Constant(found.type, [0.0] * found.type.count)
+    at = builder.inttoptr(marks, found.type.as_pointer())
+    times = builder.fmul(found, zero, flags=("contract",))
+    builder.store(builder.fadd(times, builder.load(at, align=align), flags=("contract",)), at, align=align)
+    return builder.bitcast(builder.fcmp_ordered("<", found, zero), _INT64)
 
 
 @intrinsic(prefer_literal=True)
-def negative_of_64(typingctx: Any, address: Any, size: Any) -> Any:
-    """Return a word whose bit i tells whether the i-th of 64 floats at an address is below 0."""
+def negative_of_64(typingctx: Any, address: Any, marks: Any, size: Any) -> Any:
+    """Return a word whose bit i tells whether the i-th of 64 floats at an address is below 0. See :func:`subtract_from_64`."""
     value_type, _ = _scalar(size.literal_value)
     count, align = 64, size.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         vector = ir.VectorType(value_type, count)
         found = builder.load(builder.inttoptr(args[0], vector.as_pointer()), align=align)
-        return builder.bitcast(builder.fcmp_ordered("<", found, ir.Constant(vector, [0.0] * count)), _INT64)
+        return _below_zero(builder, found, args[1], align)
 
-    return types.int64(types.int64, size), codegen
+    return types.int64(types.int64, types.int64, size), codegen
 
 
 @intrinsic

@@ -14,12 +14,15 @@ connections or over all lines, never over the connections of each line:
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 from typing import Any
 
+import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import carray, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from lightning_deepr.kernels.cpu.fields import ROW_WORDS, CpuRow, Row
@@ -88,6 +91,57 @@ def _move(builder: Any, source: Any, shift: Any) -> Any:
     return values
 
 
+def _compresses() -> bool:
+    """Tell whether this CPU moves the chosen lanes of a vector together in one instruction (AVX-512)."""
+    machine = platform.machine().lower() in ("x86_64", "amd64")
+    return machine and bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+
+
+COMPRESSES = _compresses()
+
+
+@intrinsic
+def drop_dead_of_block(typingctx: Any, other: Any, slots: Any, reborn: Any, to: Any) -> Any:
+    """Move the connections of a block that have stayed to the front of another one, and return a bit for each that has.
+
+    Args:
+        other, slots: the addresses of ``BLOCK`` entries each.
+        reborn: the address of a bit per slot.
+        to: how many bytes the place for them is before these entries. What comes after them there has any value.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector, bits = ir.VectorType(_INT32, BLOCK), ir.VectorType(ir.IntType(1), BLOCK)
+        wide = ir.VectorType(ir.IntType(64), BLOCK)
+
+        def all_of(value: int, kind: Any = vector) -> Any:
+            return ir.Constant(kind, [value] * BLOCK)
+
+        def load(address: Any) -> Any:
+            return builder.load(builder.inttoptr(address, vector.as_pointer()), align=4)
+
+        slot, across = load(args[1]), load(args[0])
+        number = builder.and_(slot, all_of(0x7FFFFFFF))
+        undefined = ir.Constant(wide, ir.Undefined)
+        base = builder.shuffle_vector(builder.insert_element(undefined, args[2], ir.Constant(_INT32, 0)), undefined, all_of(0))
+        offset = builder.shl(builder.zext(builder.lshr(number, all_of(5)), wide), all_of(2, wide))
+        pointers = builder.inttoptr(builder.add(base, offset), ir.VectorType(_INT32.as_pointer(), BLOCK))
+        kind = ir.FunctionType(vector, [pointers.type, _INT32, bits, vector])
+        gather = cgutils.get_or_insert_function(builder.module, kind, f"llvm.masked.gather.v{BLOCK}i32.v{BLOCK}p0i32")
+        every = ir.Constant(bits, [1] * BLOCK)
+        words = builder.call(gather, [pointers, ir.Constant(_INT32, 4), every, all_of(0)])
+        dead = builder.and_(builder.lshr(words, builder.and_(number, all_of(31))), all_of(1))
+        stays = builder.icmp_signed("==", dead, all_of(0))
+        kind = ir.FunctionType(vector, [vector, vector, bits])
+        compress = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.mask.compress.v16i32")
+        for address, value in ((args[0], across), (args[1], slot)):
+            where = builder.inttoptr(builder.sub(address, args[3]), vector.as_pointer())
+            builder.store(builder.call(compress, [value, all_of(0), stays]), where, align=4)
+        return builder.zext(builder.bitcast(stays, ir.IntType(BLOCK)), ir.IntType(64))
+
+    return types.int64(types.int64, types.int64, types.int64, types.int64), codegen
+
+
 @njit
 def drop_dead(other: int, slots: int, count: int, reborn: int, stayed: int, before: int) -> int:
     """Close the gaps between the connections that have stayed, and return their number.
@@ -106,6 +160,14 @@ def drop_dead(other: int, slots: int, count: int, reborn: int, stayed: int, befo
         first = piece << 6
         store_int32(before + 4 * piece, np.int32(written))
         bits = np.int64(0)
+        if COMPRESSES and first + 64 <= count:
+            for i in range(0, 64, BLOCK):
+                at = first + i
+                stay = drop_dead_of_block(other + 4 * at, slots + 4 * at, reborn, 4 * (at - written))
+                bits |= stay << i
+                written += count_bits(stay)
+            store_int64(stayed + 8 * piece, bits)
+            continue
         for i in range(min(64, count - first)):
             slot = load_int32(slots + 4 * (first + i))
             number = slot & SLOT

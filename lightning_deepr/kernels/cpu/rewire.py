@@ -68,7 +68,7 @@ BIRTH, NOISE_STREAM = np.uint64(randomness.BIRTH), np.uint64(randomness.NOISE)
 START_PLACES = np.uint64(randomness.START_PLACES)
 SLOT = 0x7FFFFFFF
 SIGN_BIT = np.uint64(1 << 63)
-BATCH_BYTES, NOISE_BYTES, ROW_BYTES = 256, 8 * BLOCK, 8 * ROW_WORDS  # of arrays on the stack
+BATCH_BYTES, NOISE_BYTES, ROW_BYTES, MARKS_BYTES = 256, 8 * BLOCK, 8 * ROW_WORDS, 512  # of arrays on the stack
 LISTED = room.LISTED  # places whose hashes are computed together
 LISTED_BYTES, HASH_BYTES = 4 * LISTED, 8 * LISTED
 ALL, SPAN = np.uint64(randomness.WORD), 2.0**64
@@ -554,7 +554,7 @@ def rewire_kernel(size: int) -> Kernel:
     def rewire(a: int) -> None:
         tensors, table = load_int64(a + 8 * A.TENSORS), load_int64(a + 8 * A.TABLE)
         step, seed = load_int64(a + 8 * A.STEP), load_int64(a + 8 * A.SEED)
-        working = False
+        working, marks_at = False, stack_space(MARKS_BYTES)
         while True:
             if working:
                 fetch_add(a + 8 * A.FINISHED, 1)
@@ -584,17 +584,20 @@ def rewire_kernel(size: int) -> Kernel:
                     for k in range(length):
                         values[first + k] += real(noise[k] * scale)
             reborn = np.int64(0)
+            for i in range(64):
+                store_float(marks_at + i * size, 0.0, size)
             for first in range(0, count, 64):  # L1 and the search in one pass over the memory
                 at = theta + first * size
                 if first + 64 <= count and less == 0:
-                    below = negative_of_64(at, size)  # without a write to memory
+                    below = negative_of_64(at, marks_at, size)  # without a write to memory
                 elif first + 64 <= count:
-                    below = subtract_from_64(at, less, size)
+                    below = subtract_from_64(at, less, marks_at, size)
                 else:
                     below = np.int64(0)
                     for k in range(count - first):
                         value = load_float(at + k * size, size) - less
                         store_float(at + k * size, value, size)
+                        store_float(marks_at, load_float(marks_at, size) + value * 0.0, size)
                         below |= np.int64(value < 0) << k
                 while below != 0:
                     k = first + trailing_zeros(below)
@@ -604,6 +607,10 @@ def rewire_kernel(size: int) -> Kernel:
                         continue
                     store_int64(dormant_at + reborn * 8, k)
                     reborn += 1
+            fine = np.int64(1)
+            for i in range(64):
+                fine &= np.int64(load_float(marks_at + i * size, size) == 0)
+            store_int64(t + 8 * CpuRow.FINITE, fine)
             if rewires == 0:
                 continue
             store_int64(t + 8 * CpuRow.REBORN_COUNT, reborn)

@@ -89,7 +89,7 @@ class Table:
         self.numbers = self.fields.view(np.float64)
         # the kernel writes the numbers of the reborn slots here; pages that are never written take no memory
         self.reborn = [torch.empty(t.places.numel(), dtype=torch.int64, device="cpu") for t in tensors]
-        self.results = self.fields.T[CpuRow.REBORN_COUNT : CpuRow.NEWBORN_DEATHS + 1]
+        self.results = self.fields.T[CpuRow.REBORN_COUNT : CpuRow.FINITE + 1]
         self.work = 0
         # working memory of the kernels: kept between steps only if it is small
         self.fits = self.ordered = False  # whether the sizes of the working memory are known; whether any tensor has an order
@@ -171,7 +171,9 @@ class Table:
             self.scratch_at = begin
             self.fields[:, CpuRow.SCRATCH] = self.starts + begin
         rewire.rewire_kernel(self.size)(arguments, threads)
-        counts, newborns = self.results.tolist()
+        counts, newborns, finite = self.results.tolist()
+        if self.work >= gate.LARGE:
+            gate.note_finite_thetas(self.tensors, thetas, finite)
         if self.wide:
             give_back()
         if any(counts):

@@ -254,12 +254,12 @@ def tile_of(size: int, features: int, backward: bool = False) -> tuple[int, int]
         features: the number of rows of the block that the connections visit: columns of the weight, backward its rows.
         backward: whether the block is for the backward kernel.
     """
-    length, vectors = (64, 8 if backward else 4) if _has_long_vectors() else (32, 4)
+    length, vectors = (64, 8 if backward else 4) if has_long_vectors() else (32, 4)
     while vectors > 1 and features * vectors * length > NEAR:
         vectors //= 2
     return length // size, vectors
 
 
 @cache
-def _has_long_vectors() -> bool:
+def has_long_vectors() -> bool:
     return bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
