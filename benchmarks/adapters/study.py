@@ -26,6 +26,7 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "rigl": ("RigL", {}),
     "deepr": ("DeepR", {}),
     "tuned": ("DeepR", {}),  # see :func:`rewiring`
+    "plain": ("FixedRandom", {"signs": "free", "lr_scale": 1.0}),  # SHiRA, for layers that PEFT's does not take
 }
 NAMES = {
     "deepr": "**`DeepR`**", "tuned": "`DeepR`, tuned further",
@@ -153,6 +154,8 @@ def rewiring(arm: str, net: nn.Module, optimizer: Any, steps: int, seed: int) ->
     if arm not in SPARSE:
         return None
     kind, own = SPARSE[arm]
+    if arm in ("set", "rigl"):  # as often in a short training as in one of 2,000 steps: their default is every 100
+        own = {"rewire_every_n_steps": max(1, steps // 20)}
     if arm == "tuned":
         own = {"lr_scale": {one.name: one.slots.places_per_connection**0.75 for one in converted_tensors(net)}}
     return getattr(lightning_deepr, kind)(seed=seed, **own).attach(net, optimizer, total_steps=steps)
