@@ -57,8 +57,8 @@ class Study:
 
     Attributes:
         results: the csv, with the columns "accuracy", "old" and "trained".
-        rates: {optimizer: {kind of arm: learning rates}}; the kinds are "lora" (also SHiRA), "full" (also the head),
-            "tuned" and "sparse".
+        rates: {optimizer: {arm or kind of arms: learning rates}}. Without rates of their own, SHiRA takes those of "lora", the
+            head those of "full", and the others those of "sparse".
         seeds: those of the tests. Tuning has seed 0.
     """
 
@@ -67,8 +67,10 @@ class Study:
     seeds: Sequence[int]
 
     def rates_of(self, cell: Cell) -> Sequence[float]:
-        kinds = {"lora": "lora", "shira": "lora", "full": "full", "head": "full", "tuned": "tuned"}
-        return self.rates[cell.optimizer][kinds.get(cell.arm, "sparse")]
+        rates = self.rates[cell.optimizer]
+        if cell.arm in rates:
+            return rates[cell.arm]
+        return rates[{"shira": "lora", "head": "full"}.get(cell.arm, "sparse")]
 
     def run(self, cells: Sequence[Cell], train: Callable[..., dict[str, Any]], workers: int, *arguments: Any) -> None:
         """Run what the csv does not have: every learning rate of every cell, then the tests with the best of each."""
