@@ -12,8 +12,8 @@ lines to learn, 600 for validation, 1,500 for the test.
 
 Every arm but the last two trains as many values as LoRA of rank 2 on all linear layers of the six encoder layers: 82,944.
 3 epochs of batches of 32 under AdamW with a cosine schedule and bfloat16 autocast; the new layer's own learning rate is 1e-2 in
-every arm. Three learning rates at seed 0 (one for the new layer alone), of which the best on validation lines is taken; then
-the seeds are tested once.
+every arm. Three learning rates at seed 0 (one for the new layer alone), each for one epoch, of which the best on validation
+lines is taken; then the seeds are tested once.
 """
 
 from __future__ import annotations
@@ -150,12 +150,13 @@ def train(job: Job, root: str) -> dict[str, Any]:
     groups: list[Any] = [{"params": net.head.parameters(), "lr": HEAD_RATE}]
     groups += [{"params": own, "lr": settings["lr"]}] if own else []
     optimizer = getattr(torch.optim, settings["optimizer"])(groups)
-    steps = EPOCHS * (SIZES["train"] // BATCH)
+    epochs = EPOCHS if job.split == "test" else 1
+    steps = epochs * (SIZES["train"] // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     handle = rewiring(arm, net, optimizer, steps, job.seed)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         net.train()
-        for chosen in torch.randperm(SIZES["train"])[: steps // EPOCHS * BATCH].split(BATCH):
+        for chosen in torch.randperm(SIZES["train"])[: steps // epochs * BATCH].split(BATCH):
             ids, mask, labels = batch(parts["train"], chosen)
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
