@@ -106,7 +106,9 @@ def test_what_the_wheel_has(built: dict[str, Path]) -> None:
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "lightning_deepr").rglob("*.py")}
     assert code <= names and "lightning_deepr/py.typed" in names
     models = {name.rpartition("/")[2] for name in names if name.endswith(".safetensors")}
-    assert models == {entry.filename for entry in zoo.ENTRIES if entry.in_wheel}
+    assert models == {entry.filename for entry in zoo.ENTRIES if entry.in_wheel} | {
+        f"{one}.safetensors" for one in zoo.list_adapters()
+    }
     assert {f"lightning_deepr/recipes/data/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")} <= names
     assert {name.split("/")[0] for name in names} == {"lightning_deepr", f"lightning_deepr-{__version__}.dist-info"}
     assert any(name.endswith("LICENSE") for name in names)

@@ -26,6 +26,7 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "rigl": ("RigL", {}),
     "deepr": ("DeepR", {}),
     "tuned": ("DeepR", {}),  # see :func:`rewiring`
+    "plain": ("FixedRandom", {"signs": "free", "lr_scale": 1.0}),  # SHiRA, for layers that PEFT's does not take
 }
 NAMES = {
     "deepr": "**`DeepR`**", "tuned": "`DeepR`, tuned further",
@@ -56,8 +57,8 @@ class Study:
 
     Attributes:
         results: the csv, with the columns "accuracy", "old" and "trained".
-        rates: {optimizer: {kind of arm: learning rates}}; the kinds are "lora" (also SHiRA), "full" (also the head),
-            "tuned" and "sparse".
+        rates: {optimizer: {arm or kind of arms: learning rates}}. Without rates of their own, SHiRA takes those of "lora", the
+            head those of "full", and the others those of "sparse".
         seeds: those of the tests. Tuning has seed 0.
     """
 
@@ -66,8 +67,10 @@ class Study:
     seeds: Sequence[int]
 
     def rates_of(self, cell: Cell) -> Sequence[float]:
-        kinds = {"lora": "lora", "shira": "lora", "full": "full", "head": "full", "tuned": "tuned"}
-        return self.rates[cell.optimizer][kinds.get(cell.arm, "sparse")]
+        rates = self.rates[cell.optimizer]
+        if cell.arm in rates:
+            return rates[cell.arm]
+        return rates[{"shira": "lora", "head": "full"}.get(cell.arm, "sparse")]
 
     def run(self, cells: Sequence[Cell], train: Callable[..., dict[str, Any]], workers: int, *arguments: Any) -> None:
         """Run what the csv does not have: every learning rate of every cell, then the tests with the best of each."""
@@ -153,6 +156,8 @@ def rewiring(arm: str, net: nn.Module, optimizer: Any, steps: int, seed: int) ->
     if arm not in SPARSE:
         return None
     kind, own = SPARSE[arm]
+    if arm in ("set", "rigl"):  # as often in a short training as in one of 2,000 steps: their default is every 100
+        own = {"rewire_every_n_steps": max(1, steps // 20)}
     if arm == "tuned":
         own = {"lr_scale": {one.name: one.slots.places_per_connection**0.75 for one in converted_tensors(net)}}
     return getattr(lightning_deepr, kind)(seed=seed, **own).attach(net, optimizer, total_steps=steps)

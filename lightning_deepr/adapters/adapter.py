@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -36,7 +38,12 @@ class Adapter:
         return sum(found.places.numel() for found in self.tensors.values())
 
     def scaled(self, scale: float) -> Adapter:
-        """Multiply all values of the difference. What was trained beside it stays as it is."""
+        """Multiply all values of the difference. What was trained beside it stays as it is.
+
+        Raises:
+            TypeError, ValueError: ``scale`` is no finite number.
+        """
+        check_number("scale", scale)
         return Adapter(
             {name: with_values(found, found.values * scale) for name, found in self.tensors.items()}, self.digests, self.others
         )
@@ -143,6 +150,14 @@ def with_values(found: Connections, values: Tensor) -> Connections:
     return found._replace(values=values, exceptions=exceptions)
 
 
+def check_number(what: str, value: object) -> None:
+    """Refuse what is no finite number: a scale of nan would make all weights nan."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{what}: expected a number, found {value!r}.")
+    if not math.isfinite(value):
+        raise ValueError(f"{what}: expected a finite number, found {value}.")
+
+
 def average(adapters: Mapping[Adapter, float]) -> Adapter:
     """Average adapters of one network: the weighted sum of the differences.
 
@@ -153,11 +168,20 @@ def average(adapters: Mapping[Adapter, float]) -> Adapter:
         adapters: {adapter: its weight}; weights of 1 / n are the mean.
 
     Raises:
-        ValueError: there is none, they belong to different networks, or what was trained beside them differs in names.
+        TypeError: a weight is no number.
+        ValueError: there is none, they belong to different networks, what was trained beside them differs in names, a weight is
+            not finite, or they add up to 0 while tensors were trained beside the differences.
     """
     listed = list(adapters)
+    for weight in adapters.values():
+        check_number("average: weight", weight)
     if not listed:
         raise ValueError("average: expected at least one adapter, found none.")
+    if not sum(adapters.values()) and any(value.is_floating_point() for value in listed[0].others.values()):
+        raise ValueError(
+            f"average: `{min(listed[0].others)}` was trained beside the differences and is averaged by the weights' shares: "
+            "expected weights whose sum is not 0, found a sum of 0."
+        )
     digests: dict[str, str] = {}
     for one in listed:
         for name, digest in one.digests.items():

@@ -7,7 +7,7 @@ from os import PathLike
 
 from torch import Tensor, nn
 
-from lightning_deepr.adapters.adapter import Adapter, adapter_of, average
+from lightning_deepr.adapters.adapter import Adapter, adapter_of, average, check_number
 from lightning_deepr.adapters.file import read_adapter
 from lightning_deepr.adapters.installing import beside, detach, exchange, fit, write
 from lightning_deepr.weights.find import converted_tensors
@@ -67,8 +67,11 @@ class Adapters:
             overwrite: whether to replace an adapter of this name.
 
         Raises:
+            TypeError: the name is no text.
             ValueError: there is an adapter of this name, the network has none, or the adapter belongs to other weights.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a text, found {name!r}.")
         if name in self._adapters and not overwrite:
             raise ValueError(f"There is an adapter {name!r} already: expected another name, or overwrite=True.")
         if name == self.active and adapter is not None:
@@ -94,9 +97,11 @@ class Adapters:
 
         Raises:
             KeyError: there is no such adapter.
+            TypeError, ValueError: the scale is no finite number.
             RuntimeError: the present adapter has been trained since it was added, a callback is at work on it, or the
                 network's own values of what was trained beside an adapter are not known.
         """
+        check_number("scale", scale)
         wanted = None if name is None else self[name]
         unknown = self._lost - (set() if wanted is None else wanted.others.keys())
         if unknown:
@@ -137,7 +142,11 @@ class Adapters:
             name: the new name.
             weights: {name: weight}.
         """
-        self.add(name, average({self[one]: weight for one, weight in weights.items()}))
+        found: dict[Adapter, float] = {}
+        for one, weight in weights.items():
+            check_number("average: weight", weight)
+            found[self[one]] = found.get(self[one], 0) + weight  # two names may hold one adapter
+        self.add(name, average(found))
 
     def remove(self, name: str) -> None:
         """Forget an adapter. If it is in use, the network goes on by itself."""

@@ -155,10 +155,14 @@ def _refuse_quantized(root: nn.Module, found: Sequence[Candidate], target_module
 def _quantized(root: nn.Module) -> Iterable[tuple[str, str]]:
     for module, paths in paths_of(root).items():
         library = type(module).__module__
-        if library.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")) and hasattr(module, "weight"):
-            yield join(paths[0], "weight"), type(module).__name__
+        if library.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+            if hasattr(module, "weight"):
+                yield join(paths[0], "weight"), type(module).__name__
+            elif any("weight" in name for name in (*vars(module), *module._modules)):  # recurrent layers pack several
+                yield paths[0], type(module).__name__
         for name, value in (*module._parameters.items(), *module._buffers.items()):
-            if value is None or "weight" not in name or value.dim() < 2:
+            # a parameter of integers is one whatever its name (HQQ's is W_q); buffers may hold indices
+            if value is None or value.dim() < 2 or ("weight" not in name and name not in module._parameters):
                 continue
             if not value.is_floating_point() and not value.is_complex() and value.dtype is not torch.bool:
                 yield join(paths[0], name), str(value.dtype)

@@ -17,6 +17,7 @@ from lightning_deepr._lazy import lazy
 if TYPE_CHECKING:
     from lightning_deepr.files.checkpoint import save_sparse as save
     from lightning_deepr.files.gaps import FormatError
+    from lightning_deepr.zoo.adapters import list_adapters, load_adapter
     from lightning_deepr.zoo.listing import list_models
     from lightning_deepr.zoo.loading import connections_of, info, load, path_of
     from lightning_deepr.zoo.predicting import Prediction, predict
@@ -32,8 +33,10 @@ __all__ = [
     "Verification",
     "connections_of",
     "info",
+    "list_adapters",
     "list_models",
     "load",
+    "load_adapter",
     "path_of",
     "predict",
     "publish",
@@ -47,6 +50,7 @@ __getattr__, __dir__ = lazy(
     {
         **dict.fromkeys(("ENTRIES", "Entry"), "lightning_deepr.zoo.registry"),
         "list_models": "lightning_deepr.zoo.listing",
+        **dict.fromkeys(("list_adapters", "load_adapter"), "lightning_deepr.zoo.adapters"),
         **dict.fromkeys(("Prediction", "predict"), "lightning_deepr.zoo.predicting"),
         "FormatError": "lightning_deepr.files.gaps",
         **dict.fromkeys(("Verification", "verify"), "lightning_deepr.zoo.verification"),

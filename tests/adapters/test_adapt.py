@@ -304,6 +304,18 @@ def four_bits() -> nn.Module:
     return net
 
 
+def named_otherwise() -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 3))
+    del net[0].weight
+    net[0].W_q = nn.Parameter(torch.zeros(6, 1, dtype=torch.uint8), requires_grad=False)  # as HQQ names them
+    return net
+
+
+def recurrent() -> nn.Module:
+    net = nn.Sequential(nn.LSTM(4, 3))
+    return torch.ao.quantization.quantize_dynamic(net, {nn.LSTM}, dtype=torch.qint8)  # type: ignore[no-any-return]
+
+
 class PackedParameter(nn.Parameter):
     pass
 
@@ -340,6 +352,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "int8": (quantized, {}, r"`0.weight` is quantized \(torch.int8\)"),
     "int8, named": (quantized, {"target_modules": ["0"]}, r"`0.weight` is quantized"),
     "4 bits": (four_bits, {}, r"`0.weight` is quantized \(torch.uint8\)"),
+    "4 bits, another name": (named_otherwise, {}, r"`0.W_q` is quantized \(torch.uint8\)"),
+    "int8, recurrent": (recurrent, {}, r"`0` is quantized \(LSTM\)"),
     "8-bit floats": (eight_bits, {}, r"`0.weight`: expected a plain weight.*float8_e4m3fn"),
     "a subclass": (wrapped, {}, r"`0.weight`: expected a plain weight.*a Subclass"),
     "meta": (lambda: plain().to("meta"), {}, r"`0.weight` is on the meta device.*Load them first"),
@@ -372,9 +386,10 @@ def test_the_callback_refuses_the_same() -> None:
         DeepR(3, trainable=["biases"])
 
 
-def test_some_quantized_layers_are_left_out_aloud() -> None:
-    net = nn.Sequential(nn.Linear(5, 4), quantized())
-    with pytest.warns(UserWarning, match=r"Quantized layers are not adapted: `1.0.weight`"):
+@pytest.mark.parametrize(("make", "name"), [(quantized, "1.0.weight"), (named_otherwise, "1.0.W_q"), (recurrent, "1.0")])
+def test_some_quantized_layers_are_left_out_aloud(make: Callable[[], nn.Module], name: str) -> None:
+    net = nn.Sequential(nn.Linear(5, 4), make())
+    with pytest.warns(UserWarning, match=rf"Quantized layers are not adapted: `{name}` "):
         adapt(net, 3)
     assert [one.name for one in converted_tensors(net)] == ["0.weight"]
 

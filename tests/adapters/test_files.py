@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import re
 import sys
 import warnings
@@ -211,6 +212,39 @@ def test_places_that_agree_are_averaged(tmp_path: Path) -> None:
     mean = average({one: 0.5, two: 0.5})
     assert mean.count == one.count
     torch.testing.assert_close(mean.tensors["0.weight"].values, 2 * one.tensors["0.weight"].values)
+
+
+def test_two_names_of_one_adapter_are_averaged_as_two() -> None:
+    bank = Adapters(trained(adapt(network(), 0.1)))
+    bank.add("one")
+    bank.add("two", bank["one"])
+    bank.average("mean", {"one": 0.25, "two": 0.5})
+    values = bank["one"].tensors["0.weight"].values
+    torch.testing.assert_close(bank["mean"].tensors["0.weight"].values, 0.75 * values)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "half", None, True])
+def test_numbers_that_are_none_are_refused(value: Any) -> None:
+    """A scale of nan would make every weight nan, and nobody would be told."""
+    bank = Adapters(trained(adapt(network(), 0.1)))
+    bank.add("one")
+    before = weights(bank.net)
+    for call in (
+        lambda: bank.use("one", value), lambda: bank["one"].scaled(value), lambda: bank.average("mean", {"one": value}),
+        lambda: average({bank["one"]: value}),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=r"(scale|average: weight): expected a (finite )?number, found"):
+            call()
+    assert list(bank) == ["one"] and all(torch.equal(one, before[name]) for name, one in weights(bank.net).items())
+    with pytest.raises(TypeError, match="name: expected a text"):
+        bank.add(value if not isinstance(value, str) else 3)
+
+
+def test_a_difference_of_adapters_with_a_head_has_no_mean_head() -> None:
+    net = adapt(network(), 0.1, trainable=["biases"])
+    one, two = adapter_of(trained(copy.deepcopy(net))), adapter_of(trained(copy.deepcopy(net), seed=2))
+    with pytest.raises(ValueError, match=r"average: `0.bias` was trained beside.*expected weights whose sum is not 0"):
+        average({one: 1.0, two: -1.0})
 
 
 def test_an_adapter_that_was_trained_is_not_lost() -> None:

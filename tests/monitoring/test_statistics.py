@@ -24,6 +24,7 @@ from lightning_deepr import (
     RigL,
     SoftDeepR,
     SparseLinear,
+    adapt,
     connections,
     connectivity_report,
     sparsify,
@@ -203,6 +204,28 @@ def test_every_statistic_equals_a_slow_count_over_a_recorded_training(backend: s
     net = sparsify(network(), 0.1, seed=0)
     recorded = Recorded(DeepR(log_statistics="all", l1=0.05), net, STEPS, looks=(120, STEPS))
     agree(recorded.looks[STEPS], expected(recorded, 120, STEPS))
+
+
+@pytest.mark.parametrize("method", ["DeepR", "SET"])
+def test_the_same_for_a_difference_to_frozen_weights(method: str) -> None:
+    """theta, ages and places are those of the difference; the frozen weights do not count."""
+    if method == "DeepR":
+        callback: Any = DeepR(log_statistics="all", l1=0.05)
+    else:
+        callback = SET(log_statistics="all", rewire_every_n_steps=5, rewire_until=None)
+    recorded = Recorded(callback, adapt(network(), 0.1, seed=0), STEPS, looks=(120, STEPS))
+    moved = [set(recorded.places[0][c.name].tolist()) - set(recorded.places[-1][c.name].tolist()) for c in recorded.tensors]
+    assert all(moved)
+    found = {f"deepr/{key.partition('/')[2]}": value for key, value in recorded.looks[STEPS].items()}
+    wanted = expected(recorded, 120, STEPS)
+    for key in ("units_without_input", "units_without_output", "connections_to_nowhere"):
+        wanted[f"deepr/{key}"] = 0  # every unit has its frozen weights
+    if method == "SET":  # it has no alpha, and a newborn is as old as the last update
+        absent = {key for key in wanted if key.endswith("/alpha")}
+        others = {key for key in wanted if key.rpartition("/")[2] in ("newborn_deaths", "mature_deaths", "newborns")}
+        assert others <= found.keys()
+        wanted, found = ({k: v for k, v in one.items() if k not in absent | others} for one in (wanted, found))
+    agree(found, wanted)
 
 
 def test_one_k_for_the_network() -> None:
