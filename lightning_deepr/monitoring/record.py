@@ -16,7 +16,7 @@ from lightning_deepr.kernels.cpu.fields import NotesWords
 from lightning_deepr.weights.k_slots import KSlots
 
 BINS = 64  # lifetimes 1, 2, 3-4, 5-8, ...: the last step of bin b is 2 ** b
-PLACES_PER_CONNECTION = 1024  # of a tensor with more places, a sample of so many is watched
+PLACES_PER_CONNECTION = 64  # of a tensor with more places, a sample of so many is watched: 8 bytes per connection, as a place
 ALWAYS_ALL = 1 << 20  # places of a tensor that are watched in any case
 _TRIED = int(NotesWords.TRIED)
 
@@ -35,8 +35,8 @@ def stride_of(total: int, count: int, columns: int) -> int:
 class TensorRecord:
     """The notes about one tensor. The backends of the step write them (:mod:`lightning_deepr.training.backends`).
 
-    They take one bit for each place of a tensor of up to 2^20 places or 1024 K places. Of a larger one, every so-manieth
-    place is watched, which is at most 128 bytes per connection.
+    They take one bit for each place of a tensor of up to 2^20 places or 64 K places. Of a larger one, every so-manieth place is
+    watched, which is at most 8 bytes per connection.
 
     Args:
         slots: the tensor's slots.
