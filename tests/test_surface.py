@@ -39,7 +39,7 @@ PUBLIC = {
     },
     "lightning_deepr.zoo": {
         *("list_models", "info", "load", "save", "publish", "verify", "connections_of", "path_of"),
-        *("ENTRIES", "Entry", "FormatError", "Prediction", "Verification", "predict"),
+        *("ENTRIES", "Entry", "FormatError", "Prediction", "Verification", "predict", "list_adapters", "load_adapter"),
     },
     "lightning_deepr.hub": {
         *("download", "load", "publish", "revision_of", "load_adapter", "publish_adapter"),

@@ -35,8 +35,8 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("lenet300_100.deepr_1pct_mnist", "cce65219145a8d2662766dff75ff05b12c280053a232f5de40c9ac13ecb90a5f"),
     Entry("lenet300_100.deepr_2pct_mnist", "d17ec7b3781d18465ccb43d333420cb623ee68ffb713c3008650aa9180d0e5b3"),
     Entry("lenet300_100.deepr_5pct_mnist", "cecc154fa66f9f6f5c6c6313c18f504a289bc7a45b753af0f6a33944d12ba649"),
-    Entry("lenet300_100.deepr_10pct_mnist", "5445af45fe0152fe25f37311e8100aa3a6edc39e1646cefed659fa5e78015bdf"),
-    Entry("lenet300_100.deepr_20pct_mnist", "dc344c68c768c94095b3730adb2e4d6a195c0cb0db30248c6da046241918cd8f"),
+    Entry("lenet300_100.deepr_10pct_mnist", "059a62b1270aa8adb11ccdc5f9d04c3b56542153f7aed32d7dbf292ac0a5030f"),
+    Entry("lenet300_100.deepr_20pct_mnist", "fe3843cf8c00d859bc6c50d4bf5369f5e0bd4cc9ea0bbcf1b078cb9f4939ed4d"),
     Entry("lenet300_100.soft_deepr_1pct_mnist", "22fb3a365ecb2c18abc4d72278bb58e3f113fc837124ce70fae70e6665950ae9"),
     Entry("lenet300_100.soft_deepr_5pct_mnist", "651576fc0e3b3ea71122443a5de3dbb54fa221ace36b1c3a1947f2be6dce5bf9"),
     Entry("cifar10_cnn.deepr_2pct_cifar10", "0e9a7c6c416d99cf7d62acc240e0e22246c9a04b795ca0b30f844c2937af7f6c"),
@@ -45,10 +45,15 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "cifar10_cnn.deepr_20pct_cifar10", "695997f42585a091f6e135330f0fa3bfc5034ba6310e419d4149a7ed73479cd5", in_wheel=False
     ),  # .9 MB: the wheel stays under 5 MB
-    Entry("timit_blstm.deepr_1pct_timit_sample", "7eefb70dfce8d227813dd8bbae197c27734a8dbdecc3f00cd17912327576e9b9"),
-    Entry("timit_blstm.deepr_2pct_timit_sample", "5701a0efa8e867bc904b0b123d792a023d7f3f050d6355b96ff804c4932d4448"),
-    Entry("timit_blstm.deepr_5pct_timit_sample", "0fa3b7bd742ea6abac7ba105bf61261a24c2ff014a7819ce90b4a061ac73f09c"),
-    Entry("timit_blstm.deepr_10pct_timit_sample", "2d70d33ba18f2721b692a103d21718bbe179b3066b9cb826ab0a46b1cba53ea9"),
+    Entry("timit_blstm.deepr_1pct_timit_sample", "1badff3db1116557ca06ede9cca2fae71224fec637203da67997d4ae39a8aa86"),
+    Entry("timit_blstm.deepr_2pct_timit_sample", "b47c9bb8bf249654ad03311741e1ce37aeba3193a8975d95a207834f22cff5de"),
+    Entry("timit_blstm.deepr_5pct_timit_sample", "79cc35af87187377b568d84624079b8278658f9fa15577111ab079abc3369959"),
+    Entry("timit_blstm.deepr_10pct_timit_sample", "419b9bc96414cd50495546898a6a34142e9a9969a92e2ab9b456e4de9b6fedd6"),
+    Entry(
+        "char_transformer.deepr_10pct_shakespeare",
+        "ebd3972e71402162004ccaed441fc135984c6063c9572467d4599ed1a6701ec1",
+        in_wheel=False,
+    ),
 )
 
 
