@@ -305,7 +305,7 @@ def test_the_list_sorts_and_fits_a_terminal(capsys: pytest.CaptureFixture[str]) 
         assert found == sorted(found) and len(set(found)) > 5
     few = listed("--task", "audio-classification", "--connectivity", "0.03", "--sort", "bytes")
     assert [one["name"] for one in few] == zoo.list_models(task="audio-classification", connectivity=0.03)
-    with pytest.raises(SystemExit, match="zoo list: task: expected audio-classification or image-classification"):
+    with pytest.raises(SystemExit, match="zoo list: task: expected audio-classification, image-classification or text"):
         command_line.main(["zoo", "list", "--task", "text"])
     with pytest.raises(SystemExit):
         command_line.main(["zoo", "list", "--sort", "colour"])
