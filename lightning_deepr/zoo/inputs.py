@@ -276,6 +276,7 @@ _KINDS: dict[str, type[ImageInput] | type[SpeechInput] | type[TextInput]] = {
     "speech": SpeechInput,
     "text": TextInput,
 }
+TASKS = frozenset(kind.task for kind in _KINDS.values())
 _ARCHITECTURES = {"lenet300_100": "MNIST", "cifar10_cnn": "CIFAR-10", "timit_blstm": "TIMIT sample"}
 
 

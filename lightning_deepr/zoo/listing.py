@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_deepr.zoo import loading, registry
+from lightning_deepr.zoo import inputs, loading, registry
 from lightning_deepr.zoo.loading import info
 
 
@@ -23,7 +23,7 @@ def list_models(
         max_bytes: the largest size of the file; None: all.
 
     Raises:
-        ValueError: no model has that task (the message lists those that there are), or a bound is none.
+        ValueError: there is no such task (the message lists those that there are), or a bound is none.
 
     Example::
 
@@ -42,7 +42,7 @@ def list_models(
     if max_bytes is not None and max_bytes < 1:
         raise ValueError(f"max_bytes: expected a number of bytes from 1, found {max_bytes}.")
     found = {name: info(name) for name in registry.list_models() if name in here}
-    tasks = sorted({str(one["task"]) for one in found.values() if "task" in one})
+    tasks = sorted(inputs.TASKS)  # of some the wheel may have no model
     if task is not None and task not in tasks:
         raise ValueError(f"task: expected {' or '.join([', '.join(tasks[:-1]), tasks[-1]])}, found {task!r}.")
     return [

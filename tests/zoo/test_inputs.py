@@ -20,7 +20,7 @@ from lightning_deepr.recipes.crops import Crops
 from lightning_deepr.recipes.digits import MNISTDataModule, embedded_digits
 from lightning_deepr.recipes.text import CHARACTERS, read
 from lightning_deepr.recipes.timit_phones import PHONES39
-from lightning_deepr.zoo import inputs
+from lightning_deepr.zoo import inputs, registry
 from lightning_deepr.zoo.inputs import ImageInput, SpeechInput, TextInput, input_of, recorded
 from lightning_deepr.zoo.waves import resample, samples_of
 from tests.helpers.made_up_timit import real_sample
@@ -183,6 +183,11 @@ def test_lists_by_task_connectivity_and_bytes() -> None:
     for bad in (1.5, (0.5, 0.1), float("nan")):
         with pytest.raises(ValueError, match="connectivity: expected a share"):
             zoo.list_models(connectivity=bad)  # type: ignore[arg-type]
+
+
+def test_a_task_whose_models_are_not_in_the_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "ENTRIES", tuple(entry for entry in registry.ENTRIES if entry.in_wheel))
+    assert zoo.list_models(task="text-generation") == [] and zoo.list_models(task="audio-classification")
 
 
 # -- recordings ---------------------------------------------------------------------------------------------------------------
