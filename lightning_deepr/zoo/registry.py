@@ -51,7 +51,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("timit_blstm.deepr_10pct_timit_sample", "419b9bc96414cd50495546898a6a34142e9a9969a92e2ab9b456e4de9b6fedd6"),
     Entry(
         "char_transformer.deepr_10pct_shakespeare",
-        "ebd3972e71402162004ccaed441fc135984c6063c9572467d4599ed1a6701ec1",
+        "43af79374ba71587a81797b8dcc8c1ddbceee2f6ace7119c2d9cdc8202c6959a",
         in_wheel=False,
     ),
 )
