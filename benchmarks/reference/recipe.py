@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_deepr import DeepR, LinearDecay, TurnoverTarget, connectivity_report, save_sparse
+from lightning_deepr import DeepR, LinearDecay, SoftDeepR, TurnoverTarget, connectivity_report, save_sparse
 from lightning_deepr.models import LeNet300100
 from lightning_deepr.recipes.batches import Batches
 from lightning_deepr.recipes.digits import MNISTDataModule
@@ -55,14 +55,17 @@ TRIALS: dict[str, dict[str, Any]] = {
 }
 
 
-ZOO = "recipe"  # the settings of the zoo's models
-MODELS = {
-    "lenet300_100.deepr_1pct_mnist": 0.01,
-    "lenet300_100.deepr_5pct_mnist": 0.05,
-    "lenet300_100.deepr_2pct_mnist": 0.02,
-    "lenet300_100.deepr_0p5pct_mnist": 0.005,
-    "lenet300_100.deepr_10pct_mnist": 0.1,
-    "lenet300_100.deepr_20pct_mnist": 0.2,
+ZOO = TRIALS["recipe"]  # the settings of the zoo's models
+SOFT = {"optimizer": "SGD", "lr": 0.4, "batch": 10, "l1": 5e-4, "temperature": 1e-9, "lr_scale": 1.0}  # l1 stays as it is
+MODELS: dict[str, tuple[int, dict[str, Any]]] = {  # what to aim at, and the settings
+    "lenet300_100.deepr_1pct_mnist": (2_662, ZOO),
+    "lenet300_100.deepr_5pct_mnist": (13_310, ZOO),
+    "lenet300_100.deepr_2pct_mnist": (5_324, ZOO),
+    "lenet300_100.deepr_0p5pct_mnist": (1_331, ZOO),
+    "lenet300_100.deepr_10pct_mnist": (26_620, ZOO),
+    "lenet300_100.deepr_20pct_mnist": (53_240, ZOO),
+    "lenet300_100.soft_deepr_1pct_mnist": (1_750, SOFT),
+    "lenet300_100.soft_deepr_5pct_mnist": (11_000, SOFT),
 }
 
 
@@ -74,20 +77,19 @@ def jobs(trials: list[str], connectivities: list[float]) -> list[Job]:
     ]
 
 
-def trained(
-    connectivity: float, seed: int, settings: dict[str, Any], images: Tensor, labels: Tensor
-) -> tuple[nn.Module, float]:
+def trained(count: int, seed: int, settings: dict[str, Any], images: Tensor, labels: Tensor) -> tuple[nn.Module, float]:
     """Train once, and return the network and the CPU seconds of the training."""
     settings = dict(settings)
     kind, lr, batch_size = getattr(torch.optim, settings.pop("optimizer")), settings.pop("lr"), settings.pop("batch")
     probability, until = settings.pop("shift_probability"), settings.pop("shift_until")
-    if isinstance(settings.get("l1"), float):
+    method: Any = SoftDeepR if "temperature" in settings else DeepR
+    if method is DeepR and isinstance(settings.get("l1"), float):
         settings["l1"] = LinearDecay(settings["l1"])
     if "turnover" in settings:
         settings["l1"] = TurnoverTarget(settings.pop("turnover"))
     torch.manual_seed(seed)
     net = LeNet300100()
-    callback = DeepR(round(connectivity * TOTAL), distribution="deepr", seed=seed, **settings)
+    callback = method(count, distribution="deepr", seed=seed, **settings)
     callback.prepare(net)
     optimizer = kind(net.parameters(), lr=lr)
     batches = Batches(
@@ -112,7 +114,8 @@ def trained(
 def run(job: Job, root: str) -> dict[str, Any]:
     """Train once, and test on the validation images once at the end."""
     images, labels, _, _ = MNISTDataModule(root).load()
-    net, seconds = trained(job.connectivity, job.seed, json.loads(job.settings), images[:-10_000], labels[:-10_000])
+    count = round(job.connectivity * TOTAL)
+    net, seconds = trained(count, job.seed, json.loads(job.settings), images[:-10_000], labels[:-10_000])
     with torch.no_grad():
         found = torch.cat([net(x).argmax(1) == y for x, y in Batches(images[-10_000:], labels[-10_000:], 1000)])
     return {
@@ -123,13 +126,14 @@ def run(job: Job, root: str) -> dict[str, Any]:
     }
 
 
-def keep(name: str, connectivity: float, seed: int, root: str, folder: Path) -> str:
+def keep(name: str, seed: int, root: str, folder: Path) -> str:
     """Train a model of the zoo on all 60,000 images, and keep it and its CPU seconds."""
     quiet()
     file, spent = (folder / f"{name}_{seed}.{ending}" for ending in ("safetensors", "cpu_seconds.txt"))
     if not file.is_file():
         images, labels, _, _ = MNISTDataModule(root).load()
-        net, seconds = trained(connectivity, seed, {**SHIFTS, **TRIALS[ZOO]}, images, labels)
+        count, settings = MODELS[name]
+        net, seconds = trained(count, seed, {**SHIFTS, **settings}, images, labels)
         folder.mkdir(parents=True, exist_ok=True)
         spent.write_text(f"{seconds:.1f}\n")
         save_sparse(net, file)
@@ -160,7 +164,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.zoo is not None:
         with ProcessPoolExecutor(options.workers) as pool:
-            todo = [(name, MODELS[name], seed, options.root, options.zoo) for name in options.models for seed in range(3)]
+            todo = [(name, seed, options.root, options.zoo) for name in options.models for seed in range(3)]
             for said in pool.map(keep, *zip(*todo, strict=True)):
                 print(said, flush=True)
         return
