@@ -44,7 +44,8 @@ def on_config(config: Any) -> Any:
     for entry in config.nav:
         if "Zoo" in entry:
             cards = sorted((ROOT / "zoo" / "cards").glob("*.md"))
-            entry["Zoo"] = [{"All models": "zoo/README.md"}, *({card.stem: f"zoo/cards/{card.name}"} for card in cards)]
+            pages = [{"All models": "zoo/README.md"}, {"Adapters": "zoo/adapters/README.md"}]
+            entry["Zoo"] = [*pages, *({card.stem: f"zoo/cards/{card.name}"} for card in cards)]
     return config
 
 

@@ -38,7 +38,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("lenet300_100.deepr_10pct_mnist", "059a62b1270aa8adb11ccdc5f9d04c3b56542153f7aed32d7dbf292ac0a5030f"),
     Entry("lenet300_100.deepr_20pct_mnist", "fe3843cf8c00d859bc6c50d4bf5369f5e0bd4cc9ea0bbcf1b078cb9f4939ed4d"),
     Entry("lenet300_100.soft_deepr_1pct_mnist", "60fceb619a5968ea010310c0aa70f576ba8d6105587d98f03b4fff65f353d2d6"),
-    Entry("lenet300_100.soft_deepr_5pct_mnist", "651576fc0e3b3ea71122443a5de3dbb54fa221ace36b1c3a1947f2be6dce5bf9"),
+    Entry("lenet300_100.soft_deepr_5pct_mnist", "6caf0593cb7ccf968000b4755ca0183656a97fbad695fdae73ac8b3d50b7156d"),
     Entry("cifar10_cnn.deepr_2pct_cifar10", "0e9a7c6c416d99cf7d62acc240e0e22246c9a04b795ca0b30f844c2937af7f6c"),
     Entry("cifar10_cnn.deepr_5pct_cifar10", "67c02fb4813d44eb16eab5662b59f4edcfa5cd7d4292ecd3623cd004ea17318c"),
     Entry("cifar10_cnn.deepr_10pct_cifar10", "f11d73cf97d49534a534681c694d353c673d1e6087526b61c8225a7fa6b3e373"),
