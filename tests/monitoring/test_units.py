@@ -180,13 +180,6 @@ def small_models() -> list[str]:
 SHAPES = {"lenet300_100": (16, 1, 28, 28), "cifar10_cnn": (4, 3, 24, 24), "timit_blstm": (2, 20, 39)}
 
 
-def an_input(name: str) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    if name.startswith("char_transformer"):
-        return torch.randint(65, (2, 64), generator=generator)
-    return torch.randn(SHAPES[name.split(".")[0]], generator=generator, dtype=torch.float64)
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -196,14 +189,18 @@ def an_input(name: str) -> Tensor:
 )
 def test_every_model_of_the_zoo(name: str) -> None:
     net = zoo.load(name).double()
-    x = an_input(name)
+    if name.startswith("char_transformer"):  # its forward looks at the length of the text
+        with pytest.raises(ValueError, match="the forward of CharTransformer can't be followed"):
+            prune_dead_units(net)
+        return
+    x = torch.randn(SHAPES[name.split(".")[0]], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wanted = net(x)
     cut_off = dead_units(net).total["dead"]
     report = prune_dead_units(net)
     assert float((net(x) - wanted).detach().abs().max()) < 1e-6
     assert 0 <= report.units <= cut_off
     net = net.float()
-    assert (net(x.float() if x.is_floating_point() else x) - wanted).detach().abs().max() < 1e-5 * wanted.abs().max()
+    assert (net(x.float()) - wanted).detach().abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_dead_units_equal_a_slow_walk() -> None:
