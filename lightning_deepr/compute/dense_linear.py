@@ -7,6 +7,7 @@ system, which fills new ones with zeros, page by page.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -105,6 +106,25 @@ def _weight(
     return weight
 
 
+def _in_operators(
+    across: Tensor, x: Tensor, theta: Tensor, signs: Tensor, places: Tensor, shape: torch.Size, narrow: torch.dtype | None,
+    need: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Compute the gradients of x and theta for ``create_graph=True``, in operators that can be differentiated again.
+
+    Args:
+        across: dy as [B, rows].
+        need: whether x and theta need a gradient.
+    """
+    dx = dtheta = None
+    if need[0]:
+        dx = across.mm(build_weight(theta, signs, places, shape, narrow)).view(x.shape)
+    if need[1]:
+        gradient = across.t().mm(x.reshape(-1, shape[1]))
+        dtheta = gradient.view(-1).index_select(0, places).to(signs.dtype) * signs
+    return dx, dtheta
+
+
 class _DenseLinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -133,11 +153,8 @@ class _DenseLinear(torch.autograd.Function):
         across, before = dy.reshape(-1, rows), x.reshape(-1, columns)
         if need[2]:
             dbias = across.sum(0)
-        if torch.is_grad_enabled():  # create_graph=True: all in operators that can be differentiated again
-            if need[0]:
-                dx = across.mm(build_weight(theta, signs, places, ctx.shape, ctx.narrow)).view(x.shape)
-            if need[1]:
-                dtheta = across.t().mm(before).view(-1).index_select(0, places).to(signs.dtype) * signs
+        if torch.is_grad_enabled():
+            dx, dtheta = _in_operators(across, x, theta, signs, places, ctx.shape, ctx.narrow, need)
             return dx, dtheta, dbias, None, None, None, None, None
         if need[0]:
             dx = across.mm(weight).view(x.shape)
@@ -184,11 +201,8 @@ class _FullLinear(torch.autograd.Function):
         across, before = dy.reshape(-1, rows), x.reshape(-1, columns)
         if need[2]:
             dbias = across.sum(0)
-        if torch.is_grad_enabled():  # create_graph=True: all in operators that can be differentiated again
-            if need[0]:
-                dx = across.mm(build_weight(theta, signs, places, ctx.shape)).view(x.shape)
-            if need[1]:
-                dtheta = across.t().mm(before).view(-1).index_select(0, places) * signs
+        if torch.is_grad_enabled():
+            dx, dtheta = _in_operators(across, x, theta, signs, places, ctx.shape, None, need)
             return dx, dtheta, dbias, None, None, None, None
         across = across.contiguous()
         if need[1]:

@@ -67,10 +67,16 @@ class ImageClassifier(LightningModule):
                 raise ValueError("warmup_epochs needs the length of an epoch: give the Trainer max_epochs.")
             warm = steps * warmup_epochs / epochs
 
-        def factor(step: int) -> float:
-            return min((step + 1) / warm, 1.0) * cosine_factor(step / steps) if warm else cosine_factor(step / steps)
+        return cosine_of(optimizer, steps, warm)
 
-        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}]
+
+def cosine_of(optimizer: torch.optim.Optimizer, steps: float, warm: float = 0.0) -> Any:
+    """Return what ``configure_optimizers`` returns: a linear rise over ``warm`` steps, and a cosine to 0 over ``steps``."""
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warm, 1.0) * cosine_factor(step / steps) if warm else cosine_factor(step / steps)
+
+    return [optimizer], [{"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}]
 
 
 def cosine_factor(progress: float) -> float:

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from lightning_deepr.conversion.weight_decay import decay_groups
 from lightning_deepr.models import CharTransformer
 from lightning_deepr.packages.classes import LightningModule
-from lightning_deepr.recipes.classifier import cosine_factor
+from lightning_deepr.recipes.classifier import cosine_of
 
 
 class CharacterModel(LightningModule):
@@ -95,9 +95,4 @@ class CharacterModel(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError("The schedule needs the length of the training: give the Trainer max_epochs or max_steps.")
-        warm = h["warmup"] * steps
-
-        def factor(step: int) -> float:
-            return min((step + 1) / warm, 1.0) * cosine_factor(step / steps) if warm else cosine_factor(step / steps)
-
-        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"}]
+        return cosine_of(optimizer, steps, h["warmup"] * steps)

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 from lightning_deepr.algorithm import randomness
 from lightning_deepr.models import BLSTMClassifier
 from lightning_deepr.packages.classes import LightningModule
-from lightning_deepr.recipes.classifier import check_choices, cosine_factor
+from lightning_deepr.recipes.classifier import check_choices, cosine_of
 from lightning_deepr.recipes.sequences import SequenceBatch
 from lightning_deepr.recipes.timit_phones import IGNORED, folding
 
@@ -156,5 +156,4 @@ class FrameClassifier(LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError('schedule="cosine" needs the length of the training: give the Trainer max_epochs or max_steps.')
-        cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine_factor(step / steps))
-        return [optimizer], [{"scheduler": cosine, "interval": "step"}]
+        return cosine_of(optimizer, steps)

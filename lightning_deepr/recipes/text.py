@@ -13,32 +13,16 @@ from torch import Tensor
 
 from lightning_deepr.algorithm import randomness
 from lightning_deepr.recipes.batches import ResumableBatches
+from lightning_deepr.recipes.characters import encode
 from lightning_deepr.recipes.resumable import ResumableDataModule
 from lightning_deepr.training.run_config import digest_of
 
-CHARACTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 FOLDER, FILE = "tinyshakespeare", "input.txt"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHARES = (0.9, 0.95)  # where the training part and the validation part end; nanoGPT validates on both of the last two parts
 
 _ORDER, _OFFSET = 121, 122  # random streams, separate from the rewiring's and those of the other data
-
-
-def encode(text: str) -> Tensor:
-    """Write a text as numbers, int64 [characters].
-
-    Raises:
-        ValueError: the text has a character that is not among ``CHARACTERS``.
-    """
-    unknown = sorted(set(text) - set(CHARACTERS))
-    if unknown:
-        raise ValueError(
-            f"expected a text of the {len(CHARACTERS)} characters of Tiny Shakespeare (letters, space, line feed and "
-            f"{CHARACTERS[2:13]}), found {', '.join(map(repr, unknown[:8]))}: leave them out, or replace them."
-        )
-    number = {character: i for i, character in enumerate(CHARACTERS)}
-    return torch.tensor([number[character] for character in text], dtype=torch.int64)
 
 
 def read(root: str | Path) -> str:

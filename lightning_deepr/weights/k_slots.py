@@ -31,13 +31,12 @@ from lightning_deepr.weights.base import BASE_KEY, FINGERPRINT_KEY, FORMAT_KEY, 
 
 DENSEST_UPON_BASE = 0.2  # the connectivity up to which "auto" adds the connections' product to that of the base
 _KERNEL_TYPES = (torch.float32, torch.float64)
-_casts = torch.is_autocast_enabled
 _told: set[str] = set()
 
 
 def _precision(x: Tensor) -> torch.dtype:
     """Return the dtype in which a layer computes this input."""
-    kind = x.device.type
+    kind = "cpu" if x.is_cpu else x.device.type  # (the Python object of a device takes a microsecond)
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
@@ -257,9 +256,7 @@ class KSlots(Parametrization):
             return self.compute == "sparse" and self.on_dense_gradient is None
         if type(x) is not Tensor or is_jit_tracing():
             return self.is_large  # no choice, and no record of one, from a pass that only looks at the operators
-        # (the Python object of a device takes a microsecond)
-        size, on_cpu = x.numel(), x.is_cpu
-        precision = x.dtype if on_cpu and not _casts("cpu") else _precision(x)
+        size, on_cpu, precision = x.numel(), x.is_cpu, _precision(x)
         if (
             size == self._asked_size
             and on_cpu is self._asked_on_cpu

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from lightning_deepr.recipes.characters import CHARACTERS, encode
 from lightning_deepr.recipes.crops import Crops
 from lightning_deepr.zoo import timit_statistics
 from lightning_deepr.zoo.waves import resample, samples_of
@@ -255,14 +256,7 @@ class TextInput:
             raise TypeError(f"expected a text (a string), found {type(text).__name__}.")
         if not text:
             raise ValueError("expected a text of at least one character, found an empty one.")
-        numbers = {character: number for number, character in enumerate(self.classes)}
-        unknown = sorted(set(text) - numbers.keys())
-        if unknown:
-            raise ValueError(
-                f"expected a text of the characters {''.join(self.classes)!r}, found {', '.join(map(repr, unknown[:8]))}: "
-                "leave them out, or replace them."
-            )
-        return torch.tensor([numbers[character] for character in text[-self.context :]])
+        return encode(text, self.classes)[-self.context :]
 
 
 Input = ImageInput | SpeechInput | TextInput
@@ -287,8 +281,6 @@ def known(data: str) -> Input | None:
 
         return SpeechInput(timit_statistics.MEAN, timit_statistics.STD, classes=PHONES39)
     if data == "Tiny Shakespeare":
-        from lightning_deepr.recipes.text import CHARACTERS
-
         return TextInput(64, tuple(CHARACTERS))
     return _KNOWN.get(data)
 

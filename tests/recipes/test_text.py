@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_deepr import DeepR, connectivity_report
 from lightning_deepr.recipes import text
+from lightning_deepr.recipes.characters import CHARACTERS, encode
 from lightning_deepr.recipes.language import CharacterModel
 from tests.helpers.crashes import Crash, CrashAt
 
-DATA = os.environ.get("LIGHTNING_DEEPR_DATA", "")
 SPEECH = "First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n" * 40
 
 
@@ -56,16 +55,19 @@ def test_a_download_is_kept_and_checked(made_up: Path, tmp_path_factory: pytest.
 
 def test_unknown_characters_are_named() -> None:
     with pytest.raises(ValueError, match="found '7', '\u00e9': leave them out"):
-        text.encode("caf\u00e9 7")
+        encode("caf\u00e9 7")
 
 
-@pytest.mark.skipif(not DATA, reason="set LIGHTNING_DEEPR_DATA to a folder with tinyshakespeare")
-def test_the_real_text() -> None:
-    raw = text.read(DATA)
-    assert "".join(sorted(set(raw))) == text.CHARACTERS
-    parts = text.ShakespeareDataModule(DATA).load()
+def test_the_parts_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A made-up text as long as Tiny Shakespeare, of its characters: the parts that nanoGPT and the Hub have."""
+    raw = (CHARACTERS * 17_160)[:1_115_394]
+    (tmp_path / text.FOLDER).mkdir()
+    (tmp_path / text.FOLDER / text.FILE).write_bytes(raw.encode())
+    monkeypatch.setattr(text, "SHA256", hashlib.sha256(raw.encode()).hexdigest())
+    parts = text.ShakespeareDataModule(str(tmp_path)).load()
     assert [len(part) for part in parts] == [1_003_854, 55_770, 55_770]
-    assert torch.equal(torch.cat(parts), text.encode(raw))
+    assert "".join(CHARACTERS[number] for number in torch.cat(parts).tolist()) == raw
+    assert len(set(CHARACTERS)) == 65 and "".join(sorted(CHARACTERS)) == CHARACTERS
 
 
 def test_the_windows_of_an_epoch_cover_the_text_once() -> None:

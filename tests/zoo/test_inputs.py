@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lightning_deepr import densify, zoo
+from lightning_deepr.recipes.characters import CHARACTERS
 from lightning_deepr.recipes.cifar10 import CIFAR10DataModule
 from lightning_deepr.recipes.crops import Crops
 from lightning_deepr.recipes.digits import MNISTDataModule, embedded_digits
-from lightning_deepr.recipes.text import CHARACTERS, read
+from lightning_deepr.recipes.text import read
 from lightning_deepr.recipes.timit_phones import PHONES39
 from lightning_deepr.zoo import inputs, registry
 from lightning_deepr.zoo.inputs import ImageInput, SpeechInput, TextInput, input_of, recorded

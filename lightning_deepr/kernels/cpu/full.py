@@ -30,6 +30,7 @@ from lightning_deepr.kernels.cpu.native import (
     _int64,
     _prefetch,
     _Tile,
+    copy_row,
     fetch_add,
     fill_row,
     load_float,
@@ -72,20 +73,6 @@ def copy_signed(
 
     int64 = types.int64
     return types.void(int64, int64, int64, int64, size, lanes, vectors), codegen
-
-
-@intrinsic(prefer_literal=True)
-def copy_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any, vectors: Any) -> Any:
-    """Copy W floats."""
-    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        tile = _Tile(builder, *shape)
-        for v in range(tile.vectors):
-            tile.store(tile.load(args[0], v), args[1], v)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, size, lanes, vectors), codegen
 
 
 @intrinsic(prefer_literal=True)

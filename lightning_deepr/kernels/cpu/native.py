@@ -509,6 +509,20 @@ def _entry(builder: Any, tile: _Tile, i: Any, index: Any, value: Any, origin: An
 
 
 @intrinsic(prefer_literal=True)
+def copy_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any, vectors: Any) -> Any:
+    """Copy W floats from one address to another."""
+    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        tile = _Tile(builder, *shape)
+        for v in range(tile.vectors):
+            tile.store(tile.load(args[0], v), args[1], v)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, size, lanes, vectors), codegen
+
+
+@intrinsic(prefer_literal=True)
 def fill_row(typingctx: Any, address: Any, value: Any, size: Any, lanes: Any, vectors: Any) -> Any:
     """Set W floats at an address to ``value``."""
     shape = (size.literal_value, lanes.literal_value, vectors.literal_value)

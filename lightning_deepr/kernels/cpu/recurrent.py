@@ -14,32 +14,15 @@ product and replaces the sums by the gates. The hidden state and the gradients o
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
 from lightning_deepr.kernels.cpu.fields import RecurrentArguments as A
 from lightning_deepr.kernels.cpu.gru import gru_cell, gru_gradient
 from lightning_deepr.kernels.cpu.linear import from_block, gather_values, to_tiles
 from lightning_deepr.kernels.cpu.lstm import lstm_cell, lstm_gradient
-from lightning_deepr.kernels.cpu.native import Kernel, _Tile, fetch_add, fill_row, load_int32, load_int64, store_float
+from lightning_deepr.kernels.cpu.native import Kernel, copy_row, fetch_add, fill_row, load_int32, load_int64, store_float
 from lightning_deepr.kernels.cpu.near import accumulate_near
-
-
-@intrinsic(prefer_literal=True)
-def copy_row(typingctx: Any, source: Any, target: Any, size: Any, lanes: Any, vectors: Any) -> Any:
-    """Copy W floats from one address to another."""
-    shape = (size.literal_value, lanes.literal_value, vectors.literal_value)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        tile = _Tile(builder, *shape)
-        for v in range(tile.vectors):
-            tile.store(tile.load(args[0], v), args[1], v)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, size, lanes, vectors), codegen
-
 
 LSTM, GRU = 4, 3  # the kinds of layers: each is the number of blocks of rows in its weights
 
